@@ -1,0 +1,260 @@
+"""Scenes for the kernels' tests: one serving step over a paged cache full of traps, on the GPU or interpreted."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    # the interpreter has to be chosen before the first import of triton
+    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", "triton was imported too early"
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from vllm_squeeze.kernels.reference import attend_causal  # noqa: E402
+from vllm_squeeze.kernels.tables import ClusterTable, Prefixes  # noqa: E402
+
+SUFFIX_LENGTH = 5
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3}
+
+
+def check_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> None:
+    """Fails if the RMS of the error exceeds ``tolerance`` times the RMS of ``expected``, or on any NaN."""
+    tolerance = TOLERANCE[actual.dtype] if tolerance is None else tolerance
+    actual, expected = actual.double(), expected.double()
+    assert actual.shape == expected.shape
+    assert actual.isfinite().all(), f"{(~actual.isfinite()).sum()} of {actual.numel()} values are not finite"
+    error = ((actual - expected).square().mean() / expected.square().mean()).sqrt().item()
+    assert error <= tolerance, f"relative RMS error {error:.2e}, allowed {tolerance:.0e}"
+
+
+def poisoned(tensor: torch.Tensor) -> torch.Tensor:
+    """Fills memory with what must not be used: NaN, or -1 for integers."""
+    return tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Arguments of ``squeezed_attention`` but for the output, and what a test needs to compute them another way.
+
+    Attributes:
+        slot_of: slot of each token, -1 for those without an indexed prefix.
+        keys: per slot, [H, T, D], the keys of the prefix.
+        values: per slot, [H, T, D].
+        suffix: [N, 2, H, L, D], keys and values of each token's suffix.
+        suffix_output: [N, H * G, D], attention over the suffix.
+    """
+
+    query: torch.Tensor
+    suffix_lse: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    block_table: torch.Tensor
+    work: torch.Tensor
+    table: ClusterTable
+    prefixes: Prefixes
+    scale: float
+    slot_of: tuple[int, ...]
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    suffix: torch.Tensor
+    suffix_output: torch.Tensor
+
+    @property
+    def num_kv_heads(self) -> int:
+        return len(self.table.centroids)
+
+    @property
+    def group(self) -> int:
+        return self.query.shape[1] // self.num_kv_heads
+
+    def operands(self) -> tuple:
+        """The arguments from ``suffix_lse`` to ``scale``."""
+        cache = (self.key_cache, self.value_cache, self.block_table)
+        return (self.suffix_lse, *cache, self.work, self.table, self.prefixes, self.scale)
+
+    def apply(self, op: Callable, *arguments: object) -> torch.Tensor:
+        """Calls the kernels or the reference with ``arguments`` after the scale; gives the merged output."""
+        output = self.suffix_output.clone()
+        self.prefixes.counters.zero_()
+        op(self.query, output, *self.operands(), *arguments)
+        return output
+
+    def log_p(self, token: int) -> torch.Tensor:
+        """Log of the predicted probability of the clusters of a token's prefix, [H, C], largest of the group."""
+        first, count, _ = self.prefixes.slots[self.slot_of[token]].tolist()
+        table = self.table.prefix(first, count)
+        query = self.query[token].view(self.num_kv_heads, self.group, -1).double()
+        scores = query @ table.centroids.double().mT * self.scale
+        mass = (table.sizes[:, None] * scores.exp()).sum(-1, keepdim=True).log()
+        return (scores - mass).amax(1)
+
+    def set_threshold(self, share: float) -> None:
+        """Lets about ``share`` of each prefix's clusters be chosen; 0 and 1 are none and all.
+
+        The threshold lies in the middle of a gap, so that rounding cannot change the choice.
+        """
+        for slot in set(self.slot_of) - {-1}:
+            tokens = [token for token, other in enumerate(self.slot_of) if other == slot]
+            log_p = torch.cat([self.log_p(token).flatten() for token in tokens]).sort(descending=True).values
+            log_p = torch.cat([log_p.new_tensor([torch.inf]), log_p, log_p.new_tensor([-torch.inf])])
+            cut = round(share * (len(log_p) - 2))
+            self.prefixes.log_threshold[slot] = log_p[cut : cut + 2].mean()
+
+    def dense(self, token: int, replaced: torch.Tensor | None = None) -> torch.Tensor:
+        """Softmax attention of a token over prefix and suffix, [H * G, D], in float64.
+
+        Args:
+            token: index of the token.
+            replaced: [H, C] bool, clusters whose keys and values are replaced by their means.
+        """
+        slot = self.slot_of[token]
+        keys, values = self.keys[slot].double(), self.values[slot].double()
+        if replaced is not None:
+            first, count, _ = self.prefixes.slots[slot].tolist()
+            table = self.table.prefix(first, count)
+            for head, cluster in replaced.nonzero().tolist():
+                start, size = int(table.starts[head, cluster]), int(table.sizes[head, cluster])
+                members = table.members[head, start : start + size].long()
+                keys[head, members] = table.centroids[head, cluster].double()
+                values[head, members] = table.value_centroids[head, cluster].double()
+        suffix_keys, suffix_values = self.suffix[token].double()
+        keys, values = torch.cat([keys, suffix_keys], 1), torch.cat([values, suffix_values], 1)
+        query = self.query[token].view(self.num_kv_heads, self.group, -1).double()
+        weights = (query @ keys.mT * self.scale).softmax(-1)
+        return (weights @ values).flatten(0, 1)
+
+
+def build_scene(
+    device: str,
+    num_kv_heads: int = 2,
+    group: int = 4,
+    head_size: int = 64,
+    page_size: int = 16,
+    sizes: tuple[tuple[int, ...], ...] = ((5, 1, 9, 30, 2, 17, 8, 24) * 2,),
+    slot_of: tuple[int, ...] = (0, 0),
+    num_sinks: int = 16,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 42,
+) -> Scene:
+    """A step of N tokens, one of each request. ``sizes`` holds the sizes of the clusters of each prefix.
+
+    Pages in use are scattered over the cache, which is NaN elsewhere, as are the centroids between two prefixes;
+    rows of query, block table and log-sum-exp are padded with NaN or numbers of pages that do not exist.
+    """
+    random = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random)
+
+    def rounded(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype).float()
+
+    num_tokens, num_heads = len(slot_of), num_kv_heads * group
+    keys, values, prefix_pages, slots = [], [], [], []
+    centroids, value_centroids, starts, all_sizes, members = ([] for _ in range(5))
+    num_members = num_pages = 0
+    for prefix_sizes in sizes:
+        length = num_sinks + sum(prefix_sizes)
+        count = torch.tensor(prefix_sizes, dtype=torch.int64)
+        cluster_of = torch.arange(len(count)).repeat_interleave(count)
+        centres = randn(num_kv_heads, len(prefix_sizes), head_size)
+        prefix_keys, prefix_values = randn(2, num_kv_heads, length, head_size)
+        head_members = []
+        for head in range(num_kv_heads):
+            order = num_sinks + torch.randperm(length - num_sinks, generator=random)
+            order = order[torch.argsort(cluster_of * length + order)]
+            head_members.append(order)
+            prefix_keys[head, order] = centres[head, cluster_of] + 0.5 * prefix_keys[head, order]
+        prefix_keys, prefix_values = rounded(prefix_keys), rounded(prefix_values)
+        for source, means in ((prefix_keys, centroids), (prefix_values, value_centroids)):
+            in_order = torch.stack([source[head, head_members[head]] for head in range(num_kv_heads)])
+            total = torch.zeros_like(centres).index_add_(1, cluster_of, in_order)
+            means += [total / count.clamp(min=1)[:, None], torch.full((num_kv_heads, 3, head_size), torch.nan)]
+        first = sum(len(part) for part in all_sizes)
+        slots.append((first, len(prefix_sizes), num_sinks))
+        # three clusters and two members that belong to nobody, before the next prefix
+        starts += [num_members + count.cumsum(0) - count, torch.full((3,), num_members + int(count.sum()))]
+        all_sizes += [count, torch.full((3,), 2)]
+        members += [torch.stack(head_members), torch.full((num_kv_heads, 2), 10**6)]
+        num_members += int(count.sum()) + 2
+        keys.append(prefix_keys)
+        values.append(prefix_values)
+        prefix_pages.append(range(num_pages, num_pages + -(-length // page_size)))
+        num_pages = prefix_pages[-1].stop
+
+    cache = torch.full((2 * num_pages + 4, page_size, num_kv_heads, 2 * head_size), torch.nan)
+    physical = torch.randperm(len(cache), generator=random)
+    block_table = torch.full((num_tokens, num_pages + 3), 10**6, dtype=torch.int32)
+    for pages, prefix_keys, prefix_values in zip(prefix_pages, keys, values, strict=True):
+        token = torch.arange(prefix_keys.shape[1])
+        rows = torch.cat([prefix_keys, prefix_values], -1).transpose(0, 1)
+        cache[physical[pages.start + token // page_size], token % page_size] = rows
+    for token, slot in enumerate(slot_of):
+        if slot >= 0:
+            block_table[token, : len(prefix_pages[slot])] = physical[prefix_pages[slot]].int()
+
+    query = rounded(randn(num_tokens, num_heads, head_size))
+    suffix = rounded(randn(num_tokens, 2, num_kv_heads, SUFFIX_LENGTH, head_size))
+    scale = head_size**-0.5
+    suffix_output, suffix_lse = query.clone(), torch.full((num_heads, num_tokens + 3), torch.nan)
+    for token in range(num_tokens):
+        grouped = query[token].view(1, num_kv_heads, group, head_size)
+        attended, lse = attend_causal(grouped, *suffix[token], scale)
+        suffix_output[token], suffix_lse[:, token] = attended.view(num_heads, -1), lse.flatten()
+
+    work = [(token, token, slot) for token, slot in enumerate(slot_of) if slot >= 0]
+    sizes_per_head = torch.cat(all_sizes).int().expand(num_kv_heads, -1).contiguous()
+    starts_per_head = torch.cat(starts).int().expand(num_kv_heads, -1).contiguous()
+    cache = cache.to(device, dtype)
+    wide_query = torch.full((num_tokens, num_heads, head_size + 8), torch.nan)
+    wide_query[..., :head_size] = query
+    table = ClusterTable(
+        centroids=torch.cat(centroids, 1).to(device, dtype),
+        value_centroids=torch.cat(value_centroids, 1).to(device, dtype),
+        starts=starts_per_head.to(device),
+        sizes=sizes_per_head.to(device),
+        members=torch.cat(members, 1).int().to(device),
+    )
+    prefixes = Prefixes(
+        slots=torch.tensor(slots, dtype=torch.int32, device=device),
+        log_threshold=torch.full((len(slots),), -torch.inf, device=device),
+        counters=torch.zeros(len(slots), 2, dtype=torch.int64, device=device),
+    )
+    return Scene(
+        query=wide_query.to(device, dtype)[..., :head_size],
+        suffix_lse=suffix_lse.to(device)[:, :num_tokens],
+        key_cache=cache[..., :head_size],
+        value_cache=cache[..., head_size:],
+        block_table=block_table.to(device)[:, : num_pages + 1],
+        work=torch.tensor(work, dtype=torch.int32).view(-1, 3).to(device),
+        table=table,
+        prefixes=prefixes,
+        scale=scale,
+        slot_of=slot_of,
+        keys=tuple(tensor.to(device) for tensor in keys),
+        values=tuple(tensor.to(device) for tensor in values),
+        suffix=suffix.to(device),
+        suffix_output=suffix_output.to(device, dtype),
+    )
+
+
+@pytest.fixture(autouse=True)
+def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes memory that nobody wrote show: ``torch.empty`` gives NaN."""
+    allocate = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poisoned(allocate(*args, **kwargs)))
+
+
+@pytest.fixture
+def assert_close() -> Callable[..., None]:
+    return check_close
+
+
+@pytest.fixture
+def make_scene() -> Callable[..., Scene]:
+    device = "cuda" if ON_GPU else "cpu"
+    return lambda **settings: build_scene(device, **settings)

@@ -1,0 +1,96 @@
+"""The oracle itself, against softmax attention written down once more in float64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.kernels.conftest import Scene
+from vllm_squeeze.kernels.reference import attend_prefix, choose_clusters, squeezed_attention_reference
+
+SIZES = ((5, 1, 9, 0, 30, 2, 17, 8, 24), (40, 3, 3))
+
+
+def test_everything_chosen_is_dense_attention(make_scene, assert_close):
+    scene = make_scene(sizes=SIZES, slot_of=(0, 1, 0))
+    expected = torch.stack([scene.dense(token) for token in range(3)])
+    assert_close(scene.apply(squeezed_attention_reference, True), expected)
+
+
+@pytest.mark.parametrize("num_sinks", [0, 16])
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_rest_is_dense_attention_over_means(make_scene, assert_close, share: float, num_sinks: int):
+    """A cluster that was not chosen counts as if each of its keys and values were the cluster's mean."""
+    scene = make_scene(sizes=SIZES, slot_of=(0, 1), num_sinks=num_sinks)
+    scene.set_threshold(share)
+    replaced = [scene.log_p(token) <= scene.prefixes.log_threshold[scene.slot_of[token]] for token in range(2)]
+    expected = torch.stack([scene.dense(token, replaced[token]) for token in range(2)])
+    assert_close(scene.apply(squeezed_attention_reference, True), expected)
+
+
+def test_nothing_to_attend_leaves_the_suffix(make_scene):
+    scene = make_scene(num_sinks=0)
+    scene.set_threshold(0.0)
+    assert torch.equal(scene.apply(squeezed_attention_reference, False), scene.suffix_output)
+
+
+def test_predicted_probabilities_sum_to_one(make_scene):
+    scene = make_scene(sizes=SIZES, slot_of=(0,), group=1)
+    p = scene.log_p(0).exp()
+    sizes = scene.table.prefix(0, len(SIZES[0])).sizes
+    assert torch.allclose((p * sizes).sum(-1), torch.ones_like(p[:, 0]))
+
+
+def test_a_needle_is_always_chosen(make_scene):
+    """A cluster far above the others is chosen at any threshold below 1 / N_i, by one query head of the group."""
+    scene = make_scene(sizes=SIZES, slot_of=(0,))
+    table = scene.table.prefix(0, len(SIZES[0]))
+    query = scene.query[:1].view(1, scene.num_kv_heads, scene.group, -1).clone()
+    query[:, :, -1] = 30 * table.centroids[:, 5]
+    _, chosen = choose_clusters(query, table, torch.tensor(0.49).log().item(), scene.scale)
+    assert chosen[0, :, 5].all() and chosen.sum() == scene.num_kv_heads
+
+
+def attend_all(scene: Scene, query: torch.Tensor, num_sinks: int, rest: bool) -> tuple[torch.Tensor, ...]:
+    """``attend_prefix`` of queries [R, H * G, D] over the first prefix."""
+    heads = torch.arange(scene.num_kv_heads, device=query.device)[:, None]
+
+    def read_tokens(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return scene.keys[0][heads, positions], scene.values[0][heads, positions]
+
+    query = query.reshape(len(query), scene.num_kv_heads, scene.group, -1)
+    table = scene.table.prefix(0, len(SIZES[0]))
+    log_threshold = float(scene.prefixes.log_threshold[0])
+    return attend_prefix(query, table, read_tokens, log_threshold, num_sinks, scene.scale, rest)
+
+
+def test_queries_together_as_one_by_one(make_scene, assert_close):
+    """Each query attends to its own choice only, although keys are read for all of them."""
+    scene = make_scene(sizes=SIZES, slot_of=(0, 0, 0), num_sinks=4)
+    scene.set_threshold(0.4)
+    output, lse, kept = attend_all(scene, scene.query, 4, True)
+    alone = [attend_all(scene, scene.query[row : row + 1], 4, True) for row in range(3)]
+    assert_close(output, torch.cat([part[0] for part in alone]))
+    assert_close(lse, torch.cat([part[1] for part in alone]))
+    assert torch.equal(kept, torch.cat([part[2] for part in alone]))
+    assert kept.unique().numel() > 1
+
+
+def test_a_query_that_chooses_nothing_beside_others(make_scene):
+    scene = make_scene(num_kv_heads=1, sizes=SIZES, slot_of=(0, 0), num_sinks=0)
+    highest = torch.stack([scene.log_p(token).max() for token in range(2)])
+    scene.prefixes.log_threshold[0] = highest.mean()
+    output, lse, kept = attend_all(scene, scene.query, 0, False)
+    nothing, something = int(highest.argmin()), int(highest.argmax())
+    assert (output[nothing] == 0).all() and (lse[nothing] == -torch.inf).all() and not kept[nothing].any()
+    assert output[something].isfinite().all() and kept[something].all()
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_counters_count_pairs_and_keys(make_scene: Callable, share: float):
+    scene = make_scene(sizes=SIZES, slot_of=(0, 1, 0, -1))
+    scene.set_threshold(share)
+    scene.apply(squeezed_attention_reference, True)
+    pairs = [2 * scene.num_kv_heads, scene.num_kv_heads]
+    keys = [round(share) * pair * sum(sizes) for pair, sizes in zip(pairs, SIZES, strict=True)]
+    assert scene.prefixes.counters.tolist() == [list(row) for row in zip(pairs, keys, strict=True)]

@@ -1,0 +1,174 @@
+"""Squeezed attention in plain torch and float32: the oracle of the Triton kernels, and the CPU's path.
+
+For one KV head with G query heads and a prefix in clusters i of N_i keys, centroid c_i and mean value v_i:
+
+    p_i = exp(s q.c_i) / sum_j N_j exp(s q.c_j)      predicted attention probability of each key of cluster i
+    cluster i is chosen  <=>  max over the G query heads of log p_i > log threshold
+
+The keys of chosen clusters and the first tokens (attention sinks) are attended to exactly. A cluster that was not
+chosen contributes N_i exp(s q.c_i) times v_i, or nothing where ``rest`` is off.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from vllm_squeeze.kernels.tables import ClusterTable, Prefixes
+
+ReadTokens = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Takes positions [H, M] in the prefix; returns their keys and values, [H, M, D] each, any dtype."""
+
+
+def choose_clusters(
+    query: torch.Tensor, table: ClusterTable, log_threshold: float, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores the clusters and chooses those that matter, once per KV head.
+
+    Args:
+        query: [R, H, G, D] float32.
+        table: the clusters of one prefix.
+        log_threshold: natural log of the threshold on p_i.
+        scale: softmax scale.
+
+    Returns:
+        scores s q.c_i, [R, H, G, C] float32, and the choice, [R, H, C] bool.
+    """
+    scores = torch.einsum("rhgd,hcd->rhgc", query, table.centroids.float()) * scale
+    occupied = (table.sizes > 0)[:, None]  # [H, 1, C]
+    mass = (scores + table.sizes.float().log()[:, None]).logsumexp(-1, keepdim=True)
+    log_p = (scores - mass).masked_fill(~occupied, -torch.inf)
+    return scores, (log_p.amax(2) > log_threshold) & occupied[:, 0]
+
+
+def attend_prefix(
+    query: torch.Tensor,
+    table: ClusterTable,
+    read_tokens: ReadTokens,
+    log_threshold: float,
+    num_sinks: int,
+    scale: float,
+    rest: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention of R query tokens over one indexed prefix. Each chosen key is read once for all R.
+
+    Args:
+        query: [R, H, G, D].
+        table: the clusters of the prefix.
+        read_tokens: reads keys and values of the prefix.
+        log_threshold: natural log of the threshold on p_i.
+        num_sinks: the first tokens of the prefix, attended to whatever the choice.
+        scale: softmax scale.
+        rest: whether clusters that were not chosen contribute through their mean value.
+
+    Returns:
+        output [R, H, G, D] float32, log-sum-exp [R, H, G] float32 (natural log; minus infinity and a zero output
+        where nothing was attended to), and the number of cluster members kept, [R, H] int64.
+    """
+    query = query.float()
+    num_heads, num_members = table.members.shape
+    device = query.device
+    scores, chosen = choose_clusters(query, table, log_threshold, scale)
+
+    slots = torch.arange(num_members, device=device, dtype=torch.int32).expand(num_heads, -1).contiguous()
+    cluster = torch.searchsorted(table.starts.contiguous(), slots, right=True) - 1  # [H, M], -1 before the first
+    owned = cluster >= 0
+    cluster = cluster.clamp(min=0)
+    owned &= slots < (table.starts + table.sizes).gather(1, cluster)
+    needed = owned & chosen.any(0).gather(1, cluster)
+    width = int(needed.sum(-1).max()) if num_members else 0
+    picked = needed.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :width]
+
+    sinks = torch.arange(num_sinks, device=device).expand(num_heads, -1)
+    positions = torch.cat([sinks, table.members.gather(1, picked).long().masked_fill(~needed.gather(1, picked), 0)], 1)
+    keys, values = read_tokens(positions)
+    attended = chosen.gather(2, cluster.gather(1, picked).expand(len(query), -1, -1))
+    attended &= needed.gather(1, picked)
+    attended = torch.cat([attended.new_ones(len(query), num_heads, num_sinks), attended], 2)
+
+    logits = torch.einsum("rhgd,hmd->rhgm", query, keys.float()) * scale
+    logits = logits.masked_fill(~attended[:, :, None], -torch.inf)
+    values = values.float()
+    if rest:
+        lumped = (scores + table.sizes.float().log()[:, None]).masked_fill(chosen[:, :, None], -torch.inf)
+        logits = torch.cat([logits, lumped], -1)
+        values = torch.cat([values, table.value_centroids.float()], 1)
+    output, lse = softmax_weighted(logits, values)
+    return output, lse, (chosen * table.sizes).sum(-1)
+
+
+def attend_causal(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dense attention of the last R of L tokens over all L, each up to itself.
+
+    Args:
+        query: [R, H, G, D]; keys, values: [H, L, D]; scale: softmax scale.
+
+    Returns:
+        output [R, H, G, D] float32 and log-sum-exp [R, H, G] float32.
+    """
+    num_queries, length = len(query), keys.shape[1]
+    logits = torch.einsum("rhgd,hld->rhgl", query.float(), keys.float()) * scale
+    token = torch.arange(length, device=query.device)
+    unseen = token > token[length - num_queries :, None]  # [R, L]
+    return softmax_weighted(logits.masked_fill(unseen[:, None, None], -torch.inf), values.float())
+
+
+def softmax_weighted(logits: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax of logits [R, H, G, M] over M times values [H, M, D]: output [R, H, G, D], log-sum-exp [R, H, G]."""
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse.masked_fill(lse.isinf(), 0.0)[..., None]).exp()
+    return torch.einsum("rhgm,hmd->rhgd", weights, values), lse
+
+
+def merge(
+    output: torch.Tensor, lse: torch.Tensor, other_output: torch.Tensor, other_lse: torch.Tensor
+) -> torch.Tensor:
+    """Joins attention over two disjoint sets of keys: outputs [..., D], log-sum-exps [...]; not both sets empty."""
+    weight = torch.sigmoid(other_lse - lse)[..., None]
+    return output * (1 - weight) + other_output * weight
+
+
+def squeezed_attention_reference(
+    query: torch.Tensor,
+    output: torch.Tensor,
+    suffix_lse: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    work: torch.Tensor,
+    table: ClusterTable,
+    prefixes: Prefixes,
+    scale: float,
+    rest: bool,
+) -> None:
+    """The oracle of ``squeezed_attention``, with its arguments and its effect on ``output`` and ``counters``."""
+    num_kv_heads, _, head_size = table.centroids.shape
+    block_size = key_cache.shape[1]
+    for token, row, slot in work.tolist():
+        if slot < 0:
+            continue
+        first, count, num_sinks = prefixes.slots[slot].tolist()
+
+        def read_tokens(positions: torch.Tensor, row: int = row) -> tuple[torch.Tensor, torch.Tensor]:
+            blocks = block_table[row].long()[positions // block_size]
+            heads = torch.arange(num_kv_heads, device=positions.device)[:, None]
+            return (
+                key_cache[blocks, positions % block_size, heads],
+                value_cache[blocks, positions % block_size, heads],
+            )
+
+        prefix_output, prefix_lse, kept = attend_prefix(
+            query[token].view(1, num_kv_heads, -1, head_size),
+            table.prefix(first, count),
+            read_tokens,
+            float(prefixes.log_threshold[slot]),
+            num_sinks,
+            scale,
+            rest,
+        )
+        suffix_output = output[token].view(1, num_kv_heads, -1, head_size).float()
+        lse = suffix_lse[:, token].view(1, num_kv_heads, -1)
+        output[token] = merge(suffix_output, lse, prefix_output, prefix_lse).view_as(output[token]).to(output.dtype)
+        prefixes.counters[slot, 0] += num_kv_heads
+        prefixes.counters[slot, 1] += kept.sum()

@@ -1,0 +1,54 @@
+"""What the kernels read: the clusters of indexed prefixes in one layer, and the list of prefixes they belong to."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class ClusterTable:
+    """Clusters of prefix keys in one layer, of one prefix or of several laid one after the other.
+
+    H counts the KV heads of this rank, C clusters, M members, D the head size.
+
+    Attributes:
+        centroids: [H, C, D], the mean key of each cluster, in the model's dtype.
+        value_centroids: [H, C, D], the mean value of each cluster, in the model's dtype.
+        starts: [H, C] int32, where the members of a cluster begin in ``members``; never decreasing along C.
+        sizes: [H, C] int32, how many members a cluster has. 0 marks an empty cluster, which is never chosen.
+        members: [H, M] int32, positions of tokens in the prefix, ascending inside a cluster.
+    """
+
+    centroids: torch.Tensor
+    value_centroids: torch.Tensor
+    starts: torch.Tensor
+    sizes: torch.Tensor
+    members: torch.Tensor
+
+    def prefix(self, first_centroid: int, num_centroids: int) -> "ClusterTable":
+        """The table of the one prefix whose clusters begin at ``first_centroid``, as views."""
+        clusters = slice(first_centroid, first_centroid + num_centroids)
+        return ClusterTable(
+            self.centroids[:, clusters],
+            self.value_centroids[:, clusters],
+            self.starts[:, clusters],
+            self.sizes[:, clusters],
+            self.members,
+        )
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """The prefixes that a server holds, the same for all layers. A slot is an index into the tensors below.
+
+    Attributes:
+        slots: [P, 3] int32, per slot: first centroid, number of centroids, number of always attended first tokens.
+        log_threshold: [P] float32. A cluster is chosen if the log of its predicted attention probability per key
+            exceeds it; minus infinity chooses every cluster.
+        counters: [P, 2] int64, added to by the kernels: (query token, KV head) pairs served, and cluster members
+            that they attended to exactly.
+    """
+
+    slots: torch.Tensor
+    log_threshold: torch.Tensor
+    counters: torch.Tensor
