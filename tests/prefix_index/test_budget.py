@@ -1,0 +1,81 @@
+import dataclasses
+import math
+import re
+
+import pytest
+
+from vllm_squeeze.prefix_index.budget import ReadCost, check_budget
+
+COST = ReadCost(
+    num_tokens=1000,
+    num_always=116,
+    num_clustered=884,
+    num_centroids=50,
+    head_size=64,
+    element_size=2,
+    rest=True,
+)
+
+
+def test_bytes_counted_by_hand():
+    assert COST.dense_bytes == 1000 * (128 + 128)
+    assert COST.bytes_per_key == 128 + 128 + 4
+    assert COST.fixed_bytes == 116 * (128 + 128) + 50 * (128 + 128 + 4 + 4)
+    assert COST.read_bytes(0) == COST.fixed_bytes
+    assert COST.read_bytes(10.5) == COST.fixed_bytes + 10.5 * 260
+    assert COST.budget_used(100) == (42_896 + 26_000) / 256_000
+
+
+def test_value_centroids_are_not_read_without_the_rest():
+    dropped = dataclasses.replace(COST, rest=False)
+    assert dropped.fixed_bytes == COST.fixed_bytes - 50 * 128
+    assert dropped.kept_share(0.5) > COST.kept_share(0.5)
+
+
+@pytest.mark.parametrize("rest", [True, False], ids=["rest", "drop"])
+@pytest.mark.parametrize("element_size", [1, 2, 4])
+@pytest.mark.parametrize("budget", [0.25, 0.33, 0.5, 0.9])
+def test_kept_share_meets_the_budget(budget, element_size, rest):
+    cost = dataclasses.replace(COST, element_size=element_size, rest=rest)
+    share = cost.kept_share(budget)
+    assert 0 < share < 1
+    assert cost.budget_used(share * cost.num_clustered) == pytest.approx(budget, rel=1e-12)
+
+
+def test_whole_budget_keeps_everything():
+    """With centroids on top, keeping everything reads more than a dense pass; a budget of 1 allows for it."""
+    assert COST.budget_used(COST.num_clustered) > 1
+    assert COST.kept_share(1.0) == COST.kept_share(2.0) == 1.0
+    assert COST.kept_share(0.999) < 1
+
+
+def test_share_is_at_most_one():
+    uncovered = dataclasses.replace(COST, num_clustered=100)
+    assert uncovered.kept_share(0.9) == 1.0
+
+
+@pytest.mark.parametrize("budget", [0.04, 0.001, 0.1675])
+def test_budget_below_the_fixed_bytes(budget):
+    with pytest.raises(ValueError, match=rf"^budget: {budget} is less than the 0\.168 that centroids and always"):
+        COST.kept_share(budget)
+
+
+@pytest.mark.parametrize("num_centroids", range(1, 100, 7))
+def test_least_budget_named_is_possible(num_centroids):
+    cost = dataclasses.replace(COST, num_centroids=num_centroids)
+    with pytest.raises(ValueError) as refusal:
+        cost.kept_share(0.01)
+    least = float(re.search(r"than the ([\d.]+)", str(refusal.value))[1])
+    assert 0 <= cost.kept_share(least) < 0.01
+
+
+@pytest.mark.parametrize("budget", [1e-9, 0.125, 1, 1.0])
+def test_budgets_allowed(budget):
+    check_budget(budget)
+
+
+@pytest.mark.parametrize("budget", [0, -0.1, 1.0001, math.inf, math.nan])
+def test_budgets_refused(budget):
+    shown = re.escape(str(budget))
+    with pytest.raises(ValueError, match=rf"^budget: {shown} is not allowed; it must be above 0 and at most 1"):
+        check_budget(budget)

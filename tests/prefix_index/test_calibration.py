@@ -1,0 +1,150 @@
+import math
+
+import pytest
+import torch
+
+from vllm_squeeze.kernels.reference import choose_clusters
+from vllm_squeeze.kernels.tables import ClusterTable
+from vllm_squeeze.prefix_index.calibration import (
+    LEAST_SHARE,
+    LOWEST_LOG_P,
+    NUM_BINS,
+    log_threshold,
+    score_histogram,
+    threshold_curve,
+)
+from vllm_squeeze.prefix_index.manifest import check_thresholds
+
+SCALE = 0.25
+BIN_WIDTH = -LOWEST_LOG_P / NUM_BINS
+
+
+def case(num_rows: int = 5, num_queries: int = 90, group: int = 7, num_centroids: int = 63):
+    """Queries of very different sharpness, and clusters of which some rows lack the last."""
+    generator = torch.Generator().manual_seed(42)
+    query = torch.randn(num_rows, num_queries, group, 16, generator=generator)
+    query *= torch.linspace(0.3, 3, num_queries)[:, None, None]
+    centroids = torch.randn(num_rows, num_centroids, 16, generator=generator)
+    sizes = torch.randint(1, 60, (num_rows, num_centroids), generator=generator, dtype=torch.int32)
+    for row in range(num_rows):
+        sizes[row, num_centroids - row :] = 0
+        centroids[row, num_centroids - row :] = 0
+    return query, centroids, sizes
+
+
+def table(centroids: torch.Tensor, sizes: torch.Tensor) -> ClusterTable:
+    starts = sizes.cumsum(1, dtype=torch.int32) - sizes
+    return ClusterTable(centroids, torch.zeros_like(centroids), starts, sizes, sizes.new_zeros(len(sizes), 0))
+
+
+def kept_share(query, centroids, sizes, threshold: float) -> float:
+    _, chosen = choose_clusters(query.transpose(0, 1), table(centroids, sizes), threshold, SCALE)
+    return float((chosen * sizes).sum() / (query.shape[1] * sizes.sum()))
+
+
+@pytest.mark.parametrize("share", [0.97, 0.9, 0.7, 0.5, 0.33, 0.2, 0.125, 0.1, 0.05, 0.02, 0.01, 0.005])
+def test_threshold_keeps_its_share(share):
+    """On the queries that it was calibrated on, the oracle keeps what was asked for."""
+    query, centroids, sizes = case(num_queries=400, num_centroids=200)
+    threshold = log_threshold(threshold_curve(score_histogram(query, centroids, sizes, SCALE)), share)
+    within_a_bin = [kept_share(query, centroids, sizes, threshold + side * BIN_WIDTH) for side in (1, -1)]
+    assert kept_share(query, centroids, sizes, threshold) == pytest.approx(share, rel=0.02) or (
+        within_a_bin[0] <= share <= within_a_bin[1]
+    )
+
+
+def test_histogram_counts_what_the_oracle_chooses():
+    query, centroids, sizes = case()
+    histogram = score_histogram(query, centroids, sizes, SCALE)
+    total = int(query.shape[1] * sizes.sum())
+    assert histogram.dtype == torch.int64
+    assert histogram.shape == (NUM_BINS,)
+    assert int(histogram.sum()) == total
+    for edge in (3000, 3300, 3600, 3800):
+        log_p = LOWEST_LOG_P + edge * BIN_WIDTH
+        share = kept_share(query, centroids, sizes, log_p)
+        assert 0 < share < 1
+        # a key may fall on the other side of an edge by rounding
+        assert float(histogram[edge:].sum() / total) == pytest.approx(share, abs=1e-3)
+
+
+@pytest.mark.parametrize("memory_bytes", [1, 1 << 20, 1 << 30])
+@pytest.mark.parametrize("split", [1, 3])
+def test_histograms_add_up(split, memory_bytes):
+    query, centroids, sizes = case()
+    whole = score_histogram(query, centroids, sizes, SCALE)
+    parts = [
+        score_histogram(query[rows], centroids[rows], sizes[rows], SCALE, memory_bytes)
+        for rows in (slice(None, split), slice(split, None))
+    ]
+    assert torch.equal(whole, parts[0] + parts[1])
+    assert torch.equal(whole, parts[1] + parts[0])
+
+
+def test_empty_clusters_do_not_count():
+    query, centroids, sizes = case(num_rows=1)
+    padded = score_histogram(
+        query,
+        torch.cat([centroids, torch.full_like(centroids, 9.0)], 1),
+        torch.cat([sizes, torch.zeros_like(sizes)], 1),
+        SCALE,
+    )
+    assert torch.equal(padded, score_histogram(query, centroids, sizes, SCALE))
+
+
+def test_half_precision_centroids_are_scored_in_float32():
+    query, centroids, sizes = case()
+    rounded = centroids.bfloat16()
+    assert torch.equal(
+        score_histogram(query, rounded, sizes, SCALE), score_histogram(query, rounded.float(), sizes, SCALE)
+    )
+
+
+def test_scores_below_the_lowest_bin_count_in_it():
+    query, centroids, sizes = case(num_rows=1)
+    histogram = score_histogram(query * 1000, centroids, sizes, SCALE)
+    assert int(histogram.sum()) == int(query.shape[1] * sizes.sum())
+    assert histogram[0] > histogram.sum() // 2
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 0.1, 1.0, 1000.0])
+def test_curve(sharpness):
+    query, centroids, sizes = case()
+    curve = threshold_curve(score_histogram(query * sharpness, centroids, sizes, SCALE))
+    shares, thresholds = zip(*curve, strict=True)
+    assert shares[0] == 1.0
+    assert shares[-1] == pytest.approx(LEAST_SHARE)
+    assert all(math.isfinite(threshold) for threshold in thresholds)
+    assert list(thresholds) == sorted(thresholds)
+    check_thresholds(curve)
+    assert all(type(number) is float for pair in curve for number in pair)
+
+
+def test_curve_of_one_bin():
+    histogram = torch.zeros(NUM_BINS, dtype=torch.int64)
+    histogram[1000] = 7
+    edge = LOWEST_LOG_P + 1000 * BIN_WIDTH
+    assert all(edge <= threshold <= edge + BIN_WIDTH for _, threshold in threshold_curve(histogram))
+
+
+def test_threshold_falls_as_the_share_grows():
+    query, centroids, sizes = case()
+    curve = threshold_curve(score_histogram(query, centroids, sizes, SCALE))
+    shares = torch.logspace(-5, 0.1, 300).tolist()
+    thresholds = [log_threshold(curve, share) for share in shares]
+    assert thresholds == sorted(thresholds, reverse=True)
+    assert len(set(thresholds)) > 150
+
+
+def test_threshold_at_the_ends():
+    curve = ((1.0, -12.0), (0.1, -8.0), (0.01, -4.0))
+    assert log_threshold(curve, 1.0) == log_threshold(curve, 1.5) == -math.inf
+    assert log_threshold(curve, 0.0) == log_threshold(curve, -0.1) == math.inf
+    assert log_threshold(curve, 1e-6) == log_threshold(curve, 0.01) == -4.0
+
+
+def test_threshold_is_linear_in_the_log_of_the_share():
+    curve = ((1.0, -12.0), (0.1, -8.0), (0.01, -4.0))
+    assert log_threshold(curve, 0.1) == pytest.approx(-8.0)
+    assert log_threshold(curve, math.sqrt(0.1)) == pytest.approx(-10.0)
+    assert log_threshold(curve, 10**-1.25) == pytest.approx(-7.0)

@@ -1,0 +1,141 @@
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_index import LAYER_NAMES, make_manifest, make_tokens
+
+from vllm_squeeze.prefix_index.manifest import IndexParameters, InvalidIndex, LayerEntry, Manifest, with_digest
+
+NUM_BYTES = 1144
+
+
+@pytest.fixture(scope="module")
+def manifest():
+    return make_manifest(make_tokens(), [LayerEntry(name, 7, NUM_BYTES, "ab") for name in LAYER_NAMES])
+
+
+def edited(manifest, *path, value=None, remove=False):
+    """The manifest's text with one value set or removed, and the digest made anew."""
+    body = json.loads(manifest.to_json())
+    body.pop("digest")
+    inner = body
+    for key in path[:-1]:
+        inner = inner[key]
+    if remove:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return with_digest(body)
+
+
+def test_round_trip(manifest):
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_a_whole_number_may_stand_for_a_float(manifest):
+    thresholds = ((1, -20), (0.5, -9))
+    assert Manifest.from_json(dataclasses.replace(manifest, thresholds=thresholds).to_json()).thresholds == thresholds
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["surprise"], 1, "surprise is unknown"),
+        (["model", "surprise"], 1, "model.surprise is unknown"),
+        (["layers", 1, "file"], "../x", "layers[1].file is unknown"),
+        (["num_tokens"], "47", "num_tokens is '47', must be of type int"),
+        (["num_tokens"], True, "num_tokens is True, must be of type int"),
+        (["num_tokens"], 48.0, "num_tokens is 48.0, must be of type int"),
+        (["num_tokens"], -1, "num_tokens is -1, must be from 1 to 2147483647"),
+        (["num_tokens"], 10, "num_members is 37, must be num_tokens less 10, at least 1"),
+        (["num_tokens"], 10**30, "num_tokens is 1000"),
+        (["num_members"], 0, "num_members is 0, must be num_tokens less 10, at least 1"),
+        (["num_members"], 38, "num_members is 38, must be num_tokens less 10, at least 1"),
+        (["source"], None, "source is None, must be of type str"),
+        (["created"], "yesterday", "created is 'yesterday', must be a time in UTC"),
+        (["created"], "2026-01-02T03:04:05", "created is '2026-01-02T03:04:05', must be a time in UTC"),
+        (["model"], [], "model is [], must be an object"),
+        (["model", "dtype"], "int4", "model.dtype is 'int4', must be one of float32, float16, bfloat16"),
+        (["model", "num_kv_heads"], 2**40, "model.num_kv_heads is 1099511627776, must be from 1 to 65536"),
+        (["model", "num_layers"], 1, "layers has 2 entries, must have from 1 to 1"),
+        (["parameters", "centroids"], float("nan"), "parameters.centroids is nan, must be of type float"),
+        (["parameters", "centroids"], 0.0, "parameters.centroids is 0.0, must be above 0 and at most 1"),
+        (["parameters", "centroids"], 10**400, "parameters.centroids is 1000"),
+        (["thresholds"], {}, "thresholds is {}, must be a list"),
+        (["thresholds"], [], "thresholds is empty"),
+        (["thresholds", 0], [1.0], "thresholds[0] is [1.0], must be a list"),
+        (["thresholds", 0, 1], float("-inf"), "thresholds[0][1] is -inf, must be of type float"),
+        (["thresholds", 0, 0], 1.5, "thresholds must be pairs of a share above 0 and at most 1"),
+        (["thresholds", 1, 0], 1.0, "thresholds has (1.0, -20.0) and then (1.0, -9.0): shares must decrease"),
+        (["thresholds", 1, 1], -21.0, "thresholds has (1.0, -20.0) and then (0.5, -21.0)"),
+        (["layers"], [], "layers has 0 entries"),
+        (["layers", 1, "name"], LAYER_NAMES[0], "layers has 2 entries of the name"),
+        (["layers", 1, "num_bytes"], 10**15, "layers[1].num_bytes is 1000000000000000, but"),
+        (["layers", 1, "num_centroids"], 38, "layers[1].num_centroids is 38, must be at most num_members"),
+        (["layers", 1, "num_centroids"], 0, "layers[1].num_centroids is 0, must be from 1"),
+    ],
+    ids=lambda value: ".".join(map(str, value)) if isinstance(value, list) else None,
+)
+def test_a_value_that_is_not_allowed_is_named(manifest, path, value, message):
+    with pytest.raises(InvalidIndex) as error:
+        Manifest.from_json(edited(manifest, *path, value=value))
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "path", [["num_tokens"], ["parameters", "seed"], ["model", "rope"], ["layers", 0, "digest"]], ids=str
+)
+def test_a_missing_value_is_named_even_where_there_is_a_default(manifest, path):
+    with pytest.raises(InvalidIndex, match=rf"{path[-1]} is missing$"):
+        Manifest.from_json(edited(manifest, *path, remove=True))
+
+
+@pytest.mark.parametrize("rest", [{}, {"layers": "other"}], ids=["alone", "with other contents"])
+def test_a_newer_format_is_named_before_anything_else_is_looked_at(rest):
+    with pytest.raises(InvalidIndex, match=r"^made by a newer vllm-squeeze \(format 2; this one reads format 1\)$"):
+        Manifest.from_json(json.dumps({**rest, "format_version": 2}))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "null", "[]", "{}", '{"format_version": "1"}', "[" * 100_000, '{"format_version": ' + "1" * 5000 + "}"],
+    ids=["nothing", "null", "list", "empty", "text version", "deep", "long number"],
+)
+def test_what_is_no_manifest_is_refused(text):
+    with pytest.raises(InvalidIndex):
+        Manifest.from_json(text)
+
+
+@given(data=st.data())
+def test_any_other_text_is_refused(manifest, data):
+    """The digest is of the contents; the layout of the text must be ours too, or a flipped blank would pass."""
+    text = manifest.to_json()
+    position = data.draw(st.integers(0, len(text) - 1))
+    character = data.draw(st.one_of(st.sampled_from(' \n\t0123456789",:'), st.characters()))
+    changed = text[:position] + character + text[position + 1 :]
+    if changed != text:
+        with pytest.raises(InvalidIndex):
+            Manifest.from_json(changed)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(centroids=1.01),
+        dict(centroids=float("nan")),
+        dict(window=0),
+        dict(max_cluster=0),
+        dict(iterations=0),
+        dict(seed=-1),
+        dict(num_sinks=-1),
+        dict(observation_window=0),
+    ],
+    ids=str,
+)
+def test_parameters_that_are_not_allowed_are_named(changes):
+    ((field, value),) = changes.items()
+    with pytest.raises(ValueError, match=rf"^{field} is {value}, must be "):
+        IndexParameters(**changes)

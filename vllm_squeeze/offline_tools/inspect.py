@@ -1,0 +1,82 @@
+"""What is in an index, as text: ``vllm-squeeze inspect``. Needs neither vLLM nor a GPU."""
+
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from vllm_squeeze.prefix_index.calibration import log_threshold
+from vllm_squeeze.prefix_index.identity import DTYPE_BYTES
+from vllm_squeeze.prefix_index.index_folder import PrefixIndex, find_indexes
+from vllm_squeeze.prefix_index.manifest import InvalidIndex, Manifest
+
+SHARES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
+
+
+def inspect(path: Path, out: TextIO = sys.stdout) -> int:
+    """Prints what the index at a path, or each index in a folder of them, holds, and whether it is whole.
+
+    Args:
+        path: an index, or a folder of indexes.
+        out: where to print.
+
+    Returns:
+        the exit code: 1 if there is no index or one of them cannot be used, else 0.
+    """
+    try:
+        folders = find_indexes(path)
+    except ValueError as error:
+        print(printable(f"error: {error}"), file=out)
+        return 1
+    results = []
+    for folder in folders:
+        print(printable(folder.resolve().name), file=out)
+        results.append(inspect_index(folder, out))
+    return max(results)
+
+
+def inspect_index(folder: Path, out: TextIO) -> int:
+    try:
+        index = PrefixIndex.open(folder)
+        for label, value in facts(index):
+            print(f"  {label:<17} {printable(value)}", file=out)
+        index.verify()
+    except InvalidIndex as error:
+        print(f"  {'verification':<17} {printable(f'error: {error}')}", file=out)
+        return 1
+    print(f"  {'verification':<17} all {len(index.manifest.layers) + 2} files verified", file=out)
+    return 0
+
+
+def facts(index: PrefixIndex) -> list[tuple[str, str]]:
+    """Labels and values, in the order in which they are printed."""
+    manifest = index.manifest
+    model, parameters = manifest.model, manifest.parameters
+    dense = dense_bytes(manifest)
+    on_disk = sum(file.lstat().st_size for file in index.folder.iterdir())
+    centroids = sum(layer.num_centroids for layer in manifest.layers) / len(manifest.layers)
+    return [
+        ("source", manifest.source),
+        ("made", f"{manifest.created} by vllm-squeeze {manifest.tool_version}, format {manifest.format_version}"),
+        ("tokens", f"{manifest.num_tokens}, of which {manifest.num_members} are clustered"),
+        ("model", model.model),
+        *((f"  {name}", str(value)) for name, value in model.compared().items()),
+        ("layers", f"{len(manifest.layers)} of {model.num_layers} indexed"),
+        ("heads", f"{model.num_kv_heads} KV heads of size {model.head_size}, {model.num_heads} query heads"),
+        ("centroids", f"{centroids:.0f} per layer and KV head, {manifest.num_members / centroids:.1f} keys each"),
+        ("on disk", f"{on_disk / 2**20:.1f} MiB, {on_disk / dense:.1%} of the dense KV's {dense / 2**20:.1f} MiB"),
+        ("parameters", ", ".join(f"{name} {value}" for name, value in vars(parameters).items())),
+        ("keys kept", "  ".join(f"{share:>7.0%}" for share in SHARES)),
+        ("log threshold", "  ".join(f"{log_threshold(manifest.thresholds, share):>7.2f}" for share in SHARES)),
+    ]
+
+
+def dense_bytes(manifest: Manifest) -> int:
+    """Bytes of the prefix's keys and values in the indexed layers, in the model's dtype."""
+    model = manifest.model
+    vector = model.head_size * DTYPE_BYTES[model.dtype]
+    return 2 * manifest.num_tokens * model.num_kv_heads * vector * len(manifest.layers)
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what could upset a terminal, since a manifest may say anything."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

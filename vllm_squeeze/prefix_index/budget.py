@@ -1,0 +1,98 @@
+"""What a byte budget means: the bytes that attention over a prefix reads, divided by those that a dense pass reads.
+
+Read are the keys and values of kept and of always attended tokens, the centroids with the place and size of their
+clusters, and the member list of kept clusters.
+"""
+
+import math
+from dataclasses import dataclass
+
+BYTES_PER_CLUSTER = 8
+"""Where the members of a cluster start and how many there are, int32 each."""
+BYTES_PER_MEMBER = 4
+"""Position of a member in the prefix, int32."""
+
+
+def check_budget(budget: float) -> None:
+    """Refuses what is no budget.
+
+    Raises:
+        ValueError: the budget is not above 0 and at most 1.
+    """
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget: {budget} is not allowed; it must be above 0 and at most 1, where 1 reads everything")
+
+
+@dataclass(frozen=True)
+class ReadCost:
+    """Bytes that one KV head reads over one prefix for one query token.
+
+    Attributes:
+        num_tokens: tokens of the prefix.
+        num_always: tokens attended to whatever the choice: attention sinks, and those after the last clustered token.
+        num_clustered: tokens in clusters.
+        num_centroids: clusters.
+        head_size: elements of a key, and of a value.
+        element_size: bytes of an element.
+        rest: whether the values' centroids are read, for the clusters that were not chosen.
+    """
+
+    num_tokens: int
+    num_always: int
+    num_clustered: int
+    num_centroids: int
+    head_size: int
+    element_size: int
+    rest: bool
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of a dense pass."""
+        return self.num_tokens * 2 * self._vector_bytes
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes read even if no cluster is kept."""
+        bytes_per_cluster = self._vector_bytes * (2 if self.rest else 1) + BYTES_PER_CLUSTER
+        return self.num_always * 2 * self._vector_bytes + self.num_centroids * bytes_per_cluster
+
+    @property
+    def bytes_per_key(self) -> int:
+        """Bytes read for each kept key: the key, its value and its position."""
+        return 2 * self._vector_bytes + BYTES_PER_MEMBER
+
+    @property
+    def _vector_bytes(self) -> int:
+        return self.head_size * self.element_size
+
+    def read_bytes(self, kept_keys: float) -> float:
+        """Bytes read where ``kept_keys`` members of clusters are kept, which may be a mean."""
+        return self.fixed_bytes + kept_keys * self.bytes_per_key
+
+    def budget_used(self, kept_keys: float) -> float:
+        """The budget that ``kept_keys`` members come to."""
+        return self.read_bytes(kept_keys) / self.dense_bytes
+
+    def kept_share(self, budget: float) -> float:
+        """The share of clustered keys to keep so that the bytes read meet the budget.
+
+        Args:
+            budget: bytes read over the bytes of a dense pass, above 0. From 1 on everything is kept, although the
+                centroids then make it a little more than a dense pass.
+
+        Returns:
+            The share, between 0 and 1.
+
+        Raises:
+            ValueError: the centroids and the always attended tokens alone read more than the budget.
+        """
+        if budget >= 1:
+            return 1.0
+        spare_bytes = budget * self.dense_bytes - self.fixed_bytes
+        if spare_bytes < 0:
+            # rounded up, so that the number shown is one that works
+            least = math.ceil(self.budget_used(0) * 1000) / 1000
+            raise ValueError(
+                f"budget: {budget} is less than the {least:.3f} that centroids and always attended tokens read alone"
+            )
+        return min(spare_bytes / (self.num_clustered * self.bytes_per_key), 1.0)

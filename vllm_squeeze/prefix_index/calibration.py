@@ -1,0 +1,86 @@
+"""Finds the threshold on predicted attention probabilities: one for all layers and heads of a prefix.
+
+Queries of the observation window score the clusters. A histogram counts the clustered keys by the joined log p of
+their cluster (``choose_clusters`` in ``kernels/reference.py``). Its counts are integers: histograms of layers, heads
+and tensor-parallel ranks add up exactly, in any order. The curve read off the sum gives a threshold for each share of
+clustered keys to keep.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+NUM_BINS = 4096
+LOWEST_LOG_P = -40.0
+LEAST_SHARE = 0.002
+# log-spaced in the odds, which is log-spaced in the share where it is small, and close to 1 log-spaced in what is left
+SHARES = np.append(1.0, 1 / (1 + np.geomspace(0.01, 1 / LEAST_SHARE - 1, 63)))
+
+Curve = tuple[tuple[float, float], ...]
+"""Pairs of the share of clustered keys kept, decreasing from 1, and the log threshold that keeps it."""
+
+
+def score_histogram(
+    query: torch.Tensor, centroids: torch.Tensor, sizes: torch.Tensor, scale: float, memory_bytes: int = 1 << 28
+) -> torch.Tensor:
+    """Counts clustered keys by the log p of their cluster, the largest over the query heads of a KV head.
+
+    Args:
+        query: [B, W, G, D], the queries of W tokens, after the rotary embedding. Row b belongs to one KV head of
+            one layer.
+        centroids: [B, C, D].
+        sizes: [B, C], keys of each cluster.
+        scale: softmax scale.
+        memory_bytes: bound on temporary memory, as far as one row fits into it.
+
+    Returns:
+        [NUM_BINS] int64 on the device of the query. Bins divide [LOWEST_LOG_P, 0] equally; what is lower counts in
+        the first. The counts sum up to W times the clustered keys of all rows.
+    """
+    num_rows, num_queries, group, _ = query.shape
+    num_centroids = sizes.shape[1]
+    histogram = torch.zeros(NUM_BINS, dtype=torch.int64, device=query.device)
+    bytes_per_row = num_queries * num_centroids * (12 * group + 32)
+    for rows in torch.arange(num_rows, device=query.device).split(max(memory_bytes // max(bytes_per_row, 1), 1)):
+        weights = sizes[rows].long()[:, None].expand(-1, num_queries, -1)
+        scores = torch.einsum("bwgd,bcd->bwgc", query[rows].float(), centroids[rows].float()) * scale
+        mass = (scores + sizes[rows].log()[:, None, None]).logsumexp(-1, keepdim=True)
+        log_p = (scores - mass).amax(2)  # [B, W, C]
+        bins = ((log_p / -LOWEST_LOG_P + 1) * NUM_BINS).clamp(0, NUM_BINS - 1).long()
+        histogram.scatter_add_(0, bins.flatten(), weights.flatten())
+    return histogram
+
+
+def threshold_curve(histogram: torch.Tensor) -> Curve:
+    """Reads thresholds off a histogram [NUM_BINS] that counts at least one key.
+
+    Returns:
+        Pairs for SHARES, from 1 to LEAST_SHARE. The log thresholds are finite and do not decrease.
+    """
+    counts = histogram.cpu().numpy()
+    occupied = counts.nonzero()[0]
+    assert len(occupied), "the histogram is empty"
+    counts = counts[occupied[0] : occupied[-1] + 1]
+    edges = LOWEST_LOG_P + np.arange(occupied[0], occupied[-1] + 2) * (-LOWEST_LOG_P / NUM_BINS)
+    kept = np.append(counts[::-1].cumsum()[::-1], 0) / counts.sum()  # above each edge
+    return tuple(zip(SHARES.tolist(), np.interp(SHARES, kept[::-1], edges[::-1]).tolist(), strict=True))
+
+
+def log_threshold(curve: Curve, share: float) -> float:
+    """The log threshold that keeps a share of the clustered keys, linear in the log of the share between points.
+
+    Args:
+        curve: from ``threshold_curve``.
+        share: from 1 on everything is kept, up to 0 nothing; a positive share below the last point's counts as
+            that.
+
+    Returns:
+        A log threshold; minus infinity keeps all clusters, infinity none.
+    """
+    if share >= 1:
+        return -math.inf
+    if share <= 0:
+        return math.inf
+    shares, thresholds = np.array(curve)[::-1].T
+    return float(np.interp(math.log(share), np.log(shares), thresholds))

@@ -1,0 +1,240 @@
+"""Clusters the keys of a prefix, for all layers and KV heads at once.
+
+The first tokens (attention sinks) and the last ones (observation window) stay out. The others are cut into near-equal
+windows. K-means runs in each window on L2-normalised keys; then clusters above the size limit are split along their
+main direction. B counts rows, a row being one KV head of one layer; M counts clustered tokens; I counts (row, window)
+pairs, n the tokens of a window and k its centroids.
+
+The result depends on the seed only: segment sums are reduced in the order of tokens, and no atomics take part. A
+row's result does not depend on the rows beside it, so that every tensor-parallel rank may cluster its own heads.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from vllm_squeeze.prefix_index.manifest import IndexParameters
+
+POWER_ITERATIONS = 8
+CPU_MEMORY_BYTES = 1 << 25
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Clusters of prefix keys, window after window.
+
+    Attributes:
+        centroids: [B, C, D] float32, the mean key of each cluster. Zero where the cluster is empty.
+        value_centroids: [B, C, D] float32, the mean value of each cluster. Zero where the cluster is empty.
+        sizes: [B, C] int32. Rows that have fewer clusters than the largest row end in empty ones.
+        members: [B, M] int32, positions of tokens in the prefix, ordered by cluster, ascending inside a cluster.
+    """
+
+    centroids: torch.Tensor
+    value_centroids: torch.Tensor
+    sizes: torch.Tensor
+    members: torch.Tensor
+
+    @property
+    def starts(self) -> torch.Tensor:
+        """[B, C] int32, where the members of a cluster begin in ``members``."""
+        return self.sizes.cumsum(1, dtype=torch.int32) - self.sizes
+
+
+def cluster_keys(
+    keys: torch.Tensor, values: torch.Tensor, parameters: IndexParameters, memory_bytes: int = 1 << 30
+) -> Clusters:
+    """Clusters the keys of one prefix.
+
+    Args:
+        keys: [B, T, D], any float dtype, after the rotary embedding.
+        values: [B, T, D].
+        parameters: how to cluster.
+        memory_bytes: bound on temporary memory, as far as one window of one row and one row's keys fit into it.
+
+    Returns:
+        The clusters, on the device of the keys.
+
+    Raises:
+        ValueError: no token is left between the attention sinks and the observation window.
+    """
+    num_rows, num_tokens, head_size = keys.shape
+    assert values.shape == keys.shape
+    first, last = parameters.num_sinks, num_tokens - parameters.observation_window
+    num_clustered = last - first
+    if num_clustered < 1:
+        raise ValueError(
+            f"a prefix of {num_tokens} tokens is too short to cluster: {parameters.num_sinks} attention sinks and an "
+            f"observation window of {parameters.observation_window} tokens leave none; the shortest has "
+            f"{parameters.num_sinks + parameters.observation_window + 1}"
+        )
+    if keys.device.type == "cpu":
+        # batches that stay in the cache run twice as fast
+        memory_bytes = min(memory_bytes, CPU_MEMORY_BYTES)
+    labels = keys.new_empty(num_rows, num_clustered, dtype=torch.int32)
+    lengths, counts = [], []
+    generator = torch.Generator().manual_seed(parameters.seed)
+    for start, num_windows, length in _equal_windows(num_clustered, parameters.window):
+        tokens = slice(start, start + num_windows * length)
+        windows = keys[:, first:last][:, tokens].unflatten(1, (num_windows, length))
+        window_labels = labels[:, tokens].unflatten(1, (num_windows, length))
+        window_counts = labels.new_empty(num_rows, num_windows)
+        num_centroids = round(parameters.centroids * num_tokens * length / num_clustered)
+        num_centroids = min(max(num_centroids, 1), length)
+        # the same positions in every row and window: what a row gets must not depend on how rows are batched
+        initial = torch.randperm(length, generator=generator)[:num_centroids].to(keys.device)
+        direction = torch.randn(head_size, generator=generator).to(keys.device)
+        bytes_per_window = 4 * length * (num_centroids + 5 * head_size)
+        for batch in _batches(num_rows * num_windows, bytes_per_window, memory_bytes, keys.device):
+            row, window = batch // num_windows, batch % num_windows
+            batch_keys = windows[row, window].float()
+            found = _k_means(functional.normalize(batch_keys, dim=-1), initial, parameters.iterations, memory_bytes)
+            found, count = _split_large(batch_keys, found, num_centroids, parameters.max_cluster, direction)
+            window_labels[row, window] = found.int()
+            window_counts[row, window] = count.int()
+        lengths += [length] * num_windows
+        counts.append(window_counts)
+
+    counts = torch.cat(counts, 1)
+    labels += (counts.cumsum(1, dtype=torch.int32) - counts).repeat_interleave(torch.tensor(lengths).to(labels), 1)
+    return _summarise(keys, values, labels, int(counts.sum(1).max()), first, memory_bytes)
+
+
+def mean_cosine(keys: torch.Tensor, clusters: Clusters) -> float:
+    """Mean cosine of the clustered keys [B, T, D] to the centroids of their clusters, in [-1, 1]; higher is better."""
+    total = keys.new_zeros((), dtype=torch.float64)
+    for row in range(len(keys)):
+        one = slice(row, row + 1)
+        unit_keys = functional.normalize(keys[one].float(), dim=-1)
+        means = _segment_means(unit_keys, clusters.members[one].long(), clusters.starts[one].long())
+        cosine = (means * functional.normalize(clusters.centroids[one], dim=-1)).sum(-1)
+        total += (cosine * clusters.sizes[one]).sum()
+    return float(total) / clusters.members.numel()
+
+
+def _equal_windows(num_clustered: int, window: int) -> Iterator[tuple[int, int, int]]:
+    """Yields the first token, the number of windows and their length, for the longer windows, then the shorter."""
+    num_windows = -(-num_clustered // window)
+    length, num_longer = divmod(num_clustered, num_windows)
+    if num_longer:
+        yield 0, num_longer, length + 1
+    yield num_longer * (length + 1), num_windows - num_longer, length
+
+
+def _batches(count: int, bytes_each: int, memory_bytes: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Indices 0..count - 1 in pieces that fit into the memory, of one index at least."""
+    return torch.arange(count, device=device).split(max(memory_bytes // bytes_each, 1))
+
+
+def _k_means(points: torch.Tensor, initial: torch.Tensor, iterations: int, memory_bytes: int) -> torch.Tensor:
+    """Lloyd's algorithm from the points [I, n, D] at positions [k]: labels [I, n]. Empty clusters stay in place."""
+    centroids = points[:, initial]
+    for _ in range(iterations):
+        order, starts, sizes = _group(_nearest(points, centroids, memory_bytes), len(initial))
+        centroids = torch.where(sizes[..., None] > 0, _segment_means(points, order, starts), centroids)
+    return _nearest(points, centroids, memory_bytes)
+
+
+def _nearest(points: torch.Tensor, centroids: torch.Tensor, memory_bytes: int) -> torch.Tensor:
+    """The centroid [I, k, D] of least Euclidean distance to each point [I, n, D]: labels [I, n]."""
+    bias = centroids.square().sum(-1)[:, None] / -2
+    step = max(memory_bytes // (4 * bias.numel()), 1)
+    return torch.cat([torch.baddbmm(bias, part, centroids.mT).argmax(-1) for part in points.split(step, 1)], 1)
+
+
+def _group(labels: torch.Tensor, num_clusters: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Orders points by their labels [I, n]: order [I, n], starts [I, k] in it, and sizes [I, k], all int64."""
+    ordered, order = labels.sort(dim=-1, stable=True)
+    clusters = torch.arange(num_clusters, device=labels.device, dtype=labels.dtype).expand(len(labels), -1)
+    starts = torch.searchsorted(ordered, clusters.contiguous())
+    end = starts.new_full((len(labels), 1), labels.shape[1])
+    return order, starts, starts.diff(dim=-1, append=end)
+
+
+def _segment_means(points: torch.Tensor, order: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """Means of the points [I, n, D] over segments of ``order`` [I, m] that begin at ``starts`` [I, k]: [I, k, D]."""
+    item = torch.arange(len(points), device=points.device)[:, None]
+    # an embedding bag sums in order without atomics, and reads each point where it lies
+    return functional.embedding_bag(
+        (order + item * points.shape[1]).flatten(),
+        points.flatten(0, 1),
+        (starts + item * order.shape[1]).flatten(),
+        mode="mean",
+    ).unflatten(0, starts.shape)
+
+
+def _split_large(
+    keys: torch.Tensor, labels: torch.Tensor, num_clusters: int, max_cluster: int, direction: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Splits clusters above the limit into near-equal parts along their main direction, and drops empty ones.
+
+    Args:
+        keys: [I, n, D] float32.
+        labels: [I, n] int64, below ``num_clusters``.
+        num_clusters: k.
+        max_cluster: the limit.
+        direction: [D], where the power iteration starts.
+
+    Returns:
+        new labels [I, n] int64, and how many there are, [I] int64.
+    """
+    order, starts, sizes = _group(labels, num_clusters)
+    parts = -(-sizes // max_cluster)
+    new_labels = (parts.cumsum(1) - parts).gather(1, labels)
+    large = parts > 1
+    sizes = sizes[large]  # [L], L large clusters
+    if len(sizes):
+        cluster = torch.arange(len(sizes), device=keys.device).repeat_interleave(sizes)  # [N], their N members
+        first = sizes.cumsum(0) - sizes
+        rank = torch.arange(len(cluster), device=keys.device) - first[cluster]
+        item = large.nonzero()[:, 0][cluster]
+        token = order[item, starts[large][cluster] + rank]
+        position = _main_position(keys[item, token], cluster, first, direction)
+        along = position.argsort(stable=True)
+        along = along[cluster[along].argsort(stable=True)]
+        new_labels[item[along], token[along]] += rank * parts[large][cluster] // sizes[cluster]
+    return new_labels, parts.sum(1)
+
+
+def _main_position(
+    points: torch.Tensor, cluster: torch.Tensor, first: torch.Tensor, direction: torch.Tensor
+) -> torch.Tensor:
+    """Where points [N, D], ordered by ``cluster`` [N], lie on the first principal axis of their cluster: [N].
+
+    Args:
+        points: [N, D].
+        cluster: [N] int64, never decreasing.
+        first: [L] int64, the first point of each cluster.
+        direction: [D], where the power iteration starts.
+    """
+    here = torch.arange(len(points), device=points.device)
+    points = points - functional.embedding_bag(here, points, first, mode="mean")[cluster]
+    position = points @ direction
+    for _ in range(POWER_ITERATIONS):
+        axis = functional.embedding_bag(here, points, first, mode="sum", per_sample_weights=position)
+        position = torch.linalg.vecdot(points, functional.normalize(axis, dim=-1)[cluster])
+    return position
+
+
+def _summarise(
+    keys: torch.Tensor, values: torch.Tensor, labels: torch.Tensor, num_clusters: int, first: int, memory_bytes: int
+) -> Clusters:
+    """Means, sizes and members of the clusters that ``labels`` [B, M] assigns to the tokens from ``first`` on."""
+    num_rows, num_tokens, head_size = keys.shape
+    centroids = keys.new_empty(num_rows, num_clusters, head_size, dtype=torch.float32)
+    clusters = Clusters(
+        centroids,
+        torch.empty_like(centroids),
+        labels.new_empty(num_rows, num_clusters),
+        torch.empty_like(labels),
+    )
+    for rows in _batches(num_rows, num_tokens * (4 * head_size + 32), memory_bytes, keys.device):
+        order, starts, sizes = _group(labels[rows], num_clusters)
+        members = order + first
+        clusters.centroids[rows] = _segment_means(keys[rows].float(), members, starts)
+        clusters.value_centroids[rows] = _segment_means(values[rows].float(), members, starts)
+        clusters.sizes[rows] = sizes.int()
+        clusters.members[rows] = members.int()
+    return clusters
