@@ -1,0 +1,99 @@
+"""Real vLLM engines, in this process, with tiny random models; prompts are token ids."""
+
+import os
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.tiny_models import VOCABULARY, make_model
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Makes a tiny model once: models("llama", group=3) -> its folder."""
+    made: dict[tuple, Path] = {}
+
+    def model(family: str = "llama", **shape: Any) -> Path:
+        known = (family, *sorted(shape.items()))
+        if known not in made:
+            made[known] = make_model(tmp_path_factory.mktemp(family), family, **shape)
+        return made[known]
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def indexes(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Indexes token ids once for a model: indexes(model, ids, name) -> the folder of the index."""
+    from vllm_squeeze.offline_tools.index import index
+    from vllm_squeeze.prefix_index.manifest import IndexParameters
+
+    made: dict[tuple, Path] = {}
+
+    def make(model: Path, ids: list[int], **parameters: Any) -> Path:
+        known = (model, tuple(ids), *sorted(parameters.items()))
+        if known not in made:
+            folder = tmp_path_factory.mktemp("index")
+            tokens = folder / "tokens.json"
+            tokens.write_text(str(list(ids)))
+            made[known] = index(
+                str(model), None, tokens, None, folder / "store", IndexParameters(**parameters), ENGINE_ARGS
+            )
+        return made[known]
+
+    return make
+
+
+ENGINE_ARGS = {"dtype": "float32", "gpu_memory_utilization": 0.2, "block_size": 32}
+
+
+@contextmanager
+def engine(model: Path, index: Any = None, budget: float = 1.0, squeeze: Any = None, **arguments: Any) -> Iterator[Any]:
+    """An ``LLM`` with our backend and this index, or with vLLM's own backend where there is none."""
+    from vllm import LLM
+
+    if index is not None:
+        index = [str(index)] if isinstance(index, Path) else [str(folder) for folder in index]
+        arguments["attention_backend"] = "squeeze"
+        arguments["additional_config"] = {"squeeze": {"index": index, "budget": budget, **(squeeze or {})}}
+    settings = {"enforce_eager": True, "max_model_len": 1024, "skip_tokenizer_init": True, "disable_log_stats": False}
+    llm = LLM(str(model), **{**ENGINE_ARGS, **settings, **arguments})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def generate(llm: Any, prompts: list[list[int]], num_tokens: int = 8, **sampling: Any) -> list[tuple[int, ...]]:
+    """Greedy answers to prompts, as token ids."""
+    from vllm import SamplingParams, TokensPrompt
+
+    parameters = SamplingParams(
+        **{"temperature": 0, "max_tokens": num_tokens, "ignore_eos": True, "detokenize": False, **sampling}
+    )
+    results = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts], parameters, use_tqdm=False)
+    return [tuple(completion.token_ids) for result in results for completion in result.outputs]
+
+
+def outcomes(llm: Any) -> dict[str, int]:
+    """Rows so far, by what became of them, from vLLM's own metrics."""
+    counts: dict[str, int] = {}
+    for metric in llm.get_metrics():
+        if metric.name == "vllm:squeeze_rows":
+            counts[metric.labels["outcome"]] = counts.get(metric.labels["outcome"], 0) + metric.value
+    return counts
+
+
+def tokens(seed: int, count: int) -> list[int]:
+    """Random token ids; ids of one seed begin alike whatever their count."""
+    import numpy as np
+
+    return np.random.default_rng(seed).integers(10, VOCABULARY, 4096)[:count].tolist()

@@ -1,0 +1,27 @@
+"""At a budget of 1 every key is attended to exactly: answers must be those of vLLM's own backend, token for token."""
+
+import pytest
+
+from tests.engine.conftest import engine, generate, outcomes, tokens
+
+PREFIX = tokens(seed=1, count=600)
+
+
+@pytest.mark.parametrize(
+    ("family", "group", "head_size"),
+    [("llama", 3, 64), ("llama", 7, 64), ("llama", 1, 128), ("gemma3", 4, 64)],
+    ids=["llama-G3", "llama-G7", "llama-G1-D128", "gemma3-hybrid"],
+)
+def test_answers_are_the_dense_ones(models, indexes, family, group, head_size):
+    model = models(family, group=group, head_size=head_size)
+    prompts = [PREFIX + tokens(seed, 3 + seed) for seed in range(20)]
+    with engine(model) as llm:
+        dense = generate(llm, prompts)
+    with engine(model, indexes(model, PREFIX)) as llm:
+        generate(llm, prompts[:1], num_tokens=1)  # brings the prefix into the KV cache
+        squeezed = generate(llm, prompts)
+        rows = outcomes(llm)
+    assert squeezed == dense
+    assert len(set(dense)) > 10, "the model answers alike whatever it is asked"
+    # One row per request and answered token; the first request of all computes the prefix.
+    assert rows == {"squeezed": 20 * 8, "dense: prefix not in the KV cache yet": 1}

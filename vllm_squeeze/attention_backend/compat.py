@@ -1,0 +1,168 @@
+"""All that depends on vLLM's version or has no official hook. Checked with vLLM 0.26.0, 0.32.0 and 0.33.0.
+
+Features are detected, never concluded from a version number.
+"""
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+BACKEND = "SQUEEZE"
+BACKEND_PATH = "vllm_squeeze.attention_backend.flash_attention.SqueezeBackend"
+CPU_BACKEND_PATH = "vllm_squeeze.attention_backend.cpu_attention.SqueezeCPUBackend"
+CONNECTORS = {
+    "SqueezeConnector": "vllm_squeeze.attention_backend.connector",
+    "SqueezeRecorder": "vllm_squeeze.attention_backend.recorder",
+}
+logger = init_logger("vllm.squeeze")
+
+
+def ensure_backend_name() -> "AttentionBackendEnum":
+    """Adds the member SQUEEZE to vLLM's enum of attention backends, once a process.
+
+    vLLM pickles its configuration, this member in it, into its processes before it loads plugins there, so the
+    member carries its own way of being restored. vLLM's registration of names (0.32 and later) lacks that and fails
+    when its processes are spawned; 0.26 has no registration of names at all.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    member = AttentionBackendEnum._member_map_.get(BACKEND)
+    if member is None:
+        member = object.__new__(AttentionBackendEnum)
+        member._name_, member._value_ = BACKEND, BACKEND_PATH
+        member._sort_order_ = len(AttentionBackendEnum._member_names_)
+        type.__setattr__(AttentionBackendEnum, BACKEND, member)
+        AttentionBackendEnum._member_map_[BACKEND] = member
+        AttentionBackendEnum._value2member_map_[BACKEND_PATH] = member
+        AttentionBackendEnum._member_names_.append(BACKEND)
+        member.__reduce_ex__ = lambda protocol: (ensure_backend_name, ())
+    return member
+
+
+def register_cpu_backend() -> None:
+    """On the CPU, where vLLM overrides any choice of backend, puts ours (neutral unless chosen) in the CPU's place."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if current_platform.is_cpu():
+        register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND_PATH)
+
+
+def register_connectors() -> None:
+    """Makes our connectors known by name, which MultiConnector needs."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    for name, module in CONNECTORS.items():
+        if name not in KVConnectorFactory._registry:
+            KVConnectorFactory.register_connector(name, module, name)
+
+
+def wrap_create_engine_config() -> None:
+    """Lets every engine that chose this backend get its connector, from the command line and from Python alike.
+
+    vLLM has no hook by which a backend adds to the configuration.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.create_engine_config
+    if hasattr(original, "squeeze"):
+        return
+
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_squeeze.attention_backend.wiring import add_connector
+
+        add_connector(self)
+        return original(self, *args, **kwargs)
+
+    create_engine_config.squeeze = True
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def two_graph_sets() -> bool:
+    """Gives vLLM's V2 model runner a second set of full CUDA graphs, replayed in steps with squeezed rows.
+
+    A step without them replays vLLM's own graphs. The set is captured only in an engine that serves an index.
+
+    Returns:
+        Whether this vLLM has the V2 runner's graph manager in a form we know.
+    """
+    try:
+        from vllm.config import CUDAGraphMode
+        from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager as Manager
+    except ImportError:
+        return False
+    if hasattr(Manager, "squeeze"):
+        return True
+    if not (hasattr(Manager, "capture") and hasattr(Manager, "run_fullgraph")):
+        return False
+    capture, run_fullgraph = Manager.capture, Manager.run_fullgraph
+
+    @functools.wraps(capture)
+    def capture_both(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_squeeze.attention_backend.worker import worker_of
+
+        result = capture(self, *args, **kwargs)
+        worker = worker_of(self.vllm_config)
+        full = self._capture_descs.get(CUDAGraphMode.FULL)
+        if worker is None or not full:
+            return result
+        dense_graphs, descriptions = self.graphs, self._capture_descs
+        self.graphs, self._capture_descs = {}, {CUDAGraphMode.FULL: full}
+        try:
+            with worker.capturing():
+                capture(self, *args, **kwargs)
+            self.squeezed_graphs = self.graphs
+        finally:
+            self.graphs, self._capture_descs = dense_graphs, descriptions
+        return result
+
+    @functools.wraps(run_fullgraph)
+    def run_either(self: Any, description: Any) -> Any:
+        from vllm_squeeze.attention_backend.worker import worker_of
+
+        squeezed_graphs = getattr(self, "squeezed_graphs", None)
+        if squeezed_graphs is None or not worker_of(self.vllm_config).squeezing:
+            return run_fullgraph(self, description)
+        dense_graphs, self.graphs = self.graphs, squeezed_graphs
+        try:
+            return run_fullgraph(self, description)
+        finally:
+            self.graphs = dense_graphs
+
+    Manager.capture, Manager.run_fullgraph, Manager.squeeze = capture_both, run_either, True
+    return True
+
+
+def no_full_graph_while_squeezing() -> bool:
+    """Keeps vLLM's V1 model runner from replaying a full CUDA graph in a step with squeezed rows.
+
+    Returns:
+        Whether this vLLM has the V1 runner's dispatcher in a form we know.
+    """
+    try:
+        from vllm.config import CUDAGraphMode
+        from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher as Dispatcher
+    except ImportError:
+        return False
+    if hasattr(Dispatcher, "squeeze"):
+        return True
+    if not hasattr(Dispatcher, "dispatch"):
+        return False
+    original = Dispatcher.dispatch
+
+    @functools.wraps(original)
+    def dispatch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_squeeze.attention_backend.worker import worker_of
+
+        worker = worker_of(self.vllm_config)
+        if worker is not None and worker.squeezing:
+            kwargs["invalid_modes"] = {CUDAGraphMode.FULL, *(kwargs.get("invalid_modes") or ())}
+        return original(self, *args, **kwargs)
+
+    Dispatcher.dispatch, Dispatcher.squeeze = dispatch, True
+    return True

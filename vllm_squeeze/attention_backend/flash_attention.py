@@ -1,0 +1,195 @@
+"""The backend on NVIDIA GPUs: FlashAttention for all that is not indexed, our kernels for indexed prefixes."""
+
+from typing import Any
+
+import torch
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+    flash_attn_varlen_func,
+)
+
+from vllm_squeeze.attention_backend.layers import NotesRows, SqueezeLayer, mode_of_engine
+from vllm_squeeze.attention_backend.matching import DENSE_SLOT
+from vllm_squeeze.attention_backend.recorder import ObservesQueries
+from vllm_squeeze.attention_backend.rows import RowGroup
+from vllm_squeeze.attention_backend.wiring import RECORD, SERVE, options_of
+from vllm_squeeze.kernels.squeezed_attention import squeezed_attention
+from vllm_squeeze.kernels.workspace import Workspace
+
+# Query tokens that the prefix kernels take at once.
+MAX_WORK = 256
+
+
+class DeviceRows(RowGroup):
+    """The rows of a step in tensors that stay where they are, as captured CUDA graphs need it.
+
+    Attributes:
+        suffix_lens: [max rows] int32, tokens of each row that FlashAttention attends to.
+        suffix_blocks: [max rows, max blocks] int32, their block tables.
+        work: [max tokens, 3] int32, for each query token of a squeezed row: token, row, slot. DENSE_SLOT ends them.
+        num_work: how many of them there may be.
+    """
+
+    def __init__(self, block_size: int, vllm_config: Any, device: torch.device):
+        super().__init__(block_size, vllm_config, device)
+        scheduler = vllm_config.scheduler_config
+        self._max_rows, max_tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+        self.suffix_lens = torch.zeros(self._max_rows, dtype=torch.int32, device=device)
+        self.suffix_blocks = torch.zeros(0, dtype=torch.int32, device=device)
+        self.work = torch.full((max_tokens, 3), DENSE_SLOT, dtype=torch.int32, device=device)
+        self.num_work = 0
+        self._tokens = torch.arange(max_tokens, dtype=torch.int32, device=device)
+        self._capturing = False
+
+    def note(self, metadata: Any, kernel_block_size: int) -> None:
+        super().note(metadata, kernel_block_size)
+        if not self.suffix_blocks.numel():
+            width = metadata.block_table.shape[1]
+            self.suffix_blocks = torch.zeros(self._max_rows, width, dtype=torch.int32, device=self._device)
+        if self._capturing:
+            # Any token of a later step that replays this graph may be a squeezed row's.
+            self.num_work = metadata.num_actual_tokens
+
+    def begin_capture(self) -> None:
+        self._capturing = self.squeezing = True
+        self.work[:, 2] = DENSE_SLOT
+
+    def end_step(self) -> None:
+        super().end_step()
+        self._capturing = False
+
+    def set_rows(self, row_slot: torch.Tensor, prefix_len: torch.Tensor, num_tokens: int) -> None:
+        rows = len(row_slot)
+        self.suffix_lens[:rows] = self.seq_lens - prefix_len
+        shift = prefix_len // self._kernel_block_size
+        width = min(-(-self.max_seq_len // self._kernel_block_size), self.block_table.shape[1])
+        column = torch.arange(width, device=self._device) + shift[:, None]
+        column.clamp_(max=self.block_table.shape[1] - 1)
+        self.suffix_blocks[:rows, :width] = self.block_table[:rows].gather(1, column)
+
+        tokens = self._tokens[: self.num_tokens]
+        row = torch.searchsorted(self.query_start_loc[1 : rows + 1].contiguous(), tokens, right=True)
+        slot = torch.where(row < rows, row_slot[row.clamp(max=rows - 1)], DENSE_SLOT)
+        order = (slot < 0).to(torch.int8).argsort(stable=True)
+        self.work[self.num_tokens :, 2] = DENSE_SLOT
+        self.work[: self.num_tokens] = torch.stack([order, row[order], slot[order]], 1)
+        self.num_work = num_tokens
+
+
+class SqueezeImpl(SqueezeLayer, FlashAttentionImpl):
+    """Attention of one layer: vLLM's own in steps without squeezed rows."""
+
+    rows_class = DeviceRows
+    _workspace: Workspace | None = None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        super().process_weights_after_loading(act_dtype)
+        if self.table is not None:
+            self._workspace = self.residency.shared(
+                lambda: Workspace.allocate(
+                    MAX_WORK,
+                    self.num_kv_heads,
+                    self.num_queries_per_kv,
+                    self.head_size,
+                    self.residency.largest_prefix,
+                    self.residency.device,
+                )
+            )
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        rows = self.rows
+        if rows is None or not rows.squeezing or attn_metadata is None:
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        num_tokens, num_rows = attn_metadata.num_actual_tokens, len(attn_metadata.seq_lens)
+        # FlashAttention's loads want canonical strides where there is one KV head.
+        key_cache, value_cache = map(
+            canonicalize_singleton_dim_strides, kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        )
+        _, suffix_lse = flash_attn_varlen_func(
+            q=query[:num_tokens],
+            k=key_cache,
+            v=value_cache,
+            out=output[:num_tokens],
+            cu_seqlens_q=attn_metadata.query_start_loc,
+            max_seqlen_q=attn_metadata.max_query_len,
+            seqused_k=rows.suffix_lens[:num_rows],
+            max_seqlen_k=attn_metadata.max_seq_len,
+            softmax_scale=self.scale,
+            causal=True,
+            block_table=rows.suffix_blocks[:num_rows],
+            fa_version=self.vllm_flash_attn_version,
+            num_splits=attn_metadata.max_num_splits,
+            return_softmax_lse=True,
+        )
+        squeezed_attention(
+            query,
+            output,
+            suffix_lse,
+            key_cache,
+            value_cache,
+            rows.block_table,
+            rows.work[: rows.num_work],
+            self.table,
+            self.residency.prefixes,
+            self.scale,
+            self.residency.options.rest == "value_centroids",
+            self._workspace,
+        )
+        return output
+
+
+class SqueezeBuilder(NotesRows, FlashAttentionMetadataBuilder):
+    """vLLM's builder that also tells our layers of the rows of each step."""
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+        if options_of(vllm_config, SERVE) is None:
+            return support
+        # Full graphs of mixed batches would need room for every token of a batch to be squeezed.
+        return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda level: level.value)
+
+    def update_block_table(self, *args: Any, **kwargs: Any) -> Any:
+        return self._noted(super().update_block_table(*args, **kwargs))
+
+    def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
+        # vLLM would read a prefix common to all rows densely, also in a step that squeezes them.
+        return not self._serving and super().use_cascade_attention(*args, **kwargs)
+
+
+class RecordingImpl(ObservesQueries, FlashAttentionImpl):
+    """vLLM's attention that remembers the last queries."""
+
+    def read_tokens(self, layer: Any, kv_cache: torch.Tensor, blocks: torch.Tensor, num_tokens: int) -> Any:
+        pages = kv_cache[blocks.to(kv_cache.device)].transpose(0, 1).flatten(1, 2)[:, :num_tokens]  # [H, T, 2 * D]
+        return pages.split(self.head_size, dim=-1)
+
+
+class SqueezeBackend(FlashAttentionBackend):
+    """FlashAttention, and just that unless there is an index to serve or to make."""
+
+    @staticmethod
+    def get_impl_cls() -> type[FlashAttentionImpl]:
+        impls = {SERVE: SqueezeImpl, RECORD: RecordingImpl}
+        return impls.get(mode_of_engine(), FlashAttentionImpl)
+
+    @staticmethod
+    def get_builder_cls() -> type[FlashAttentionMetadataBuilder]:
+        return SqueezeBuilder

@@ -1,0 +1,190 @@
+"""Which indexes an engine serves, and where each lies in its paged KV cache."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_squeeze.attention_backend.compat import logger
+from vllm_squeeze.attention_backend.model_identity import model_identity
+from vllm_squeeze.prefix_index.budget import ReadCost
+from vllm_squeeze.prefix_index.calibration import log_threshold
+from vllm_squeeze.prefix_index.identity import ModelIdentity
+from vllm_squeeze.prefix_index.index_folder import PrefixIndex
+from vllm_squeeze.prefix_index.manifest import InvalidIndex, Manifest
+
+OnRefusal = Callable[[str], None]
+
+
+def warn(reason: str) -> None:
+    logger.warning("squeeze: %s. Its prefix is served densely.", reason)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The serving connector's options, the same in all processes of an engine. An index's slot is its position."""
+
+    indexes: list[str]
+    budget: float
+    rest: str
+    memory_limit_gib: float
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A served prefix in the KV cache.
+
+    Attributes:
+        slot: the prefix's slot.
+        prefix_lens: tokens that the squeezed part covers, whole blocks, by KV cache group. What follows in the
+            prefix, the observation window in it, is attended to densely with the rest of the request.
+        log_threshold: of the choice of clusters, for the wanted budget.
+        cost: what reading the prefix costs.
+    """
+
+    slot: int
+    prefix_lens: dict[int, int]
+    log_threshold: float
+    cost: ReadCost
+
+    @property
+    def covered(self) -> int:
+        """Tokens of the prefix that a request must share."""
+        return max(self.prefix_lens.values())
+
+
+def open_indexes(
+    options: Options, vllm_config: Any, verify: bool, on_refusal: OnRefusal = warn
+) -> dict[int, PrefixIndex]:
+    """Opens the indexes that this engine's model and memory admit, by slot.
+
+    Args:
+        options: of the connector.
+        vllm_config: of the engine.
+        verify: whether to read and check the layers too.
+        on_refusal: told of each index left out, and why.
+    """
+    try:
+        identity = model_identity(vllm_config)
+    except ValueError as error:
+        on_refusal(f"no index can be checked against the model: {error}")
+        return {}
+    memory_left = options.memory_limit_gib * 2**30
+    admitted = {}
+    for slot, folder in enumerate(options.indexes):
+        try:
+            index = PrefixIndex.open(Path(folder))
+            check_model(index.manifest, identity, vllm_config.model_config.max_model_len)
+            if (needed := device_bytes(index.manifest, vllm_config)) > memory_left:
+                raise InvalidIndex(
+                    f"{index.folder.name}: squeeze.memory_limit_gib is {options.memory_limit_gib}, which leaves "
+                    f"{memory_left / 2**20:.1f} MiB; this index needs {needed / 2**20:.1f} MiB"
+                )
+            if verify:
+                index.verify()
+        except InvalidIndex as error:
+            on_refusal(str(error))
+            continue
+        memory_left -= needed
+        admitted[slot] = index
+    return admitted
+
+
+def check_model(manifest: Manifest, identity: ModelIdentity, max_model_len: int) -> None:
+    """Raises InvalidIndex if the index was not made for this model, or its prefix is too long for this server."""
+    if difference := manifest.model.difference(identity):
+        raise InvalidIndex(f"{manifest.source}: the index was made for another model: {difference}")
+    if manifest.num_tokens >= max_model_len:
+        raise InvalidIndex(
+            f"{manifest.source}: the prefix has {manifest.num_tokens} tokens; this server's max_model_len, "
+            f"{max_model_len}, leaves no room for a question"
+        )
+
+
+def local_kv_heads(manifest: Manifest, tensor_parallel_size: int) -> int:
+    """KV heads of one tensor-parallel rank; ranks beyond the number of heads hold copies."""
+    return max(1, manifest.model.num_kv_heads // tensor_parallel_size)
+
+
+def num_centroids(manifest: Manifest) -> int:
+    """Clusters that a head has room for, in any layer."""
+    return max(layer.num_centroids for layer in manifest.layers)
+
+
+def device_bytes(manifest: Manifest, vllm_config: Any) -> int:
+    """Bytes that an index takes on one rank's device."""
+    heads = local_kv_heads(manifest, vllm_config.parallel_config.tensor_parallel_size)
+    centroid = 2 * manifest.model.head_size * vllm_config.model_config.dtype.itemsize + 8
+    return len(manifest.layers) * heads * (num_centroids(manifest) * centroid + 4 * manifest.num_members)
+
+
+def full_attention_groups(kv_cache_config: Any) -> dict[int, int]:
+    """Block size of each KV cache group in which layers attend to the whole context, by group."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    groups = {}
+    for group, spec in enumerate(group.kv_cache_spec for group in kv_cache_config.kv_cache_groups):
+        specs = getattr(spec, "kv_cache_specs", {"": spec}).values()
+        if all(isinstance(s, FullAttentionSpec) and s.sliding_window is None for s in specs):
+            groups[group] = spec.block_size
+    return groups
+
+
+def place(
+    index: PrefixIndex, slot: int, options: Options, block_sizes: dict[int, int], element_size: int
+) -> Placement:
+    """Places a prefix into the KV cache and turns the budget into a threshold.
+
+    Args:
+        index: of the prefix.
+        slot: of the prefix.
+        options: of the connector.
+        block_sizes: by KV cache group.
+        element_size: bytes of one element of the KV cache.
+
+    Raises:
+        InvalidIndex: there is nothing to squeeze at this block size, or the budget cannot be met.
+    """
+    manifest = index.manifest
+    parameters = manifest.parameters
+    clustered = manifest.num_tokens - parameters.observation_window
+    prefix_lens = {group: clustered // size * size for group, size in block_sizes.items()}
+    shortest = min(prefix_lens.values(), default=0)
+    if shortest <= parameters.num_sinks:
+        raise InvalidIndex(
+            f"{index.folder.name}: the prefix has {manifest.num_tokens} tokens, too few to squeeze: the first "
+            f"{parameters.num_sinks} and the last {parameters.observation_window} are always attended to, and blocks "
+            f"hold {list(block_sizes.values())} tokens"
+        )
+    cost = ReadCost(
+        num_tokens=manifest.num_tokens,
+        num_always=parameters.num_sinks + manifest.num_tokens - shortest,
+        num_clustered=shortest - parameters.num_sinks,
+        num_centroids=num_centroids(manifest),
+        head_size=manifest.model.head_size,
+        element_size=element_size,
+        rest=options.rest == "value_centroids",
+    )
+    try:
+        threshold = log_threshold(manifest.thresholds, cost.kept_share(options.budget))
+    except ValueError as error:
+        raise InvalidIndex(f"{index.folder.name}: squeeze.{error}") from None
+    return Placement(slot, prefix_lens, threshold, cost)
+
+
+def place_all(
+    indexes: dict[int, PrefixIndex],
+    options: Options,
+    vllm_config: Any,
+    kv_cache_config: Any,
+    on_refusal: OnRefusal = warn,
+) -> dict[int, Placement]:
+    """Places all opened indexes, by slot; tells ``on_refusal`` of those that cannot be."""
+    groups = full_attention_groups(kv_cache_config)
+    placements = {}
+    for slot, index in indexes.items():
+        try:
+            placements[slot] = place(index, slot, options, groups, vllm_config.model_config.dtype.itemsize)
+        except InvalidIndex as error:
+            on_refusal(str(error))
+    return placements

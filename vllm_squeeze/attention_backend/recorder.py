@@ -1,0 +1,235 @@
+"""Makes the clusters of one prefix inside vLLM: runs with the model, next to the keys, on each rank.
+
+The recording connector waits until a single request, the prefix, has been computed. Then it reads each layer's keys
+and values from the paged KV cache, takes the queries of the observation window, and writes the clusters of this
+rank's heads, and a histogram of their scores, into a folder of parts that the indexer joins.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
+
+from vllm_squeeze.attention_backend.connector import PassiveConnector
+from vllm_squeeze.attention_backend.layers import why_dense
+from vllm_squeeze.attention_backend.placement import full_attention_groups
+from vllm_squeeze.attention_backend.wiring import RECORD, options_of
+from vllm_squeeze.attention_backend.worker import layers_of
+from vllm_squeeze.prefix_index.calibration import score_histogram
+from vllm_squeeze.prefix_index.clustering import Clusters, cluster_keys, mean_cosine
+from vllm_squeeze.prefix_index.manifest import IndexParameters
+
+# Bytes of keys and values clustered at once: several layers of a small model, one of a large one.
+BATCH_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """What to record.
+
+    Attributes:
+        parts: folder that the parts go to.
+        num_tokens: of the prefix.
+        parameters: of the index.
+    """
+
+    parts: str
+    num_tokens: int
+    parameters: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Clusters of one layer on one rank, as the recorder wrote them.
+
+    Attributes:
+        layer: name of the layer in vLLM.
+        first_head: the first of this rank's KV heads, over all ranks.
+        tensors: centroids, value_centroids, sizes, members (see LayerClusters), and scores, the histogram.
+        mean_cosine: of keys to their centroids.
+    """
+
+    layer: str
+    first_head: int
+    tensors: dict[str, torch.Tensor]
+    mean_cosine: float
+
+
+def layer_order(name: str) -> list[int | str]:
+    """Sorts layer names by the numbers in them."""
+    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", name)]
+
+
+def read_parts(folder: Path) -> dict[str, list[Path]]:
+    """The files of recorded parts by layer in the model's order, those of a layer in the order of heads."""
+    found: dict[str, dict[int, Path]] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        found.setdefault(metadata["layer"], {})[int(metadata["first_head"])] = path
+    return {layer: [path for _, path in sorted(found[layer].items())] for layer in sorted(found, key=layer_order)}
+
+
+def read_part(path: Path) -> Part:
+    """Reads one file of ``read_parts``."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return Part(metadata["layer"], int(metadata["first_head"]), tensors, float(metadata["mean_cosine"]))
+
+
+class ObservesQueries:
+    """Mixed into vLLM's attention layers: remembers the queries of the last tokens.
+
+    Attributes:
+        observed: [W, H * G, D], those of the observation window once the prefix is computed.
+    """
+
+    observed: torch.Tensor | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        from vllm.config import get_current_vllm_config
+
+        super().__init__(*args, **kwargs)
+        options = RecordOptions(**options_of(get_current_vllm_config(), RECORD))
+        self._window = options.parameters["observation_window"]
+
+    def forward(
+        self, layer: Any, query: torch.Tensor, key: Any, value: Any, kv_cache: Any, attn_metadata: Any, *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if attn_metadata is not None:
+            new = query[: attn_metadata.num_actual_tokens][-self._window :]
+            seen = new if self.observed is None else torch.cat([self.observed, new])
+            self.observed = seen[-self._window :].clone()
+        return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+
+
+@dataclass
+class RecordMetadata(KVConnectorMetadata):
+    """Block ids of the prefix by KV cache group, in the step that completes it; None in others."""
+
+    blocks: dict[int, list[int]] | None = None
+
+
+class SqueezeRecorder(PassiveConnector):
+    """Scheduler's side: waits for the prefix to be computed. Worker's side: clusters it."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any):
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._options = RecordOptions(**options_of(vllm_config, RECORD))
+        self._groups = full_attention_groups(kv_cache_config)
+        self._layers_by_group = [group.layer_names for group in kv_cache_config.kv_cache_groups]
+        self._blocks: dict[int, list[int]] = {}
+
+    # scheduler's side
+
+    def build_connector_meta(self, scheduler_output: Any) -> RecordMetadata:
+        cached = scheduler_output.scheduled_cached_reqs
+        progress = []
+        for new in scheduler_output.scheduled_new_reqs:
+            self._blocks = {group: list(new.block_ids[group]) for group in self._groups}
+            progress.append((new.req_id, new.num_computed_tokens))
+        for request_id, blocks, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens):
+            for group in self._groups if blocks is not None else ():
+                self._blocks[group].extend(blocks[group])
+            progress.append((request_id, computed))
+        for request_id, computed in progress:
+            done = computed + scheduler_output.num_scheduled_tokens[request_id]
+            if computed < self._options.num_tokens <= done:
+                return RecordMetadata(self._blocks)
+        return RecordMetadata()
+
+    # worker's side
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self._kv_caches = kv_caches
+
+    def wait_for_save(self) -> None:
+        blocks = self._get_connector_metadata().blocks
+        if blocks is not None:
+            self._record(blocks)
+
+    def _record(self, blocks: dict[int, list[int]]) -> None:
+        from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+        rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        total_heads = self._vllm_config.model_config.get_total_num_kv_heads()
+        if world > total_heads and rank % (world // total_heads):
+            return  # another rank holds the same heads
+        layers = layers_of(self._vllm_config)
+        names = [
+            (name, group)
+            for group in self._groups
+            for name in self._layers_by_group[group]
+            if isinstance(getattr(layers.get(name), "impl", None), ObservesQueries) and not why_dense(layers[name].impl)
+        ]
+        names.sort(key=lambda named: layer_order(named[0]))
+        with tqdm(total=len(names), desc="Clustering", unit="layer", disable=rank > 0) as progress:
+            for batch in self._batches(names):
+                parts = [self._read(layers[name], blocks[group]) for name, group in batch]
+                for (name, _), part in zip(batch, self._cluster(*zip(*parts))):
+                    tensors, cosine = part
+                    metadata = {
+                        "layer": name,
+                        "first_head": str(rank * total_heads // world),
+                        "mean_cosine": repr(cosine),
+                    }
+                    file = f"{re.sub('[^A-Za-z0-9]', '-', name)}.rank{rank}.safetensors"
+                    save_file(tensors, Path(self._options.parts) / file, metadata)
+                progress.update(len(batch))
+
+    def _batches(self, names: list[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
+        """Layers of one shape whose keys and values fit into BATCH_BYTES in float32, at least one at a time."""
+        layers = layers_of(self._vllm_config)
+        batch: list[tuple[str, int]] = []
+        shape = None
+        for name, group in names:
+            impl = layers[name].impl
+            this = (impl.num_kv_heads, impl.num_heads, impl.head_size, impl.scale)
+            size = 8 * self._options.num_tokens * impl.num_kv_heads * impl.head_size
+            if batch and (this != shape or (len(batch) + 1) * size > BATCH_BYTES):
+                yield batch
+                batch = []
+            batch, shape = [*batch, (name, group)], this
+        if batch:
+            yield batch
+
+    def _read(self, layer: Any, blocks: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+        """Keys and values [H, T, D], queries of the observation window [H, W, G, D], and the softmax scale."""
+        impl, cache = layer.impl, self._kv_caches[layer.layer_name]
+        group = next(g for g in self._groups if layer.layer_name in self._layers_by_group[g])
+        # A block of the scheduler may be several of the attention kernel's.
+        pages = self._groups[group] // cache.shape[2]
+        table = (torch.tensor(blocks)[:, None] * pages + torch.arange(pages)).flatten()
+        keys, values = impl.read_tokens(layer, cache, table, self._options.num_tokens)
+        queries = impl.observed.view(-1, impl.num_kv_heads, impl.num_queries_per_kv, impl.head_size)
+        return keys, values, queries.transpose(0, 1), impl.scale
+
+    def _cluster(self, keys: Any, values: Any, queries: Any, scales: Any) -> Iterator[tuple[dict, float]]:
+        num_heads, dtype = len(keys[0]), keys[0].dtype
+        all_keys = torch.cat(keys).float()
+        clusters = cluster_keys(all_keys, torch.cat(values).float(), IndexParameters(**self._options.parameters))
+        for layer, query in enumerate(queries):
+            heads = slice(layer * num_heads, (layer + 1) * num_heads)
+            of_layer = Clusters(
+                clusters.centroids[heads], clusters.value_centroids[heads], clusters.sizes[heads],
+                clusters.members[heads],
+            )
+            cosine = mean_cosine(all_keys[heads], of_layer)
+            # The threshold is calibrated with the centroids as the server will read them.
+            tensors = {
+                "centroids": of_layer.centroids.to(dtype),
+                "value_centroids": of_layer.value_centroids.to(dtype),
+                "sizes": of_layer.sizes,
+                "members": of_layer.members,
+            }
+            tensors["scores"] = score_histogram(query.float(), tensors["centroids"], tensors["sizes"], scales[layer])
+            yield {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, cosine

@@ -1,0 +1,163 @@
+"""The indexes' tables on one rank's device, loaded with the model so that vLLM's memory profiling counts them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from vllm_squeeze.attention_backend.compat import logger
+from vllm_squeeze.attention_backend.placement import Options, Placement, local_kv_heads, num_centroids, open_indexes
+from vllm_squeeze.kernels.tables import ClusterTable, Prefixes
+from vllm_squeeze.prefix_index.index_folder import PrefixIndex
+from vllm_squeeze.prefix_index.manifest import InvalidIndex
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Where a prefix lies in the tables of each layer."""
+
+    first_centroid: int
+    num_centroids: int
+    first_member: int
+    num_members: int
+
+    @property
+    def centroids(self) -> slice:
+        return slice(self.first_centroid, self.first_centroid + self.num_centroids)
+
+    @property
+    def members(self) -> slice:
+        return slice(self.first_member, self.first_member + self.num_members)
+
+
+def layer_number(index: PrefixIndex, name: str) -> int | None:
+    """The place of a layer in an index, or None if the index lacks it."""
+    return next((i for i, layer in enumerate(index.manifest.layers) if layer.name == name), None)
+
+
+class Residency:
+    """The tables of all served prefixes on this rank.
+
+    Attributes:
+        prefixes: what the kernels read of all slots. Thresholds forbid every choice until ``activate``.
+        active: placements of the prefixes whose rows may be squeezed, by slot.
+    """
+
+    def __init__(self, vllm_config: Any, options: Options):
+        self.options = options
+        self.device = torch.device(vllm_config.device_config.device)
+        self.active: dict[int, Placement] = {}
+        self._vllm_config = vllm_config
+        # The scheduler's side, which verifies the layers too, is the one that warns.
+        self._indexes = open_indexes(options, vllm_config, verify=False, on_refusal=logger.debug)
+        self._failed: set[int] = set()
+        self._tables: list[ClusterTable] = []
+        self._shared: Any = None
+
+        slots = max(len(options.indexes), 1)
+        self.prefixes = Prefixes(
+            slots=torch.zeros(slots, 3, dtype=torch.int32, device=self.device),
+            log_threshold=torch.full((slots,), torch.inf, device=self.device),
+            counters=torch.zeros(slots, 2, dtype=torch.int64, device=self.device),
+        )
+        self._spans: dict[int, _Span] = {}
+        first_centroid = first_member = 0
+        for slot, index in self._indexes.items():
+            span = _Span(first_centroid, num_centroids(index.manifest), first_member, index.manifest.num_members)
+            self._spans[slot] = span
+            self.prefixes.slots[slot] = torch.tensor(
+                [span.first_centroid, span.num_centroids, index.manifest.parameters.num_sinks]
+            )
+            first_centroid, first_member = span.centroids.stop, span.members.stop
+        self.num_centroids, self._num_members = first_centroid, first_member
+
+    @cached_property
+    def largest_prefix(self) -> int:
+        """Centroids of the prefix that has the most."""
+        return max((span.num_centroids for span in self._spans.values()), default=0)
+
+    def load_layer(self, name: str, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> ClusterTable | None:
+        """Loads one layer of all indexes that have it; None if none does.
+
+        Args:
+            name: of the layer, in vLLM.
+            num_kv_heads: of the layer on this rank.
+            head_size: of the layer.
+            dtype: of the layer's KV cache.
+        """
+        holders = {slot: index for slot, index in self._indexes.items() if layer_number(index, name) is not None}
+        if not holders:
+            return None
+
+        def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(num_kv_heads, *shape, dtype=dtype, device=self.device)
+
+        table = ClusterTable(
+            centroids=empty(self.num_centroids, head_size, dtype=dtype),
+            value_centroids=empty(self.num_centroids, head_size, dtype=dtype),
+            starts=empty(self.num_centroids, dtype=torch.int32),
+            sizes=empty(self.num_centroids, dtype=torch.int32),
+            members=empty(self._num_members, dtype=torch.int32),
+        )
+        for slot, index in self._indexes.items():
+            try:
+                self._load(index, layer_number(index, name), self._spans[slot], table)
+            except InvalidIndex as error:
+                self._failed.add(slot)
+                logger.error("squeeze: %s. Its prefix is served densely.", error)
+        self._tables.append(table)
+        return table
+
+    def _load(self, index: PrefixIndex, number: int | None, span: _Span, table: ClusterTable) -> None:
+        if number is None:
+            raise InvalidIndex(f"{index.folder.name}: lacks a layer that another index of this model has")
+        clusters = index.layer(number)
+        if clusters.centroids.shape[2] != table.centroids.shape[2]:
+            raise InvalidIndex(f"{index.folder.name}: layer {number} has another head size than the model's")
+        heads = self._local_heads(index, len(table.sizes))
+        count = clusters.sizes.shape[1]
+        within = slice(span.first_centroid, span.first_centroid + count)
+        table.centroids[:, within] = clusters.centroids[heads].to(table.centroids)
+        table.value_centroids[:, within] = clusters.value_centroids[heads].to(table.centroids)
+        table.sizes[:, within] = clusters.sizes[heads].to(self.device)
+        table.members[:, span.members] = clusters.members[heads].to(self.device)
+        sizes = table.sizes[:, span.centroids]
+        table.starts[:, span.centroids] = span.first_member + sizes.cumsum(1, dtype=torch.int32) - sizes
+
+    def _local_heads(self, index: PrefixIndex, num_kv_heads: int) -> slice:
+        from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+        world, total = get_tensor_model_parallel_world_size(), index.manifest.model.num_kv_heads
+        if num_kv_heads != local_kv_heads(index.manifest, world):
+            raise InvalidIndex(f"{index.folder.name}: a layer has another number of KV heads than the model")
+        first = get_tensor_model_parallel_rank() * total // world
+        return slice(first, first + num_kv_heads)
+
+    def activate(self, placements: dict[int, Placement]) -> None:
+        """Fits the tables to the KV cache's blocks, and allows choices.
+
+        A cluster loses the members that lie beyond the whole blocks which the prefix covers.
+        """
+        self.active = {slot: place for slot, place in placements.items() if slot in self._spans.keys() - self._failed}
+        for slot, place in self.active.items():
+            self.prefixes.log_threshold[slot] = place.log_threshold
+            span = self._spans[slot]
+            for table in self._tables:
+                covered = table.members[:, span.members] < min(place.prefix_lens.values())
+                before = torch.nn.functional.pad(covered.cumsum(1), (1, 0))
+                starts = (table.starts[:, span.centroids] - span.first_member).long()
+                ends = starts + table.sizes[:, span.centroids]
+                table.sizes[:, span.centroids] = (before.gather(1, ends) - before.gather(1, starts)).int()
+
+    @property
+    def indexes(self) -> dict[int, PrefixIndex]:
+        """The opened indexes, by slot."""
+        return self._indexes
+
+    def shared(self, allocate: Callable[[], Any]) -> Any:
+        """What ``allocate`` returns when first called: one for all layers."""
+        if self._shared is None:
+            self._shared = allocate()
+        return self._shared

@@ -1,0 +1,72 @@
+"""What was squeezed, what was not and why, on vLLM's own paths to the log and to /metrics."""
+
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+ROWS, BYTES_READ, BYTES_DENSE = "rows", "bytes_read", "bytes_dense"
+
+
+class SqueezeStats(KVConnectorStats):
+    """Counts since the last report: rows by what became of them, and bytes of prefixes.
+
+    A row is one request in one step. Bytes are those of squeezed rows' prefixes: read, and read by a dense pass.
+    """
+
+    def add_rows(self, rows: dict[str, int]) -> None:
+        counts = self.data.setdefault(ROWS, {})
+        for reason, count in rows.items():
+            counts[reason] = counts.get(reason, 0) + count
+
+    def add_bytes(self, read: float, dense: float) -> None:
+        self.data[BYTES_READ] = self.data.get(BYTES_READ, 0) + read
+        self.data[BYTES_DENSE] = self.data.get(BYTES_DENSE, 0) + dense
+
+    def reset(self) -> None:
+        self.data = {}
+
+    def aggregate(self, other: KVConnectorStats) -> "SqueezeStats":
+        self.add_rows(other.data.get(ROWS, {}))
+        if other.data.get(BYTES_DENSE):
+            self.add_bytes(other.data[BYTES_READ], other.data[BYTES_DENSE])
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        summary: dict[str, int | float] = {f"rows {reason}": n for reason, n in self.data.get(ROWS, {}).items()}
+        if self.data.get(BYTES_DENSE):
+            summary["budget used"] = round(self.data[BYTES_READ] / self.data[BYTES_DENSE], 4)
+        return summary
+
+    def is_empty(self) -> bool:
+        return not self.data
+
+
+class SqueezePromMetrics(KVConnectorPromMetrics):
+    """The same as counters on /metrics: vllm:squeeze_rows_total{outcome}, vllm:squeeze_prefix_bytes_*_total."""
+
+    def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any):
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._labels = per_engine_labelvalues
+        self._rows = self._counter_cls(
+            name="vllm:squeeze_rows",
+            documentation="Rows (requests in a step) by what became of them: squeezed, or dense and why.",
+            labelnames=[*labelnames, "outcome"],
+        )
+        self._read = self._counter_cls(
+            name="vllm:squeeze_prefix_bytes_read",
+            documentation="Bytes read of the indexed prefixes of squeezed rows, centroids included.",
+            labelnames=labelnames,
+        )
+        self._dense = self._counter_cls(
+            name="vllm:squeeze_prefix_bytes_dense",
+            documentation="Bytes that dense attention would have read of the same prefixes.",
+            labelnames=labelnames,
+        )
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        labels = self._labels[engine_idx]
+        for outcome, count in transfer_stats_data.get(ROWS, {}).items():
+            self._rows.labels(*labels, outcome).inc(count)
+        if transfer_stats_data.get(BYTES_DENSE):
+            self._read.labels(*labels).inc(transfer_stats_data[BYTES_READ])
+            self._dense.labels(*labels).inc(transfer_stats_data[BYTES_DENSE])

@@ -1,0 +1,122 @@
+"""One rank's serving state: tells layers, before each step, which of its rows are squeezed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from vllm_squeeze.attention_backend.matching import LiveBlock
+from vllm_squeeze.attention_backend.placement import full_attention_groups, place_all
+from vllm_squeeze.attention_backend.residency import Residency
+from vllm_squeeze.attention_backend.rows import RowGroup
+from vllm_squeeze.attention_backend.stats import SqueezeStats
+
+
+def layers_of(vllm_config: Any) -> dict[str, Any]:
+    """The attention layers of the engine in this process, by name."""
+    return vllm_config.compilation_config.static_forward_context
+
+
+def worker_of(vllm_config: Any) -> "SqueezeWorker | None":
+    """The serving state of the engine in this process, or None where it serves no index."""
+    for layer in layers_of(vllm_config).values():
+        if (rows := getattr(getattr(layer, "impl", None), "rows", None)) is not None:
+            return rows.worker
+    return None
+
+
+class SqueezeWorker:
+    """Serving state of one engine on one rank.
+
+    Attributes:
+        squeezing: whether the current step has squeezed rows.
+    """
+
+    def __init__(self, vllm_config: Any, residency: Residency, kv_cache_config: Any):
+        self.squeezing = False
+        self._residency = residency
+        residency.activate(
+            place_all(residency.indexes, residency.options, vllm_config, kv_cache_config, on_refusal=lambda reason: None)
+        )
+        self._groups: dict[int, RowGroup] = {}
+        layers = layers_of(vllm_config)
+        for group, block_size in full_attention_groups(kv_cache_config).items():
+            names = kv_cache_config.kv_cache_groups[group].layer_names
+            impls = [layers[name].impl for name in names if getattr(layers[name].impl, "table", None) is not None]
+            if impls and residency.active:
+                rows = impls[0].rows_class(block_size, vllm_config, residency.device)
+                rows.worker = self
+                self._groups[group] = rows
+                for impl in impls:
+                    impl.rows = rows
+        self._counted = CounterReader(residency.prefixes.counters)
+
+    def expect(self, live: list[LiveBlock]) -> None:
+        """Takes note, as early as a step's metadata are known, of whether the step has squeezed rows."""
+        self.squeezing = bool(self._groups) and any(block.slot in self._residency.active for block in live)
+
+    def begin_step(self, live: list[LiveBlock], num_tokens: int) -> None:
+        """Matches the rows of a step that vLLM has built.
+
+        Args:
+            live: the step's live blocks.
+            num_tokens: query tokens of its squeezed rows.
+        """
+        self.expect(live)
+        if not self.squeezing:
+            return
+        for group, rows in self._groups.items():
+            of_group = [b for b in live if b.group == group and (b.slot < 0 or b.slot in self._residency.active)]
+            if of_group:
+                rows.begin_step(of_group, num_tokens)
+
+    def end_step(self) -> None:
+        self.squeezing = False
+        for rows in self._groups.values():
+            rows.end_step()
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """While CUDA graphs of squeezed steps are captured."""
+        for rows in self._groups.values():
+            rows.begin_capture()
+        try:
+            yield
+        finally:
+            self.end_step()
+
+    def take_stats(self) -> SqueezeStats | None:
+        """What was read since the last call, in bytes; None if nothing is known to have been."""
+        stats = SqueezeStats()
+        for slot, (pairs, kept) in enumerate(self._counted.take()):
+            if pairs:
+                cost = self._residency.active[slot].cost
+                stats.add_bytes(cost.read_bytes(kept / pairs) * pairs, cost.dense_bytes * pairs)
+        return None if stats.is_empty() else stats
+
+
+class CounterReader:
+    """Reads counters off the device without ever waiting for it: what it returns may be a step old."""
+
+    def __init__(self, counters: torch.Tensor):
+        self._counters = counters
+        on_gpu = counters.is_cuda
+        self._copy = torch.zeros_like(counters, device="cpu", pin_memory=on_gpu)
+        self._copied = torch.cuda.Event() if on_gpu else None
+        self._pending = False
+        self._taken = self._copy.clone()
+
+    def take(self) -> list[list[int]]:
+        """Returns by how much each counter grew since the last call, as far as known."""
+        if self._copied is None:
+            self._copy.copy_(self._counters)
+        elif self._pending and not self._copied.query():
+            return []
+        growth = self._copy - self._taken
+        self._taken += growth
+        if self._copied is not None:
+            self._copy.copy_(self._counters, non_blocking=True)
+            self._copied.record()
+            self._pending = True
+        return growth.tolist()

@@ -1,0 +1,94 @@
+"""The command ``vllm-squeeze``."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def engine_args(text: str) -> dict[str, Any]:
+    """Parses --engine-args."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("must be a JSON object")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vllm-squeeze", description="Indexes long prompt prefixes for vLLM.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    index = commands.add_parser("index", help="index a prefix: run it once, cluster its keys, write the index")
+    index.add_argument("--model", required=True, help="model folder or name, as for vllm serve")
+    source = index.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prefix", type=Path, help="text file; - for standard input")
+    source.add_argument("--token-ids", type=Path, help="file with a JSON list of token ids; - for standard input")
+    form = index.add_mutually_exclusive_group()
+    form.add_argument(
+        "--chat-system",
+        dest="chat",
+        action="store_true",
+        default=None,
+        help="the text is the system message of conversations (default if the model has a chat template)",
+    )
+    form.add_argument("--raw", dest="chat", action="store_false", help="prompts begin with the text as it is")
+    index.add_argument("--out", type=Path, required=True, help="folder of indexes; this one gets a folder of its own")
+    index.add_argument("--centroids", type=float, help="centroids per token of the prefix (default 0.05)")
+    index.add_argument("--window", type=int, help="most tokens clustered together (default 8192)")
+    index.add_argument("--seed", type=int, help="of the clustering (default 0)")
+    index.add_argument(
+        "--engine-args",
+        type=engine_args,
+        default={},
+        metavar="JSON",
+        help='more arguments for the engine, as the server will have them: {"dtype": "float32"}',
+    )
+
+    inspect = commands.add_parser("inspect", help="show and verify indexes; needs neither a GPU nor vLLM")
+    inspect.add_argument("index", type=Path, help="an index, or a folder of indexes")
+    return parser
+
+
+def run_index(arguments: argparse.Namespace) -> int:
+    from vllm_squeeze.prefix_index.manifest import IndexParameters
+
+    chosen = {name: getattr(arguments, name) for name in ("centroids", "window", "seed")}
+    parameters = IndexParameters(**{name: value for name, value in chosen.items() if value is not None})
+    from vllm_squeeze.offline_tools.index import index
+
+    index(
+        arguments.model,
+        arguments.prefix,
+        arguments.token_ids,
+        arguments.chat,
+        arguments.out,
+        parameters,
+        arguments.engine_args,
+    )
+    return 0
+
+
+def run_inspect(arguments: argparse.Namespace) -> int:
+    from vllm_squeeze.offline_tools.inspect import inspect
+
+    return inspect(arguments.index)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0, or 1 for an error, which is printed in one line."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return {"index": run_index, "inspect": run_inspect}[arguments.command](arguments)
+    except ValueError as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"vllm-squeeze {arguments.command}: error: {' '.join(lines)}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""The server's settings, and the only place that reads them."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+INDEX_VARIABLE = "SQUEEZE_INDEX"
+REST_MODES = ("value_centroids", "drop")
+
+
+@dataclass(frozen=True)
+class SqueezeConfig:
+    """What a server squeezes, and how much.
+
+    Attributes:
+        index: folders of indexes, or single indexes. Empty: nothing is squeezed.
+        budget: bytes read over the bytes that a dense pass over the prefix reads, in (0, 1].
+            1 attends to every key, exactly.
+        rest: what clusters that are not chosen contribute: "value_centroids", their mean value with the weight that
+            their centroid predicts, or "drop", nothing (the paper's way).
+        memory_limit_gib: device memory that the indexes may take on each GPU (or on the CPU), in GiB. An index
+            that does not fit stays on disk, and its prefix is served densely.
+    """
+
+    index: tuple[str, ...] = ()
+    budget: float = 0.125
+    rest: str = "value_centroids"
+    memory_limit_gib: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(path, str) and path for path in self.index):
+            raise ValueError(f"squeeze.index: {self.index!r} is not a folder's path or a list of them")
+        if not is_number(self.budget) or not 0 < self.budget <= 1:
+            raise ValueError(f"squeeze.budget: {self.budget!r} is not a number in (0, 1]")
+        if self.rest not in REST_MODES:
+            raise ValueError(f"squeeze.rest: {self.rest!r} is not one of {', '.join(REST_MODES)}")
+        if not is_number(self.memory_limit_gib) or self.memory_limit_gib < 0:
+            raise ValueError(f"squeeze.memory_limit_gib: {self.memory_limit_gib!r} is not a number of at least 0")
+
+    @classmethod
+    def resolve(cls, additional_config: Any, environ: Mapping[str, str] = os.environ) -> "SqueezeConfig":
+        """Reads the settings from vLLM's --additional-config, key "squeeze", and from SQUEEZE_INDEX.
+
+        The environment variable names the index where the former does not.
+
+        Raises:
+            ValueError: an unknown key, or a value that is not allowed.
+        """
+        settings = additional_config.get("squeeze", {}) if isinstance(additional_config, Mapping) else {}
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"additional_config.squeeze: {settings!r} is not an object of settings")
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(set(settings) - set(known)):
+            raise ValueError(f"squeeze.{unknown[0]}: unknown setting; known are {', '.join(known)}")
+        index = settings.get("index", environ.get(INDEX_VARIABLE, ()) or ())
+        if isinstance(index, str | os.PathLike):
+            index = (os.fspath(index),)
+        if not isinstance(index, list | tuple):
+            raise ValueError(f"squeeze.index: {index!r} is not a folder's path or a list of them")
+        return cls(**{**settings, "index": tuple(index)})
+
+    def index_folders(self) -> list[Path]:
+        """The folders of all indexes named, absolute, each once.
+
+        Raises:
+            ValueError: a folder is missing or holds no index.
+        """
+        from vllm_squeeze.prefix_index.index_folder import find_indexes
+
+        folders = []
+        for path in self.index:
+            try:
+                folders += [folder.resolve() for folder in find_indexes(Path(path))]
+            except ValueError as error:
+                raise ValueError(f"squeeze.index (or {INDEX_VARIABLE}): {error}") from None
+        return list(dict.fromkeys(folders))
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

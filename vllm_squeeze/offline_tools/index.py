@@ -1,0 +1,248 @@
+"""``vllm-squeeze index``: runs a prefix through vLLM once and writes its index."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from vllm_squeeze import __version__
+from vllm_squeeze.offline_tools.prefix_text import (
+    PrefixTokens,
+    chat_tokens,
+    describe,
+    given_tokens,
+    raw_tokens,
+)
+from vllm_squeeze.prefix_index.budget import ReadCost
+from vllm_squeeze.prefix_index.calibration import threshold_curve
+from vllm_squeeze.prefix_index.identity import ModelIdentity
+from vllm_squeeze.prefix_index.index_folder import IndexWriter, LayerClusters, index_name, tokens_digest
+from vllm_squeeze.prefix_index.manifest import FORMAT_VERSION, IndexParameters, Manifest
+
+# Of the device's memory for the model and the prefix' KV cache; clustering needs room beside them.
+MEMORY_UTILIZATION = 0.6
+
+
+def index(
+    model: str,
+    prefix: Path | None,
+    token_ids: Path | None,
+    chat: bool | None,
+    out: Path,
+    parameters: IndexParameters,
+    engine_args: dict[str, Any],
+) -> Path:
+    """Indexes one prefix.
+
+    Args:
+        model: as vLLM takes it.
+        prefix: text file, "-" for standard input; or None, with ``token_ids``.
+        token_ids: file with a JSON list of token ids, "-" for standard input.
+        chat: whether the text is the system message of conversations, or the start of raw prompts; None: the former
+            where the model has a chat template.
+        out: folder of indexes.
+        parameters: of the index.
+        engine_args: more arguments for ``vllm.LLM``.
+
+    Returns:
+        folder of the index.
+
+    Raises:
+        ValueError: an argument that cannot be used.
+    """
+    started = time.monotonic()
+    # The engine in this process: errors and the progress bar come out here.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    content = read_input(prefix or token_ids)
+    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.tokenizers import get_tokenizer
+
+    model_config = EngineArgs(model=model, **engine_args).create_model_config()
+    tokenizer = get_tokenizer(model_config.tokenizer, trust_remote_code=model_config.trust_remote_code)
+    tokens = tokenise(tokenizer, content, token_ids is not None, chat)
+    check_length(len(tokens.ids), parameters, model_config.max_model_len)
+    if max(tokens.ids) >= model_config.get_vocab_size():
+        raise ValueError(f"--token-ids: {max(tokens.ids)} is not in the model's vocabulary")
+    print(f"{len(tokens.ids)} tokens: {describe(tokens.ids, tokenizer)}", file=sys.stderr)
+    if tokens.unstable:
+        print(
+            f"The last {tokens.unstable} tokens of the text are left out: this tokenizer may merge them with what "
+            "follows, and no request that it merges would have matched.",
+            file=sys.stderr,
+        )
+
+    source = (prefix or token_ids).name if str(prefix or token_ids) != "-" else "stdin"
+    # The engine must not start before it is known that the index can be written.
+    with IndexWriter(out, "parts") as scratch:
+        parts = scratch.folder / "parts"
+        parts.mkdir()
+        engine = LLM(
+            model,
+            attention_backend="squeeze",
+            enforce_eager=True,
+            enable_prefix_caching=False,
+            max_model_len=len(tokens.ids) + 1,
+            max_num_seqs=1,
+            kv_transfer_config=recorder(parts, len(tokens.ids), parameters),
+            **{"gpu_memory_utilization": MEMORY_UTILIZATION, **engine_args},
+        )
+        identity = identity_of(engine)
+        engine.generate(
+            TokensPrompt(prompt_token_ids=tokens.ids), SamplingParams(max_tokens=1, temperature=0), use_tqdm=False
+        )
+        # Frees the memory of the engine, also where it lives in this process.
+        engine.llm_engine.engine_core.shutdown()
+        with IndexWriter(out, index_name(source, tokens.ids, identity)) as writer:
+            manifest, cosine = write(writer, parts, source, tokens.ids, identity, parameters)
+            folder = writer.publish(manifest)
+    summarise(folder, manifest, cosine, time.monotonic() - started)
+    return folder
+
+
+def read_input(path: Path) -> str:
+    """The text in a file, or on standard input for "-".
+
+    Raises:
+        ValueError: the file is missing, empty or not UTF-8.
+    """
+    try:
+        content = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not content.strip():
+        raise ValueError(f"{path}: empty")
+    return content
+
+
+def tokenise(tokenizer: Any, content: str, given: bool, chat: bool | None) -> PrefixTokens:
+    """Token ids of what the user gave."""
+    if given:
+        return given_tokens(content)
+    if chat is None:
+        chat = bool(getattr(tokenizer, "chat_template", None))
+        print(f"Indexing as {'a system message (--chat-system)' if chat else 'raw text (--raw)'}.", file=sys.stderr)
+    return chat_tokens(tokenizer, content) if chat else raw_tokens(tokenizer, content)
+
+
+def check_length(num_tokens: int, parameters: IndexParameters, max_model_len: int) -> None:
+    """Raises ValueError if a prefix is too short to cluster or too long for the model."""
+    least = parameters.num_sinks + parameters.observation_window + 1
+    if num_tokens < least:
+        raise ValueError(
+            f"--prefix: {num_tokens} tokens; an index needs at least {least}, since the first "
+            f"{parameters.num_sinks} and the last {parameters.observation_window} are always attended to"
+        )
+    if num_tokens >= max_model_len:
+        raise ValueError(f"--prefix: {num_tokens} tokens; the model takes at most {max_model_len}, with the question")
+
+
+def recorder(parts: Path, num_tokens: int, parameters: IndexParameters) -> dict[str, Any]:
+    """vLLM's settings of the recording connector."""
+    from vllm_squeeze.attention_backend.wiring import RECORD, connector
+
+    options = {"parts": str(parts.resolve()), "num_tokens": num_tokens, "parameters": asdict(parameters)}
+    return connector(RECORD, options)
+
+
+def identity_of(engine: Any) -> ModelIdentity:
+    """The identity of the model that an ``LLM`` runs."""
+    from vllm_squeeze.attention_backend.model_identity import model_identity
+
+    return model_identity(engine.llm_engine.vllm_config)
+
+
+def write(
+    writer: IndexWriter,
+    parts: Path,
+    source: str,
+    ids: Sequence[int],
+    identity: ModelIdentity,
+    parameters: IndexParameters,
+) -> tuple[Manifest, float]:
+    """Joins the recorded parts of all ranks and writes the files of the index but the manifest.
+
+    Returns:
+        the manifest, and the mean cosine of keys to their centroids.
+
+    Raises:
+        ValueError: nothing was recorded.
+    """
+    from vllm_squeeze.attention_backend.recorder import read_part, read_parts
+
+    entries, cosines, num_members = [], [], 0
+    scores: Any = 0
+    for number, (layer, paths) in enumerate(read_parts(parts).items()):
+        recorded = [read_part(path) for path in paths]
+        cosines += [part.mean_cosine for part in recorded]
+        scores = scores + sum(part.tensors.pop("scores") for part in recorded)
+        clusters = join([LayerClusters(**part.tensors) for part in recorded])
+        num_members = clusters.members.shape[1]
+        entries.append(writer.write_layer(number, layer, clusters))
+    if not entries:
+        raise ValueError("--model: it has no layer of full attention that can be squeezed")
+    writer.write_tokens(ids)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        tool_version=__version__,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        source=source,
+        num_tokens=len(ids),
+        tokens_digest=tokens_digest(ids),
+        num_members=num_members,
+        model=identity,
+        parameters=parameters,
+        thresholds=threshold_curve(scores),
+        layers=tuple(entries),
+    )
+    return manifest, sum(cosines) / len(cosines)
+
+
+def join(parts: list[LayerClusters]) -> LayerClusters:
+    """Clusters of all heads of a layer from those of each rank, which may have made different numbers of them."""
+    widest = max(part.sizes.shape[1] for part in parts)
+
+    def padded(name: str, *after: int) -> torch.Tensor:
+        tensors = [getattr(part, name) for part in parts]
+        return torch.cat([pad(tensor, (*after, 0, widest - tensor.shape[1])) for tensor in tensors])
+
+    return LayerClusters(
+        centroids=padded("centroids", 0, 0),
+        value_centroids=padded("value_centroids", 0, 0),
+        sizes=padded("sizes"),
+        members=torch.cat([part.members for part in parts]),
+    )
+
+
+def summarise(folder: Path, manifest: Manifest, cosine: float, seconds: float) -> None:
+    """Prints what was made."""
+    model = manifest.model
+    element_size = getattr(torch, model.dtype).itemsize
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    cost = ReadCost(
+        num_tokens=manifest.num_tokens,
+        num_always=manifest.num_tokens - manifest.num_members,
+        num_clustered=manifest.num_members,
+        num_centroids=max(layer.num_centroids for layer in manifest.layers),
+        head_size=model.head_size,
+        element_size=element_size,
+        rest=True,
+    )
+    kv = len(manifest.layers) * model.num_kv_heads * cost.dense_bytes
+    print(
+        f"{folder}\n"
+        f"  tokens           {manifest.num_tokens}\n"
+        f"  layers           {len(manifest.layers)} of {model.num_layers}\n"
+        f"  clusters         {cost.num_centroids} per KV head, mean cosine of keys to their centroid {cosine:.3f}\n"
+        f"  size             {size / 2**20:.1f} MiB, {size / kv:.1%} of the KV cache that it indexes\n"
+        f"  smallest budget  {cost.budget_used(0):.3f} (centroids and always attended tokens)\n"
+        f"  time             {seconds:.1f} s"
+    )

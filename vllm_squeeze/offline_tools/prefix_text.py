@@ -1,0 +1,84 @@
+"""Turns what the user calls a prefix into the token ids that every request on it will begin with."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# What a request may go on with. Tokenizers merge across the end of a text in different ways.
+CONTINUATIONS = ("\n", " ", "\n\nQuestion: Why?", " and", "s", ".", "1", "\u00e9")
+QUESTIONS = ("Why?", "1", "\nlist", " And")
+
+
+@dataclass(frozen=True)
+class PrefixTokens:
+    """Token ids of a prefix.
+
+    Attributes:
+        ids: that any request on the prefix begins with.
+        unstable: of tokens at the end of the text, how many were left out since what follows may change them.
+    """
+
+    ids: list[int]
+    unstable: int
+
+
+def chat_tokens(tokenizer: Any, text: str) -> PrefixTokens:
+    """Tokens that all conversations with this system message begin with.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or it does not take a system message as its first.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("--chat-system: this model has no chat template; use --raw")
+
+    def conversation(question: str) -> list[int]:
+        messages = [{"role": "system", "content": text}, {"role": "user", "content": question}]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+    ids = common_start([conversation(question) for question in QUESTIONS])
+    if text.strip()[:200] not in tokenizer.decode(ids):
+        raise ValueError("--chat-system: this model's chat template does not begin with the system message; use --raw")
+    return PrefixTokens(ids, 0)
+
+
+def raw_tokens(tokenizer: Any, text: str) -> PrefixTokens:
+    """Tokens that all prompts which begin with this text begin with."""
+    ids = common_start([tokenizer(text + continuation).input_ids for continuation in CONTINUATIONS])
+    return PrefixTokens(ids, max(0, len(tokenizer(text).input_ids) - len(ids)))
+
+
+def given_tokens(content: str) -> PrefixTokens:
+    """Token ids from a JSON list.
+
+    Raises:
+        ValueError: it is no list of token ids.
+    """
+    try:
+        ids = json.loads(content)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--token-ids: not JSON: {error}") from None
+    if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+        raise ValueError("--token-ids: must be a JSON list of token ids, integers from 0 to 2147483647")
+    return PrefixTokens(ids, 0)
+
+
+def common_start(sequences: Sequence[Sequence[int]]) -> list[int]:
+    """The longest sequence that all begin with."""
+    length = 0
+    for tokens in zip(*sequences):
+        if len(set(tokens)) > 1:
+            break
+        length += 1
+    return list(sequences[0][:length])
+
+
+def describe(ids: Sequence[int], tokenizer: Any, count: int = 6) -> str:
+    """The first and the last tokens of a prefix, each with its text, in a line."""
+
+    def shown(some: Sequence[int]) -> str:
+        return " ".join(f"{token}={tokenizer.decode([token])!r}" for token in some)
+
+    if len(ids) <= 2 * count:
+        return shown(ids)
+    return f"{shown(ids[:count])} ... {shown(ids[-count:])}"
