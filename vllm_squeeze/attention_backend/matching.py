@@ -110,7 +110,7 @@ class LiveRequests:
         """
         num_rows = len(scheduled.num_scheduled_tokens)
         if not self._live and not self._refused:
-            self.rows[NO_INDEX] += num_rows
+            self.rows += Counter({NO_INDEX: num_rows})
             return [], 0
         reasons = Counter(self._refused[id] for id in self._refused.keys() & scheduled.num_scheduled_tokens.keys())
         ready, waiting, num_tokens = [], [], 0
@@ -122,8 +122,7 @@ class LiveRequests:
             else:
                 waiting.append((live, computed))
         reasons += Counter({SQUEEZED: len(ready), NOT_COMPUTED: len(waiting)})
-        reasons[NO_INDEX] += num_rows - reasons.total()
-        self.rows += reasons
+        self.rows += reasons + Counter({NO_INDEX: num_rows - reasons.total()})
 
         blocks = {block for live in ready for block in self._prefix_blocks(live)}
         if blocks:

@@ -1,5 +1,6 @@
 """Which indexes an engine serves, and where each lies in its paged KV cache."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,9 @@ def place(
     manifest = index.manifest
     parameters = manifest.parameters
     clustered = manifest.num_tokens - parameters.observation_window
-    prefix_lens = {group: clustered // size * size for group, size in block_sizes.items()}
+    # Whole blocks of every group: else a row could match in one group and not in another.
+    size = math.lcm(*block_sizes.values())
+    prefix_lens = {group: clustered // size * size for group in block_sizes}
     shortest = min(prefix_lens.values(), default=0)
     if shortest <= parameters.num_sinks:
         raise InvalidIndex(

@@ -28,7 +28,9 @@ def match_rows(
     context = seq_lens - query_start_loc.diff()  # [B]
     slot, index, block, needed = live.unbind(1)
     found = block_table[:, index.clamp(max=block_table.shape[1] - 1)] == block  # [B, A]
-    found &= (context[:, None] >= needed) & (index < block_table.shape[1])
+    # Rows that hit the block which a dense row is filling in this very step have computed more than that row.
+    enough = torch.where(slot < 0, context[:, None] == needed, context[:, None] >= needed)
+    found &= enough & (index < block_table.shape[1])
     length, best = torch.where(found, needed, -1).max(1)
     row_slot = torch.where(length >= 0, slot[best], DENSE_SLOT)
     return row_slot, torch.where(row_slot >= 0, length, 0)
