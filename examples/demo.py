@@ -73,8 +73,7 @@ def on_gpu() -> bool:
 
 
 def run(module: str, *arguments: str) -> None:
-    environment = os.environ | {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1" if not os.environ.get("MODEL") else "0")}
-    if subprocess.run([sys.executable, "-m", module, *arguments], env=environment).returncode:
+    if subprocess.run([sys.executable, "-m", module, *arguments]).returncode:
         sys.exit(1)
 
 

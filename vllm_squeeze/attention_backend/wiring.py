@@ -55,12 +55,15 @@ def add_connector(args: Any) -> None:
     }
     ours = connector(SERVE, options)
     if existing is not None:
-        # The first connector that has tokens to load wins: ours never has, so the order costs nothing.
-        role = existing.get("kv_role") or "kv_both"
+        # The first connector that has tokens to load wins: ours never has, so the order costs nothing. vLLM gives
+        # its children the engine's id itself.
+        theirs = [{key: value for key, value in child.items() if key != "engine_id"} for child in children(existing)]
         ours = {
+            **existing,
             "kv_connector": "MultiConnector",
-            "kv_role": role,
-            "kv_connector_extra_config": {"connectors": [ours, *children(existing)]},
+            "kv_connector_module_path": None,
+            "kv_role": existing.get("kv_role") or "kv_both",
+            "kv_connector_extra_config": {"connectors": [ours, *theirs]},
         }
     args.kv_transfer_config = KVTransferConfig(**ours)
 

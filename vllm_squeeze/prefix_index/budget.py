@@ -13,16 +13,6 @@ BYTES_PER_MEMBER = 4
 """Position of a member in the prefix, int32."""
 
 
-def check_budget(budget: float) -> None:
-    """Refuses what is no budget.
-
-    Raises:
-        ValueError: the budget is not above 0 and at most 1.
-    """
-    if not 0 < budget <= 1:
-        raise ValueError(f"budget: {budget} is not allowed; it must be above 0 and at most 1, where 1 reads everything")
-
-
 @dataclass(frozen=True)
 class ReadCost:
     """Bytes that one KV head reads over one prefix for one query token.
