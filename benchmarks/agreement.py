@@ -57,7 +57,9 @@ def answer(arguments: argparse.Namespace) -> dict[str, Any]:
     dtype = str(llm.llm_engine.vllm_config.model_config.dtype).removeprefix("torch.")
     return {
         "tokens": [list(result.token_ids) for result in results],
-        "best": [[sorted((p.logprob for p in step.values()), reverse=True)[:2] for step in r.logprobs] for r in results],
+        "best": [
+            [sorted((p.logprob for p in step.values()), reverse=True)[:2] for step in r.logprobs] for r in results
+        ],
         "texts": [result.text for result in results],
         "counters": counters,
         "dtype": dtype,

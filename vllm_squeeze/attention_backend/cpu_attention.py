@@ -127,9 +127,7 @@ class SqueezeCPUImpl(SqueezeLayer, CPUAttentionBackendImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        super().forward(
-            layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-        )
+        super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         if attn_metadata is not None and self.rows is not None and self.rows.squeezing:
             self._squeeze(KVPages(self, layer, kv_cache), query, output)
         return output

@@ -127,8 +127,12 @@ class LiveRequests:
         blocks = {block for live in ready for block in self._prefix_blocks(live)}
         if blocks:
             shortest = min(block.context for block in blocks)
-            blocks |= {block for live, computed in waiting if computed >= shortest
-                       for block in self._dense_blocks(live, computed)}
+            blocks |= {
+                block
+                for live, computed in waiting
+                if computed >= shortest
+                for block in self._dense_blocks(live, computed)
+            }
         return sorted(blocks), num_tokens
 
     def _update(self, scheduled: Any) -> list[tuple[str, int]]:

@@ -132,9 +132,7 @@ def full_attention_groups(kv_cache_config: Any) -> dict[int, int]:
     return groups
 
 
-def place(
-    index: PrefixIndex, slot: int, options: Options, block_sizes: dict[int, int], element_size: int
-) -> Placement:
+def place(index: PrefixIndex, slot: int, options: Options, block_sizes: dict[int, int], element_size: int) -> Placement:
     """Places a prefix into the KV cache and turns the budget into a threshold.
 
     Args:

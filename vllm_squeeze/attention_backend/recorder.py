@@ -102,7 +102,14 @@ class ObservesQueries:
         self._window = options.parameters["observation_window"]
 
     def forward(
-        self, layer: Any, query: torch.Tensor, key: Any, value: Any, kv_cache: Any, attn_metadata: Any, *args: Any,
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: Any,
+        value: Any,
+        kv_cache: Any,
+        attn_metadata: Any,
+        *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
         if attn_metadata is not None:
@@ -220,7 +227,9 @@ class SqueezeRecorder(PassiveConnector):
         for layer, query in enumerate(queries):
             heads = slice(layer * num_heads, (layer + 1) * num_heads)
             of_layer = Clusters(
-                clusters.centroids[heads], clusters.value_centroids[heads], clusters.sizes[heads],
+                clusters.centroids[heads],
+                clusters.value_centroids[heads],
+                clusters.sizes[heads],
                 clusters.members[heads],
             )
             cosine = mean_cosine(all_keys[heads], of_layer)

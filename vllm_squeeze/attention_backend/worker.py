@@ -37,7 +37,9 @@ class SqueezeWorker:
         self.squeezing = False
         self._residency = residency
         residency.activate(
-            place_all(residency.indexes, residency.options, vllm_config, kv_cache_config, on_refusal=lambda reason: None)
+            place_all(
+                residency.indexes, residency.options, vllm_config, kv_cache_config, on_refusal=lambda reason: None
+            )
         )
         self._groups: dict[int, RowGroup] = {}
         layers = layers_of(vllm_config)

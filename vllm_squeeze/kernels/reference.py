@@ -121,9 +121,7 @@ def softmax_weighted(logits: torch.Tensor, values: torch.Tensor) -> tuple[torch.
     return torch.einsum("rhgm,hmd->rhgd", weights, values), lse
 
 
-def merge(
-    output: torch.Tensor, lse: torch.Tensor, other_output: torch.Tensor, other_lse: torch.Tensor
-) -> torch.Tensor:
+def merge(output: torch.Tensor, lse: torch.Tensor, other_output: torch.Tensor, other_lse: torch.Tensor) -> torch.Tensor:
     """Joins attention over two disjoint sets of keys: outputs [..., D], log-sum-exps [...]; not both sets empty."""
     weight = torch.sigmoid(other_lse - lse)[..., None]
     return output * (1 - weight) + other_output * weight
