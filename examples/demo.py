@@ -3,7 +3,8 @@
     make demo
     make demo MODEL=folder-or-name PREFIX=document.txt BUDGET=0.2
 
-Runs on the CPU with SmolLM2-135M-Instruct and the first chapters of Jane Austen's Persuasion, unless told otherwise.
+Takes SmolLM2-135M-Instruct, the first chapter of Jane Austen's Persuasion and a budget of a third, unless told
+otherwise; runs on the CPU where there is no GPU. So small a model knows little: what counts is how the answers compare.
 """
 
 import os
@@ -25,10 +26,10 @@ from openai_client import ask
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".demo"
 QUESTIONS = [
-    "Who lives at Kellynch Hall?",
-    "Which book does Sir Walter Elliot like to read?",
-    "How many daughters does Sir Walter have?",
-    "Who is Lady Russell?",
+    "Where does the family live?",
+    "What is the Baronetage?",
+    "What is Sir Walter proud of?",
+    "What is the title of this book, and who wrote it?",
 ]
 START_TIMEOUT_S = 600
 
@@ -36,7 +37,7 @@ START_TIMEOUT_S = 600
 def main() -> None:
     model = os.environ.get("MODEL") or str(fetch_model(WORK / "smollm2"))
     prefix = Path(os.environ.get("PREFIX") or ROOT / "examples" / "data" / "persuasion.txt")
-    budget = os.environ.get("BUDGET") or "0.2"
+    budget = os.environ.get("BUDGET") or "0.33"
     document = prefix.read_text(encoding="utf-8")
     # Answers are compared, so both servers compute in the same dtype; the CPU is at its best in float32.
     dtype = "auto" if on_gpu() else "float32"
