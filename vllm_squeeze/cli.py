@@ -76,7 +76,7 @@ def run_index(arguments: argparse.Namespace) -> int:
 def run_inspect(arguments: argparse.Namespace) -> int:
     from vllm_squeeze.offline_tools.inspect import inspect
 
-    return inspect(arguments.index)
+    return inspect(arguments.index, sys.stdout)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return {"index": run_index, "inspect": run_inspect}[arguments.command](arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         print(f"vllm-squeeze {arguments.command}: error: {' '.join(lines)}", file=sys.stderr)
         return 1

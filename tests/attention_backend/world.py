@@ -60,7 +60,8 @@ def make_step(new: list[tuple] = (), cached: list[tuple] = (), resumed: set[str]
     """
     return SimpleNamespace(
         scheduled_new_reqs=[
-            SimpleNamespace(req_id=id, block_ids=blocks, num_computed_tokens=computed) for id, blocks, computed, _ in new
+            SimpleNamespace(req_id=id, block_ids=blocks, num_computed_tokens=computed)
+            for id, blocks, computed, _ in new
         ],
         scheduled_cached_reqs=SimpleNamespace(
             req_ids=[id for id, *_ in cached],

@@ -1,6 +1,6 @@
 """The scheduler's side: which requests begin with an indexed prefix, and where it lies in the KV cache."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -47,12 +47,19 @@ class PrefixMatcher:
             self._by_start.setdefault(tuple(covered[:_FIRST]), []).append((placement, covered))
 
     def match(self, request: Any) -> tuple[Placement | None, str]:
-        """Returns the placement of the request's prefix, or None and why its rows are dense."""
+        """Returns the placement of the request's prefix, or None, and what becomes of its rows.
+
+        A prompt that is itself the start of a prefix has a placement too, though NO_INDEX: its answer may complete
+        the prefix, and its row would then look like one on it.
+        """
         if request.prompt_embeds is not None:
             return None, EMBEDDINGS
-        tokens = request.prompt_token_ids
+        tokens, start_of = request.prompt_token_ids, None
         for placement, covered in self._by_start.get(tuple(tokens[:_FIRST]), ()):
-            if tokens[: len(covered)] != covered:
+            if tokens[: len(covered)] != covered[: len(tokens)]:
+                continue
+            if len(tokens) < len(covered):
+                start_of = placement
                 continue
             if request.lora_request is not None:
                 return None, LORA
@@ -61,17 +68,18 @@ class PrefixMatcher:
             if any(item.mm_position.offset < len(covered) for item in request.mm_features or ()):
                 return None, MULTIMODAL
             return placement, SQUEEZED
-        return None, NO_INDEX
+        return start_of, NO_INDEX
 
 
 @dataclass
 class _Live:
     placement: Placement
-    blocks: dict[int, list[int]] = field(default_factory=dict)
+    begins_with_prefix: bool
+    blocks: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
 
     def extend(self, block_ids: tuple[list[int], ...]) -> None:
         for group in self.placement.prefix_lens:
-            self.blocks.setdefault(group, []).extend(block_ids[group])
+            self.blocks[group].extend(block_ids[group])
 
 
 class LiveRequests:
@@ -91,7 +99,7 @@ class LiveRequests:
     def add(self, request: Any) -> None:
         placement, reason = self._matcher.match(request)
         if placement is not None:
-            self._live[request.request_id] = _Live(placement)
+            self._live[request.request_id] = _Live(placement, reason == SQUEEZED)
         elif reason != NO_INDEX:
             self._refused[request.request_id] = reason
 
@@ -116,12 +124,13 @@ class LiveRequests:
         ready, waiting, num_tokens = [], [], 0
         for request_id, computed in self._update(scheduled):
             live = self._live[request_id]
-            if computed >= live.placement.covered:
+            if live.begins_with_prefix and computed >= live.placement.covered and self._knows_prefix(live):
                 ready.append(live)
                 num_tokens += scheduled.num_scheduled_tokens[request_id]
             else:
                 waiting.append((live, computed))
-        reasons += Counter({SQUEEZED: len(ready), NOT_COMPUTED: len(waiting)})
+        not_computed = sum(live.begins_with_prefix for live, _ in waiting)
+        reasons += Counter({SQUEEZED: len(ready), NOT_COMPUTED: not_computed})
         self.rows += reasons + Counter({NO_INDEX: num_rows - reasons.total()})
 
         blocks = {block for live in ready for block in self._prefix_blocks(live)}
@@ -153,6 +162,11 @@ class LiveRequests:
                 computed.append((request_id, count))
         return computed
 
+    def _knows_prefix(self, live: _Live) -> bool:
+        """Whether vLLM has told of all blocks of the request's prefix; if not, the row goes dense."""
+        prefix_lens = live.placement.prefix_lens.items()
+        return all(len(live.blocks[group]) * self._block_sizes[group] >= length for group, length in prefix_lens)
+
     def _prefix_blocks(self, live: _Live) -> Iterable[LiveBlock]:
         """The last block of the request's prefix, in each group: it stands for all before it."""
         for group, prefix_len in live.placement.prefix_lens.items():
@@ -162,8 +176,9 @@ class LiveRequests:
     def _dense_blocks(self, live: _Live, computed: int) -> Iterable[LiveBlock]:
         """Keeps a request that is still computing its prefix from being taken for one on a shorter indexed prefix.
 
-        The block that it is about to fill is its own.
+        Of the rows that hold the block which it is about to fill, only its own has computed as many tokens.
         """
         for group in live.placement.prefix_lens:
             index = computed // self._block_sizes[group]
-            yield LiveBlock(DENSE_SLOT, group, index, live.blocks[group][index], computed)
+            for block in live.blocks[group][index : index + 1]:
+                yield LiveBlock(DENSE_SLOT, group, index, block, computed)

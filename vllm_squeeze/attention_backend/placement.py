@@ -75,7 +75,7 @@ def open_indexes(
     for slot, folder in enumerate(options.indexes):
         try:
             index = PrefixIndex.open(Path(folder))
-            check_model(index.manifest, identity, vllm_config.model_config.max_model_len)
+            check_model(index, identity, vllm_config.model_config.max_model_len)
             if (needed := device_bytes(index.manifest, vllm_config)) > memory_left:
                 raise InvalidIndex(
                     f"{index.folder.name}: squeeze.memory_limit_gib is {options.memory_limit_gib}, which leaves "
@@ -92,13 +92,13 @@ def open_indexes(
     return admitted
 
 
-def check_model(manifest: Manifest, identity: ModelIdentity, max_model_len: int) -> None:
+def check_model(index: PrefixIndex, identity: ModelIdentity, max_model_len: int) -> None:
     """Raises InvalidIndex if the index was not made for this model, or its prefix is too long for this server."""
-    if difference := manifest.model.difference(identity):
-        raise InvalidIndex(f"{manifest.source}: the index was made for another model: {difference}")
-    if manifest.num_tokens >= max_model_len:
+    if difference := index.manifest.model.difference(identity):
+        raise InvalidIndex(f"{index.folder.name}: the index was made for another model: {difference}")
+    if index.manifest.num_tokens >= max_model_len:
         raise InvalidIndex(
-            f"{manifest.source}: the prefix has {manifest.num_tokens} tokens; this server's max_model_len, "
+            f"{index.folder.name}: the prefix has {index.manifest.num_tokens} tokens; this server's max_model_len, "
             f"{max_model_len}, leaves no room for a question"
         )
 

@@ -105,8 +105,9 @@ class Residency:
             try:
                 self._load(index, layer_number(index, name), self._spans[slot], table)
             except InvalidIndex as error:
+                # The scheduler's side has read the same files, and warned.
                 self._failed.add(slot)
-                logger.error("squeeze: %s. Its prefix is served densely.", error)
+                logger.info("squeeze: %s", error)
         self._tables.append(table)
         return table
 

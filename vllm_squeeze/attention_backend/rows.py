@@ -81,7 +81,11 @@ class RowGroup:
         row_slot, prefix_len = match_rows(
             self.block_table[:num_rows], self.seq_lens, self.query_start_loc[: num_rows + 1], table
         )
-        self.set_rows(row_slot, prefix_len, num_tokens)
+        # Should the scheduler ever have reckoned with fewer squeezed tokens, the last rows go dense: the kernels'
+        # work list is no longer than that.
+        counts = self.query_start_loc[: num_rows + 1].diff()
+        fits = torch.where(row_slot >= 0, counts, 0).cumsum(0) <= num_tokens
+        self.set_rows(torch.where(fits, row_slot, DENSE_SLOT), torch.where(fits, prefix_len, 0), num_tokens)
         self.squeezing = True
 
     def set_rows(self, row_slot: torch.Tensor, prefix_len: torch.Tensor, num_tokens: int) -> None:

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,12 @@ def index(
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     content = read_input(prefix or token_ids)
+    if os.sep in model and not Path(model).exists() and model.count("/") != 1:
+        raise ValueError(f"--model: {model}: no such folder")
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.engine.arg_utils import EngineArgs
+
+    check_engine_args(engine_args, {field.name for field in fields(EngineArgs)})
     from vllm.tokenizers import get_tokenizer
 
     model_config = EngineArgs(model=model, **engine_args).create_model_config()
@@ -121,6 +125,22 @@ def read_input(path: Path) -> str:
     if not content.strip():
         raise ValueError(f"{path}: empty")
     return content
+
+
+def check_engine_args(engine_args: dict[str, Any], known: set[str]) -> None:
+    """Raises ValueError for arguments that vLLM does not have, or that the indexer sets itself."""
+    ours = {
+        "model",
+        "attention_backend",
+        "kv_transfer_config",
+        "enable_prefix_caching",
+        "max_model_len",
+        "max_num_seqs",
+    }
+    if unknown := sorted(set(engine_args) - known):
+        raise ValueError(f"--engine-args: {unknown[0]!r} is not an argument of vLLM's engine")
+    if taken := sorted(set(engine_args) & (ours | {"enforce_eager"})):
+        raise ValueError(f"--engine-args: {taken[0]!r} is set by the indexer itself")
 
 
 def tokenise(tokenizer: Any, content: str, given: bool, chat: bool | None) -> PrefixTokens:

@@ -1,0 +1,188 @@
+from types import SimpleNamespace
+
+import pytest
+
+from tests.attention_backend.world import make_matcher, make_request, make_step
+from vllm_squeeze.attention_backend.matching import (
+    CACHE_SALT,
+    DENSE_SLOT,
+    EMBEDDINGS,
+    LORA,
+    MULTIMODAL,
+    NO_INDEX,
+    NOT_COMPUTED,
+    SQUEEZED,
+    LiveBlock,
+    LiveRequests,
+)
+
+SIZE = 16
+LONG = list(range(100, 200))
+# 6 tokens of each are the observation window; of the rest, whole blocks are covered: 80, 48, 48.
+PREFIXES = [LONG, LONG[:60], list(range(300, 360))]
+COVERED = [80, 48, 48]
+
+
+def image_at(offset: int) -> SimpleNamespace:
+    return SimpleNamespace(mm_position=SimpleNamespace(offset=offset))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "slot"),
+    [
+        (LONG + [1], 0),
+        (LONG[:80], 0),
+        (LONG[:79] + [1, 2], 1),
+        (LONG[:48], 1),
+        (LONG[:47] + [1], None),
+        (LONG[:47], None),
+        (LONG[:24], None),
+        (LONG[:3], None),
+        (LONG[1:], None),
+        (PREFIXES[2] + LONG, 2),
+        ([], None),
+    ],
+    ids=[
+        "whole", "covered-part", "one-token-off", "nested", "one-token-off-nested", "one-token-short", "half",
+        "a-few-tokens", "not-at-the-start", "another-text", "empty",
+    ],
+)  # fmt: skip
+def test_the_longest_prefix_that_a_prompt_begins_with(tokens, slot):
+    matcher, placements = make_matcher(PREFIXES, {0: SIZE})
+    assert [placement.covered for placement in placements] == COVERED
+    found, reason = matcher.match(make_request("a", tokens))
+    assert reason == (NO_INDEX if slot is None else SQUEEZED)
+    if slot is not None:
+        assert found is placements[slot]
+    else:
+        # The start of a prefix is followed, as its answer may complete it.
+        assert found is None or found in placements and LONG[: len(tokens)] == tokens
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"lora_request": object()}, LORA),
+        ({"cache_salt": "salt"}, CACHE_SALT),
+        ({"prompt_embeds": object()}, EMBEDDINGS),
+        ({"prompt_embeds": object(), "prompt_token_ids": None}, EMBEDDINGS),
+        ({"mm_features": [image_at(90), image_at(79)]}, MULTIMODAL),
+        ({"mm_features": [image_at(0)]}, MULTIMODAL),
+        ({"mm_features": [image_at(80)]}, SQUEEZED),
+        ({"mm_features": None}, SQUEEZED),
+    ],
+    ids=["lora", "salt", "embeddings", "embeddings-only", "image-inside", "image-first", "image-after", "no-images"],
+)
+def test_requests_whose_prefix_is_not_the_text_alone(changes, reason):
+    matcher, placements = make_matcher(PREFIXES, {0: SIZE})
+    request = make_request("a", LONG + [1], **changes)
+    assert matcher.match(request) == (placements[0] if reason == SQUEEZED else None, reason)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lora_request": object()}, {"cache_salt": "salt"}, {"mm_features": [image_at(0)]}]
+)
+def test_a_request_on_no_prefix_is_no_more_than_that(changes):
+    matcher, _ = make_matcher(PREFIXES, {0: SIZE})
+    assert matcher.match(make_request("a", [1, 2, 3], **changes)) == (None, NO_INDEX)
+
+
+@pytest.fixture
+def live():
+    """Follows requests: "long" and "short" on prefixes 0 and 1, "other" on none, "salted" on prefix 0 with a salt."""
+    matcher, _ = make_matcher(PREFIXES, {1: SIZE})
+    requests = LiveRequests(matcher, {1: SIZE})
+    for id, tokens in {"long": LONG + [1], "short": LONG[:60] + [1] * 40, "other": [1] * 100}.items():
+        requests.add(make_request(id, tokens))
+    requests.add(make_request("salted", LONG + [2], cache_salt="salt"))
+    return requests
+
+
+def taken(live: LiveRequests) -> dict[str, int]:
+    """Rows since the last call, by outcome."""
+    rows = {reason: count for reason, count in live.rows.items() if count}
+    live.rows.clear()
+    return rows
+
+
+def blocks(first: int, count: int) -> tuple[list[int], list[int]]:
+    """Block ids of two groups, of which the second is the one that counts."""
+    return [0] * count, list(range(first, first + count))
+
+
+def test_each_row_of_a_step_is_counted_once(live):
+    step = make_step(
+        new=[("long", blocks(10, 7), 80, 21), ("short", blocks(20, 4), 0, 64), ("salted", blocks(30, 7), 96, 5)],
+        cached=[("other", None, 100, 1)],
+    )
+    found, num_tokens = live.step(step)
+    # Group 1's block of the tokens 64 to 79. "short" has computed nothing and cannot be taken for anything.
+    assert found == [LiveBlock(slot=0, group=1, index=4, block=14, context=80)]
+    assert num_tokens == 21
+    assert taken(live) == {SQUEEZED: 1, NOT_COMPUTED: 1, CACHE_SALT: 1, NO_INDEX: 1}
+
+
+def test_only_scheduled_rows_count(live):
+    assert live.step(make_step(cached=[("other", None, 5, 1)])) == ([], 0)
+    assert taken(live) == {NO_INDEX: 1}
+    assert live.step(make_step()) == ([], 0)
+    assert taken(live) == {}
+
+
+def test_chunked_prefill(live):
+    """The rest of a prompt is squeezed from the chunk on that begins at or after the end of the covered part."""
+    found, _ = live.step(make_step(new=[("long", blocks(10, 3), 0, 40)]))
+    assert found == [] and taken(live) == {NOT_COMPUTED: 1}
+    found, _ = live.step(make_step(cached=[("long", blocks(50, 2), 40, 39)]))
+    assert found == [] and taken(live) == {NOT_COMPUTED: 1}
+    found, _ = live.step(make_step(cached=[("long", None, 79, 1)]))
+    assert found == [] and taken(live) == {NOT_COMPUTED: 1}
+    found, num_tokens = live.step(make_step(cached=[("long", blocks(70, 2), 80, 21)]))
+    assert found == [LiveBlock(0, 1, 4, 51, 80)] and num_tokens == 21
+    assert taken(live) == {SQUEEZED: 1}
+    # Every token of the answer.
+    assert live.step(make_step(cached=[("long", None, 101, 1)])) == ([LiveBlock(0, 1, 4, 51, 80)], 1)
+
+
+def test_a_request_still_computing_is_kept_from_a_shorter_prefix(live):
+    """While another row is squeezed by the nested prefix that both begin with, the longer one's stays dense."""
+    found, num_tokens = live.step(
+        make_step(new=[("short", blocks(20, 7), 48, 52), ("long", ([0] * 5, [20, 21, 22, 40, 41]), 48, 30)])
+    )
+    assert found == [LiveBlock(DENSE_SLOT, 1, 3, 40, 48), LiveBlock(1, 1, 2, 22, 48)]
+    assert num_tokens == 52
+    assert taken(live) == {SQUEEZED: 1, NOT_COMPUTED: 1}
+
+
+def test_requests_that_share_blocks_need_one_entry(live):
+    live.add(make_request("twin", LONG + [3, 4]))
+    found, num_tokens = live.step(make_step(new=[("long", blocks(10, 7), 80, 21), ("twin", (*blocks(10, 7),), 96, 6)]))
+    assert found == [LiveBlock(0, 1, 4, 14, 80)] and num_tokens == 27
+    found, _ = live.step(make_step(new=[("twin", blocks(60, 7), 96, 6)], cached=[("long", None, 101, 1)]))
+    assert found == [LiveBlock(0, 1, 4, 14, 80), LiveBlock(0, 1, 4, 64, 80)]
+
+
+@pytest.mark.parametrize("sent_as", ["new", "resumed"])
+def test_preempted_and_resumed(live, sent_as):
+    """A resumed request has other blocks, whether vLLM's V2 runner sends it as new or its V1 runner as resumed."""
+    live.step(make_step(new=[("long", blocks(10, 7), 80, 21)]))
+    assert live.step(make_step(cached=[("other", None, 5, 1)])) == ([], 0)
+    taken(live)
+    again = ("long", blocks(90, 7), 0, 102)
+    found, _ = live.step(make_step(new=[again]) if sent_as == "new" else make_step(cached=[again], resumed={"long"}))
+    assert found == [] and taken(live) == {NOT_COMPUTED: 1}
+    found, _ = live.step(make_step(cached=[("long", None, 102, 1)]))
+    assert found == [LiveBlock(0, 1, 4, 94, 80)] and taken(live) == {SQUEEZED: 1}
+
+
+@pytest.mark.parametrize("scheduled", [True, False], ids=["after-steps", "before-any-step"])
+def test_what_has_ended_is_forgotten(live, scheduled):
+    if scheduled:
+        live.step(make_step(new=[("long", blocks(10, 7), 80, 21)]))
+    for id in ("long", "short", "other", "salted", "never-seen"):
+        live.remove(id)
+        live.remove(id)
+    taken(live)
+    step = make_step(new=[("long", blocks(10, 7), 80, 21), ("salted", blocks(30, 7), 80, 21)])
+    assert live.step(step) == ([], 0)
+    assert taken(live) == {NO_INDEX: 2}
