@@ -1,21 +1,15 @@
 """Scenes for the kernels' tests: one serving step over a paged cache full of traps, on the GPU or interpreted."""
 
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    # the interpreter has to be chosen before the first import of triton
-    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", "triton was imported too early"
-    os.environ["TRITON_INTERPRET"] = "1"
+from vllm_squeeze.kernels.reference import attend_causal
+from vllm_squeeze.kernels.tables import ClusterTable, Prefixes
 
-from vllm_squeeze.kernels.reference import attend_causal  # noqa: E402
-from vllm_squeeze.kernels.tables import ClusterTable, Prefixes  # noqa: E402
+ON_GPU = torch.cuda.is_available()
 
 SUFFIX_LENGTH = 5
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3}
