@@ -62,7 +62,7 @@ def index(
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     content = read_input(prefix or token_ids)
-    if os.sep in model and not Path(model).exists() and model.count("/") != 1:
+    if (model.startswith(("/", ".", "~")) or model.count("/") > 1) and not Path(model).exists():
         raise ValueError(f"--model: {model}: no such folder")
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.engine.arg_utils import EngineArgs
