@@ -83,6 +83,17 @@ def wrap_create_engine_config() -> None:
     EngineArgs.create_engine_config = create_engine_config
 
 
+def prepare_cuda_graphs() -> None:
+    """Sees to it that no step with squeezed rows replays a CUDA graph of dense attention."""
+    known = {"V2": two_graph_sets(), "V1": no_full_graph_while_squeezing()}
+    if unknown := [runner for runner, found in known.items() if not found]:
+        logger.warning(
+            "squeeze: the CUDA graphs of this vLLM's %s model runner are not known here; where it replays full graphs "
+            "rows may stay dense. Use --enforce-eager.",
+            " and ".join(unknown),
+        )
+
+
 def two_graph_sets() -> bool:
     """Gives vLLM's V2 model runner a second set of full CUDA graphs, replayed in steps with squeezed rows.
 

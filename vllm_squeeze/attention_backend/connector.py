@@ -110,8 +110,8 @@ class SqueezeConnector(PassiveConnector):
             residency = getattr(getattr(layer, "impl", None), "residency", None)
             if residency is not None:
                 self._worker = SqueezeWorker(self._vllm_config, residency, self._kv_cache_config)
-                compat.two_graph_sets()
-                compat.no_full_graph_while_squeezing()
+                if residency.device.type == "cuda":
+                    compat.prepare_cuda_graphs()
                 return
 
     def handle_preemptions(self, kv_connector_metadata: StepMetadata) -> None:

@@ -15,7 +15,8 @@ class ClusterTable:
         centroids: [H, C, D], the mean key of each cluster, in the model's dtype.
         value_centroids: [H, C, D], the mean value of each cluster, in the model's dtype.
         starts: [H, C] int32, where the members of a cluster begin in ``members``; never decreasing along C.
-        sizes: [H, C] int32, how many members a cluster has. 0 marks an empty cluster, which is never chosen.
+        sizes: [H, C] int32, how many members a cluster has. 0 marks an empty cluster, which is
+            never chosen; its centroids must be finite all the same.
         members: [H, M] int32, positions of tokens in the prefix, ascending inside a cluster.
     """
 
