@@ -27,9 +27,9 @@ class IndexParameters:
     """How a prefix is clustered.
 
     Attributes:
-        centroids: clusters per clustered key.
-        window: keys are clustered in windows of this many.
-        max_cluster: keys that a cluster may have.
+        centroids: centroids per token of the prefix, before large clusters are split.
+        window: tokens that are clustered together, at most.
+        max_cluster: keys that a cluster may have, at most.
         iterations: of k-means.
         seed: of the first centroids.
         num_sinks: the first tokens, which are not clustered but always attended to.
