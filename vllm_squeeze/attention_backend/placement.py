@@ -150,7 +150,7 @@ def place(index: PrefixIndex, slot: int, options: Options, block_sizes: dict[int
     clustered = manifest.num_tokens - parameters.observation_window
     # Whole blocks of every group: else a row could match in one group and not in another.
     size = math.lcm(*block_sizes.values())
-    prefix_lens = {group: clustered // size * size for group in block_sizes}
+    prefix_lens = dict.fromkeys(block_sizes, clustered // size * size)
     shortest = min(prefix_lens.values(), default=0)
     if shortest <= parameters.num_sinks:
         raise InvalidIndex(

@@ -50,14 +50,10 @@ class Part:
     """Clusters of one layer on one rank, as the recorder wrote them.
 
     Attributes:
-        layer: name of the layer in vLLM.
-        first_head: the first of this rank's KV heads, over all ranks.
         tensors: centroids, value_centroids, sizes, members (see LayerClusters), and scores, the histogram.
         mean_cosine: of keys to their centroids.
     """
 
-    layer: str
-    first_head: int
     tensors: dict[str, torch.Tensor]
     mean_cosine: float
 
@@ -80,9 +76,9 @@ def read_parts(folder: Path) -> dict[str, list[Path]]:
 def read_part(path: Path) -> Part:
     """Reads one file of ``read_parts``."""
     with safe_open(path, "pt") as file:
-        metadata = file.metadata()
+        mean_cosine = float(file.metadata()["mean_cosine"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return Part(metadata["layer"], int(metadata["first_head"]), tensors, float(metadata["mean_cosine"]))
+    return Part(tensors, mean_cosine)
 
 
 class ObservesQueries:

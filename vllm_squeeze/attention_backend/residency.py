@@ -87,8 +87,7 @@ class Residency:
             head_size: of the layer.
             dtype: of the layer's KV cache.
         """
-        holders = {slot: index for slot, index in self._indexes.items() if layer_number(index, name) is not None}
-        if not holders:
+        if all(layer_number(index, name) is None for index in self._indexes.values()):
             return None
 
         def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
