@@ -13,6 +13,8 @@ NUM_HEADS, NUM_CENTROIDS, HEAD_SIZE = 2, 7, 4
 NUM_TOKENS, NUM_MEMBERS = 47, 37
 LAYER_NAMES = ("model.layers.0.self_attn.attn", "model.layers.3.self_attn.attn")
 PARAMETERS = IndexParameters(num_sinks=4, observation_window=6, max_cluster=12)
+# What the manifest of an exact index has in place of clusters.
+EXACT = {"num_members": 0, "parameters": None, "thresholds": ()}
 
 
 def make_identity(**changes) -> ModelIdentity:
@@ -81,3 +83,11 @@ def write_index(
         layers = layers or [make_clusters(10 * seed + i, dtype) for i in range(len(LAYER_NAMES))]
         entries = [writer.write_layer(i, LAYER_NAMES[i], clusters) for i, clusters in enumerate(layers)]
         return writer.publish(make_manifest(token_ids, entries, model=make_identity(dtype=dtype), **changes))
+
+
+def write_exact_index(store: Path, name: str = "contract-000000000000") -> Path:
+    """Publishes an index without clusters, of the tokens of the first seed."""
+    token_ids = make_tokens()
+    with IndexWriter(store, name) as writer:
+        writer.write_tokens(token_ids)
+        return writer.publish(make_manifest(token_ids, [], **EXACT))

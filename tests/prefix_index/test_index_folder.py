@@ -24,6 +24,7 @@ from small_index import (
     make_identity,
     make_manifest,
     make_tokens,
+    write_exact_index,
     write_index,
 )
 
@@ -87,6 +88,19 @@ def test_round_trip(tmp_path, dtype):
             read = getattr(index.layer(i), field)
             assert read.dtype == expected.dtype and torch.equal(read, expected)
     index.verify()
+
+
+def test_an_exact_index_holds_tokens_alone(tmp_path):
+    index = open_whole(write_exact_index(tmp_path))
+    assert sorted(file.name for file in index.folder.iterdir()) == sorted(FILES[:2])
+    assert index.manifest.exact and np.array_equal(index.token_ids, make_tokens())
+
+
+def test_an_exact_index_and_a_clustered_one_take_each_others_place(folder):
+    for write, files in ((write_exact_index, 2), (write_index, 4)):
+        assert write(folder.parent, NAME) == folder
+        assert len(list(open_whole(folder).folder.iterdir())) == files
+        assert visible(folder.parent) == [NAME]
 
 
 def test_an_index_may_be_read_by_whoever_may_read_other_files(tmp_path, folder):

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_index import make_identity, write_index
+from small_index import make_identity, write_exact_index, write_index
 
 import vllm_squeeze
 from vllm_squeeze.offline_tools.inspect import inspect
@@ -41,6 +41,29 @@ def test_an_index_is_described(tmp_path):
     assert values["verification"] == ["all 4 files verified"]
     for name, value in make_identity().compared().items():
         assert values[name] == [str(value)]
+
+
+def test_an_exact_index_is_described(tmp_path):
+    folder = write_exact_index(tmp_path)
+    code, values, text = inspected(folder)
+    num_bytes = sum(file.stat().st_size for file in folder.iterdir())
+    assert code == 0
+    assert text.splitlines()[0] == folder.name
+    assert values["source"] == ["contract.txt"]
+    assert values["tokens"] == ["47, all attended to exactly"]
+    assert values["on disk"] == [f"{num_bytes / 2**10:.1f} KiB"]
+    assert values["verification"] == ["all 2 files verified"]
+    for name, value in make_identity().compared().items():
+        assert values[name] == [str(value)]
+
+
+def test_a_damaged_exact_index_is_noticed(tmp_path):
+    folder = write_exact_index(tmp_path)
+    content = bytearray((folder / "tokens.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "tokens.safetensors").write_bytes(content)
+    code, values, _ = inspected(folder)
+    assert code == 1 and "tokens.safetensors: damaged" in values["verification"][0]
 
 
 def test_a_damaged_index_does_not_hide_the_others(tmp_path):

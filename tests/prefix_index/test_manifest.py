@@ -4,7 +4,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_index import LAYER_NAMES, make_manifest, make_tokens
+from small_index import EXACT, LAYER_NAMES, make_manifest, make_tokens
 
 from vllm_squeeze.prefix_index.manifest import IndexParameters, InvalidIndex, LayerEntry, Manifest, with_digest
 
@@ -14,6 +14,11 @@ NUM_BYTES = 1144
 @pytest.fixture(scope="module")
 def manifest():
     return make_manifest(make_tokens(), [LayerEntry(name, 7, NUM_BYTES, "ab") for name in LAYER_NAMES])
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return make_manifest(make_tokens(), [], **EXACT)
 
 
 def edited(manifest, *path, value=None, remove=False):
@@ -30,8 +35,10 @@ def edited(manifest, *path, value=None, remove=False):
     return with_digest(body)
 
 
-def test_round_trip(manifest):
+def test_round_trip(manifest, exact):
     assert Manifest.from_json(manifest.to_json()) == manifest
+    assert Manifest.from_json(exact.to_json()) == exact
+    assert exact.exact and not manifest.exact
 
 
 def test_a_whole_number_may_stand_for_a_float(manifest):
@@ -81,6 +88,35 @@ def test_a_whole_number_may_stand_for_a_float(manifest):
 def test_a_value_that_is_not_allowed_is_named(manifest, path, value, message):
     with pytest.raises(InvalidIndex) as error:
         Manifest.from_json(edited(manifest, *path, value=value))
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+IN_EXACT = "in an exact index, one whose parameters are null"
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "message"),
+    [
+        ("exact", "num_members", f"num_members is 37, must be 0 {IN_EXACT}"),
+        (
+            "exact",
+            "thresholds",
+            f"thresholds is ((1.0, -20.0), (0.5, -9.0), (0.1, -7.0), (0.01, -4.0)), must be [] {IN_EXACT}",
+        ),
+        ("exact", "layers", "layers is (LayerEntry("),
+        ("exact", "parameters", "num_members is 0, must be num_tokens less 10, at least 1"),
+        ("manifest", "num_members", "num_members is 0, must be num_tokens less 10, at least 1"),
+        ("manifest", "thresholds", "thresholds is empty, must have at least one pair"),
+        ("manifest", "layers", "layers has 0 entries, must have from 1 to 4"),
+        ("manifest", "parameters", f"num_members is 37, must be 0 {IN_EXACT}"),
+    ],
+)
+def test_a_field_of_the_other_kind_is_refused(manifest, exact, kind, field, message):
+    whole, other = (manifest, exact) if kind == "manifest" else (exact, manifest)
+    value = json.loads(other.to_json())[field]
+    with pytest.raises(InvalidIndex) as error:
+        Manifest.from_json(edited(whole, field, value=value))
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value) and len(str(error.value)) < 200
 

@@ -50,21 +50,30 @@ def inspect_index(folder: Path, out: TextIO) -> int:
 def facts(index: PrefixIndex) -> list[tuple[str, str]]:
     """Labels and values, in the order in which they are printed."""
     manifest = index.manifest
-    model, parameters = manifest.model, manifest.parameters
-    dense = dense_bytes(manifest)
+    model = manifest.model
     on_disk = sum(file.lstat().st_size for file in index.folder.iterdir())
+    made = f"{manifest.created} by vllm-squeeze {manifest.tool_version}, format {manifest.format_version}"
+    identity = [("model", model.model), *((f"  {name}", str(value)) for name, value in model.compared().items())]
+    if manifest.exact:
+        return [
+            ("source", manifest.source),
+            ("made", made),
+            ("tokens", f"{manifest.num_tokens}, all attended to exactly"),
+            *identity,
+            ("on disk", f"{on_disk / 2**10:.1f} KiB"),
+        ]
+    dense = dense_bytes(manifest)
     centroids = sum(layer.num_centroids for layer in manifest.layers) / len(manifest.layers)
     return [
         ("source", manifest.source),
-        ("made", f"{manifest.created} by vllm-squeeze {manifest.tool_version}, format {manifest.format_version}"),
+        ("made", made),
         ("tokens", f"{manifest.num_tokens}, of which {manifest.num_members} are clustered"),
-        ("model", model.model),
-        *((f"  {name}", str(value)) for name, value in model.compared().items()),
+        *identity,
         ("layers", f"{len(manifest.layers)} of {model.num_layers} indexed"),
         ("heads", f"{model.num_kv_heads} KV heads of size {model.head_size}, {model.num_heads} query heads"),
         ("centroids", f"{centroids:.0f} per layer and KV head, {manifest.num_members / centroids:.1f} keys each"),
         ("on disk", f"{on_disk / 2**20:.1f} MiB, {on_disk / dense:.1%} of the dense KV's {dense / 2**20:.1f} MiB"),
-        ("parameters", ", ".join(f"{name} {value}" for name, value in vars(parameters).items())),
+        ("parameters", ", ".join(f"{name} {value}" for name, value in vars(manifest.parameters).items())),
         ("keys kept", "  ".join(f"{share:>7.0%}" for share in SHARES)),
         ("log threshold", "  ".join(f"{log_threshold(manifest.thresholds, share):>7.2f}" for share in SHARES)),
     ]

@@ -3,7 +3,7 @@
     store/contract-3f9a12bc04de/manifest.json
                                 tokens.safetensors        token_ids [T]
                                 layer-0000.safetensors    the clusters of the manifest's first layer, of all KV heads
-                                ...
+                                ...                       (an exact index has no layers)
 
 An index appears in the store, and is replaced, by rename. A writer that was killed leaves hidden folders behind, which
 the next writer removes. Nothing that a file says is taken as a path.

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import pairwise
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from vllm_squeeze.prefix_index.identity import DTYPE_BYTES, ModelIdentity, check_ranges
@@ -82,7 +83,8 @@ class LayerEntry:
 class Manifest:
     """All that is known of an index without its tensors.
 
-    The clustered tokens are all those between the sinks and the observation window.
+    The clustered tokens are all those between the sinks and the observation window. An exact index has no clusters:
+    all tokens of its prefix are attended to.
 
     Attributes:
         format_version: of the files.
@@ -91,12 +93,12 @@ class Manifest:
         source: where the prefix came from. Free text.
         num_tokens: T, of the whole prefix.
         tokens_digest: of the token ids.
-        num_members: M, tokens that are clustered.
+        num_members: M, tokens that are clustered; 0 in an exact index.
         model: the model that the keys are of.
-        parameters: how they were clustered.
+        parameters: how they were clustered; None in an exact index.
         thresholds: pairs (share of the clustered keys kept, natural log of the threshold that keeps it), by
-            decreasing share.
-        layers: the indexed layers, in the model's order.
+            decreasing share. Empty in an exact index.
+        layers: the clustered layers, in the model's order. Empty in an exact index.
     """
 
     format_version: int
@@ -107,18 +109,35 @@ class Manifest:
     tokens_digest: str
     num_members: int
     model: ModelIdentity
-    parameters: IndexParameters
+    parameters: IndexParameters | None
     thresholds: tuple[tuple[float, float], ...]
     layers: tuple[LayerEntry, ...]
 
     def __post_init__(self) -> None:
         check_ranges(self, format_version=(FORMAT_VERSION, FORMAT_VERSION), num_tokens=(1, 2**31 - 1))
+        check_created(self.created)
+        if self.exact:
+            self._check_exact()
+        else:
+            self._check_clustered()
+
+    @property
+    def exact(self) -> bool:
+        """Whether the index has no clusters."""
+        return self.parameters is None
+
+    def _check_exact(self) -> None:
+        for name, nothing in (("num_members", 0), ("thresholds", ()), ("layers", ())):
+            if (value := getattr(self, name)) != nothing:
+                must = f"must be {json.dumps(nothing)} in an exact index, one whose parameters are null"
+                raise ValueError(f"{name} is {reprlib.repr(value)}, {must}")
+
+    def _check_clustered(self) -> None:
         always_kept = self.parameters.num_sinks + self.parameters.observation_window
         # A token that is neither clustered nor always kept would be lost to every query.
         if not 1 <= self.num_members == self.num_tokens - always_kept:
             found = reprlib.repr(self.num_members)
             raise ValueError(f"num_members is {found}, must be num_tokens less {always_kept}, at least 1")
-        check_created(self.created)
         check_thresholds(self.thresholds)
         if not 1 <= len(self.layers) <= self.model.num_layers:
             raise ValueError(f"layers has {len(self.layers)} entries, must have from 1 to {self.model.num_layers}")
@@ -197,7 +216,7 @@ def with_digest(body: dict[str, Any]) -> str:
 
 
 def decode(kind: Any, value: Any, field: str) -> Any:
-    """Makes a value of a type from JSON: a dataclass, a tuple, str, int or float, and nothing but these.
+    """Makes a value of a type from JSON: a dataclass or None, a tuple, str, int or float, and nothing but these.
 
     Args:
         kind: the type.
@@ -207,6 +226,9 @@ def decode(kind: Any, value: Any, field: str) -> Any:
     Raises:
         InvalidIndex: the value is of another type, not finite, or refused by its dataclass.
     """
+    if get_origin(kind) is UnionType:
+        kind, _ = get_args(kind)
+        return None if value is None else decode(kind, value, field)
     if get_origin(kind) is tuple:
         items = get_args(kind)
         if type(value) is not list or (items[-1] is not Ellipsis and len(value) != len(items)):
