@@ -1,5 +1,6 @@
 """The oracle itself, against softmax attention written down once more in float64."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -32,6 +33,22 @@ def test_nothing_to_attend_leaves_the_suffix(make_scene):
     scene = make_scene(num_sinks=0)
     scene.set_threshold(0.0)
     assert torch.equal(scene.apply(squeezed_attention_reference, False), scene.suffix_output)
+
+
+@pytest.mark.parametrize("rest", [True, False])
+@pytest.mark.parametrize("shared", [True, False], ids=["beside clusters", "alone"])
+def test_a_prefix_without_clusters_is_attended_to_exactly(make_scene, assert_close, shared: bool, rest: bool):
+    """Its tokens are all always attended ones; the table may have clusters of other prefixes, or none at all."""
+    scene = make_scene(sizes=SIZES, slot_of=(0, 1), num_sinks=4)
+    scene.prefixes.log_threshold[0] = torch.inf
+    scene.prefixes.slots[0] = torch.tensor([2, 0, 4 + sum(SIZES[0])])
+    expected = torch.stack([scene.dense(token) for token in range(2)])
+    if not shared:
+        table = [getattr(scene.table, field.name)[:, :0] for field in dataclasses.fields(scene.table)]
+        scene = dataclasses.replace(scene, table=type(scene.table)(*table), work=scene.work[:1])
+        expected[1] = scene.suffix_output[1]
+    assert_close(scene.apply(squeezed_attention_reference, rest), expected)
+    assert scene.prefixes.counters[0].tolist() == [scene.num_kv_heads, 0]
 
 
 def test_predicted_probabilities_sum_to_one(make_scene):

@@ -72,12 +72,12 @@ class SqueezeConnector(PassiveConnector):
         placements = place_all(indexes, options, vllm_config, self._kv_cache_config)
         for slot, placement in placements.items():
             compat.logger.info(
-                "squeeze: slot %d serves %s (%d tokens, %d squeezed) at a budget of %g",
+                "squeeze: slot %d serves %s (%d tokens, %d squeezed) %s",
                 slot,
                 indexes[slot].folder.name,
                 placement.cost.num_tokens,
                 placement.covered,
-                options.budget,
+                "exactly" if indexes[slot].manifest.exact else f"at a budget of {options.budget:g}",
             )
         tokens = {slot: indexes[slot].token_ids.tolist() for slot in placements}
         matcher = PrefixMatcher(placements.values(), tokens)

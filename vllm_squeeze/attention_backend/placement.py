@@ -39,12 +39,14 @@ class Placement:
         slot: the prefix's slot.
         prefix_lens: tokens that the squeezed part covers, whole blocks, by KV cache group. What follows in the
             prefix, the observation window in it, is attended to densely with the rest of the request.
-        log_threshold: of the choice of clusters, for the wanted budget.
+        num_sinks: first tokens of the squeezed part that are always attended to; all of them in an exact index.
+        log_threshold: of the choice of clusters, for the wanted budget; infinite in an exact index.
         cost: what reading the prefix costs.
     """
 
     slot: int
     prefix_lens: dict[int, int]
+    num_sinks: int
     log_threshold: float
     cost: ReadCost
 
@@ -109,8 +111,8 @@ def local_kv_heads(manifest: Manifest, tensor_parallel_size: int) -> int:
 
 
 def num_centroids(manifest: Manifest) -> int:
-    """Clusters that a head has room for, in any layer."""
-    return max(layer.num_centroids for layer in manifest.layers)
+    """Clusters that a head has room for, in any layer; none in an exact index."""
+    return max((layer.num_centroids for layer in manifest.layers), default=0)
 
 
 def device_bytes(manifest: Manifest, vllm_config: Any) -> int:
@@ -133,7 +135,7 @@ def full_attention_groups(kv_cache_config: Any) -> dict[int, int]:
 
 
 def place(index: PrefixIndex, slot: int, options: Options, block_sizes: dict[int, int], element_size: int) -> Placement:
-    """Places a prefix into the KV cache and turns the budget into a threshold.
+    """Places a prefix into the KV cache and turns the budget into a threshold. An exact index has no budget.
 
     Args:
         index: of the prefix.
@@ -147,31 +149,33 @@ def place(index: PrefixIndex, slot: int, options: Options, block_sizes: dict[int
     """
     manifest = index.manifest
     parameters = manifest.parameters
-    clustered = manifest.num_tokens - parameters.observation_window
+    first, last = (0, 0) if manifest.exact else (parameters.num_sinks, parameters.observation_window)
     # Whole blocks of every group: else a row could match in one group and not in another.
     size = math.lcm(*block_sizes.values())
-    prefix_lens = dict.fromkeys(block_sizes, clustered // size * size)
-    shortest = min(prefix_lens.values(), default=0)
-    if shortest <= parameters.num_sinks:
+    covered = (manifest.num_tokens - last) // size * size if block_sizes else 0
+    if covered <= first:
+        always = "" if manifest.exact else f"the first {first} and the last {last} are always attended to, and "
         raise InvalidIndex(
-            f"{index.folder.name}: the prefix has {manifest.num_tokens} tokens, too few to squeeze: the first "
-            f"{parameters.num_sinks} and the last {parameters.observation_window} are always attended to, and blocks "
+            f"{index.folder.name}: the prefix has {manifest.num_tokens} tokens, too few to squeeze: {always}blocks "
             f"hold {list(block_sizes.values())} tokens"
         )
+    num_sinks = covered if manifest.exact else first
     cost = ReadCost(
         num_tokens=manifest.num_tokens,
-        num_always=parameters.num_sinks + manifest.num_tokens - shortest,
-        num_clustered=shortest - parameters.num_sinks,
+        num_always=num_sinks + manifest.num_tokens - covered,
+        num_clustered=covered - num_sinks,
         num_centroids=num_centroids(manifest),
         head_size=manifest.model.head_size,
         element_size=element_size,
         rest=options.rest == "value_centroids",
     )
-    try:
-        threshold = log_threshold(manifest.thresholds, cost.kept_share(options.budget))
-    except ValueError as error:
-        raise InvalidIndex(f"{index.folder.name}: squeeze.{error}") from None
-    return Placement(slot, prefix_lens, threshold, cost)
+    threshold = math.inf
+    if not manifest.exact:
+        try:
+            threshold = log_threshold(manifest.thresholds, cost.kept_share(options.budget))
+        except ValueError as error:
+            raise InvalidIndex(f"{index.folder.name}: squeeze.{error}") from None
+    return Placement(slot, dict.fromkeys(block_sizes, covered), num_sinks, threshold, cost)
 
 
 def place_all(

@@ -41,7 +41,7 @@ class Residency:
     """The tables of all served prefixes on this rank.
 
     Attributes:
-        prefixes: what the kernels read of all slots. Thresholds forbid every choice until ``activate``.
+        prefixes: what the kernels read of all slots, which are empty until ``activate``.
         active: placements of the prefixes whose rows may be squeezed, by slot.
     """
 
@@ -67,9 +67,6 @@ class Residency:
         for slot, index in self._indexes.items():
             span = _Span(first_centroid, num_centroids(index.manifest), first_member, index.manifest.num_members)
             self._spans[slot] = span
-            self.prefixes.slots[slot] = torch.tensor(
-                [span.first_centroid, span.num_centroids, index.manifest.parameters.num_sinks]
-            )
             first_centroid, first_member = span.centroids.stop, span.members.stop
         self.num_centroids, self._num_members = first_centroid, first_member
 
@@ -79,7 +76,7 @@ class Residency:
         return max((span.num_centroids for span in self._spans.values()), default=0)
 
     def load_layer(self, name: str, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> ClusterTable | None:
-        """Loads one layer of all indexes that have it; None if none does.
+        """Loads one layer of all indexes that have it; None if none does. Exact indexes have all layers, empty.
 
         Args:
             name: of the layer, in vLLM.
@@ -87,7 +84,8 @@ class Residency:
             head_size: of the layer.
             dtype: of the layer's KV cache.
         """
-        if all(layer_number(index, name) is None for index in self._indexes.values()):
+        indexes = self._indexes.values()
+        if not any(index.manifest.exact or layer_number(index, name) is not None for index in indexes):
             return None
 
         def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -102,7 +100,9 @@ class Residency:
         )
         for slot, index in self._indexes.items():
             try:
-                self._load(index, layer_number(index, name), self._spans[slot], table)
+                heads = self._local_heads(index, name, num_kv_heads, head_size)
+                if not index.manifest.exact:
+                    self._load(index, layer_number(index, name), heads, self._spans[slot], table)
             except InvalidIndex as error:
                 # The scheduler's side has read the same files, and warned.
                 self._failed.add(slot)
@@ -110,13 +110,10 @@ class Residency:
         self._tables.append(table)
         return table
 
-    def _load(self, index: PrefixIndex, number: int | None, span: _Span, table: ClusterTable) -> None:
+    def _load(self, index: PrefixIndex, number: int | None, heads: slice, span: _Span, table: ClusterTable) -> None:
         if number is None:
             raise InvalidIndex(f"{index.folder.name}: lacks a layer that another index of this model has")
         clusters = index.layer(number)
-        if clusters.centroids.shape[2] != table.centroids.shape[2]:
-            raise InvalidIndex(f"{index.folder.name}: layer {number} has another head size than the model's")
-        heads = self._local_heads(index, len(table.sizes))
         count = clusters.sizes.shape[1]
         within = slice(span.first_centroid, span.first_centroid + count)
         table.centroids[:, within] = clusters.centroids[heads].to(table.centroids)
@@ -126,12 +123,14 @@ class Residency:
         sizes = table.sizes[:, span.centroids]
         table.starts[:, span.centroids] = span.first_member + sizes.cumsum(1, dtype=torch.int32) - sizes
 
-    def _local_heads(self, index: PrefixIndex, num_kv_heads: int) -> slice:
+    def _local_heads(self, index: PrefixIndex, name: str, num_kv_heads: int, head_size: int) -> slice:
         from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
         world, total = get_tensor_model_parallel_world_size(), index.manifest.model.num_kv_heads
+        if head_size != index.manifest.model.head_size:
+            raise InvalidIndex(f"{index.folder.name}: {name} has another head size than the model")
         if num_kv_heads != local_kv_heads(index.manifest, world):
-            raise InvalidIndex(f"{index.folder.name}: a layer has another number of KV heads than the model")
+            raise InvalidIndex(f"{index.folder.name}: {name} has another number of KV heads than the model")
         first = get_tensor_model_parallel_rank() * total // world
         return slice(first, first + num_kv_heads)
 
@@ -142,8 +141,9 @@ class Residency:
         """
         self.active = {slot: place for slot, place in placements.items() if slot in self._spans.keys() - self._failed}
         for slot, place in self.active.items():
-            self.prefixes.log_threshold[slot] = place.log_threshold
             span = self._spans[slot]
+            self.prefixes.log_threshold[slot] = place.log_threshold
+            self.prefixes.slots[slot] = torch.tensor([span.first_centroid, span.num_centroids, place.num_sinks])
             for table in self._tables:
                 covered = table.members[:, span.members] < min(place.prefix_lens.values())
                 before = torch.nn.functional.pad(covered.cumsum(1), (1, 0))

@@ -66,6 +66,8 @@ def attend_prefix(
     """
     query = query.float()
     num_heads, num_members = table.members.shape
+    if not table.sizes.shape[1]:
+        num_members = 0  # those there are belong to clusters of other prefixes
     device = query.device
     scores, chosen = choose_clusters(query, table, log_threshold, scale)
 

@@ -1,0 +1,114 @@
+"""An index without clusters: where its prefix lies in the KV cache, and in the tables that the kernels read."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.attention_backend.world import OPTIONS
+from tests.prefix_index.small_index import HEAD_SIZE, LAYER_NAMES, NUM_HEADS, write_exact_index, write_index
+from vllm_squeeze.attention_backend import residency as residency_module
+from vllm_squeeze.attention_backend.placement import device_bytes, place
+from vllm_squeeze.attention_backend.residency import Residency
+from vllm_squeeze.prefix_index.index_folder import PrefixIndex
+from vllm_squeeze.prefix_index.manifest import InvalidIndex
+
+CONFIG = SimpleNamespace(
+    device_config=SimpleNamespace(device="cpu"),
+    parallel_config=SimpleNamespace(tensor_parallel_size=1),
+    model_config=SimpleNamespace(dtype=torch.float32),
+)
+
+
+@pytest.fixture
+def exact(tmp_path):
+    """An index of 47 tokens."""
+    return PrefixIndex.open(write_exact_index(tmp_path, "exact-0"))
+
+
+@pytest.fixture
+def clustered(tmp_path):
+    return PrefixIndex.open(write_index(tmp_path, "clustered-0"))
+
+
+@pytest.fixture
+def reside(monkeypatch):
+    """Makes the tables of opened indexes, on the only rank."""
+    monkeypatch.setattr("vllm.distributed.get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr("vllm.distributed.get_tensor_model_parallel_world_size", lambda: 1)
+
+    def make(*indexes: PrefixIndex) -> Residency:
+        monkeypatch.setattr(residency_module, "open_indexes", lambda *args, **kwargs: dict(enumerate(indexes)))
+        options = SimpleNamespace(**{**vars(OPTIONS), "indexes": list(indexes)})
+        return Residency(CONFIG, options)
+
+    return make
+
+
+@pytest.mark.parametrize(("block_sizes", "covered"), [({0: 16}, 32), ({0: 4, 2: 6}, 36), ({1: 47}, 47)], ids=str)
+def test_whole_blocks_without_an_observation_window(exact, block_sizes, covered):
+    placement = place(exact, 3, OPTIONS, block_sizes, 4)
+    assert placement.prefix_lens == dict.fromkeys(block_sizes, covered)
+    assert placement.num_sinks == placement.covered == covered
+    assert placement.log_threshold == math.inf
+
+
+@pytest.mark.parametrize("budget", [1e-6, 1.0])
+def test_a_dense_pass_is_read_at_any_budget(exact, budget):
+    options = SimpleNamespace(**{**vars(OPTIONS), "budget": budget})
+    assert place(exact, 0, options, {0: 16}, 2).cost.budget_used(0) == 1.0
+
+
+@pytest.mark.parametrize("block_sizes", [{0: 48}, {0: 16, 1: 24}, {}], ids=str)
+def test_less_than_a_block_is_refused(exact, block_sizes):
+    with pytest.raises(InvalidIndex, match=r"^exact-0: the prefix has 47 tokens, too few to squeeze: blocks hold \["):
+        place(exact, 0, OPTIONS, block_sizes, 4)
+
+
+def test_it_takes_no_memory_of_the_device(exact):
+    assert device_bytes(exact.manifest, CONFIG) == 0
+
+
+def test_alone_it_has_empty_tables_of_every_layer(exact, reside):
+    residency = reside(exact)
+    for name in ("any.layer", "another.layer"):
+        table = residency.load_layer(name, NUM_HEADS, HEAD_SIZE, torch.float32)
+        assert table.centroids.shape == (NUM_HEADS, 0, HEAD_SIZE) and table.members.shape == (NUM_HEADS, 0)
+    residency.activate({0: place(exact, 0, OPTIONS, {0: 16}, 4)})
+    assert residency.active.keys() == {0} and residency.largest_prefix == 0
+    assert residency.prefixes.slots.tolist() == [[0, 0, 32]]
+    assert residency.prefixes.log_threshold.tolist() == [math.inf]
+
+
+def test_beside_clusters_it_has_none(exact, clustered, reside):
+    residency = reside(clustered, exact, clustered)
+    for name in LAYER_NAMES:
+        assert residency.load_layer(name, NUM_HEADS, HEAD_SIZE, torch.float32).centroids.shape[1] == 2 * 7
+    residency.activate(
+        {slot: place(index, slot, OPTIONS, {0: 8}, 4) for slot, index in enumerate((clustered, exact, clustered))}
+    )
+    assert residency.prefixes.slots.tolist() == [[0, 7, 4], [7, 0, 40], [7, 7, 4]]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_heads", "head_size", "active"),
+    [
+        (LAYER_NAMES[0], NUM_HEADS, HEAD_SIZE, {0, 1}),
+        ("a layer that was not indexed", NUM_HEADS, HEAD_SIZE, {1}),
+        (LAYER_NAMES[0], NUM_HEADS + 1, HEAD_SIZE, set()),
+        (LAYER_NAMES[0], NUM_HEADS, HEAD_SIZE + 1, set()),
+    ],
+    ids=["as indexed", "another layer", "other heads", "another head size"],
+)
+def test_what_a_layer_that_does_not_fit_keeps_from_being_served(
+    exact, clustered, reside, name, num_heads, head_size, active
+):
+    residency = reside(clustered, exact)
+    assert residency.load_layer(name, num_heads, head_size, torch.float32) is not None
+    residency.activate({slot: place(index, slot, OPTIONS, {0: 8}, 4) for slot, index in enumerate((clustered, exact))})
+    assert residency.active.keys() == active
+
+
+def test_a_layer_that_no_clustered_index_has_stays_dense(clustered, reside):
+    assert reside(clustered).load_layer("a layer that was not indexed", NUM_HEADS, HEAD_SIZE, torch.float32) is None
