@@ -100,6 +100,28 @@ def test_parameters_out_of_range(capsys, model, tmp_path, flags, message):
     assert message in refused(capsys, *arguments, *flags)
 
 
+@pytest.mark.parametrize("flags", [["--centroids", "0.05"], ["--window", "8192"], ["--seed", "0"]], ids=lambda f: f[0])
+def test_an_exact_index_has_no_clustering_to_set(capsys, model, tmp_path, flags):
+    arguments = ["--model", model, "--prefix", "-", "--out", tmp_path / "store", "--exact", *flags]
+    assert refused(capsys, *arguments) == f"{flags[0]}: not together with --exact, which clusters nothing"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "--prefix: 0 tokens; an index needs at least 1"),
+        (str([9] * 2048), "--prefix: 2048 tokens; the model takes at most 2048"),
+        ("[512]", "--token-ids: 512 is not in the model's vocabulary"),
+    ],
+    ids=["empty", "too-long", "not-a-token"],
+)
+def test_a_prefix_that_cannot_be_an_exact_index(capsys, model, tmp_path, content, message):
+    (tmp_path / "ids.json").write_text(content)
+    arguments = ["--exact", "--model", model, "--token-ids", tmp_path / "ids.json", "--out", tmp_path / "store"]
+    assert message in refused(capsys, *arguments)
+    assert not (tmp_path / "store").exists(), "something was written"
+
+
 def test_the_store_must_be_a_folder_of_indexes(capsys, model, tmp_path):
     (tmp_path / "prefix.txt").write_text(words(300))
     (tmp_path / "file").touch()

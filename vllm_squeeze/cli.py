@@ -38,6 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     form.add_argument("--raw", dest="chat", action="store_false", help="prompts begin with the text as it is")
     index.add_argument("--out", type=Path, required=True, help="folder of indexes; this one gets a folder of its own")
+    index.add_argument(
+        "--exact",
+        action="store_true",
+        help="do not cluster: requests attend to all of the prefix, reading it once for all of them",
+    )
     index.add_argument("--centroids", type=float, help="centroids per token of the prefix (default 0.05)")
     index.add_argument("--window", type=int, help="most tokens clustered together (default 8192)")
     index.add_argument("--seed", type=int, help="of the clustering (default 0)")
@@ -57,8 +62,11 @@ def build_parser() -> argparse.ArgumentParser:
 def run_index(arguments: argparse.Namespace) -> int:
     from vllm_squeeze.prefix_index.manifest import IndexParameters
 
-    chosen = {name: getattr(arguments, name) for name in ("centroids", "window", "seed")}
-    parameters = IndexParameters(**{name: value for name, value in chosen.items() if value is not None})
+    given = {name: getattr(arguments, name) for name in ("centroids", "window", "seed")}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if arguments.exact and chosen:
+        raise ValueError(f"--{next(iter(chosen))}: not together with --exact, which clusters nothing")
+    parameters = None if arguments.exact else IndexParameters(**chosen)
     from vllm_squeeze.offline_tools.index import index
 
     index(

@@ -1,4 +1,7 @@
-"""``vllm-squeeze index``: runs a prefix through vLLM once and writes its index."""
+"""``vllm-squeeze index``: writes the index of a prefix.
+
+To cluster its keys, the prefix is run through vLLM once. An exact index needs only the prefix's tokens.
+"""
 
 import os
 import sys
@@ -24,7 +27,7 @@ from vllm_squeeze.prefix_index.budget import ReadCost
 from vllm_squeeze.prefix_index.calibration import threshold_curve
 from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.index_folder import IndexWriter, LayerClusters, index_name, tokens_digest
-from vllm_squeeze.prefix_index.manifest import FORMAT_VERSION, IndexParameters, Manifest
+from vllm_squeeze.prefix_index.manifest import FORMAT_VERSION, IndexParameters, LayerEntry, Manifest
 
 # Of the device's memory for the model and the prefix' KV cache; clustering needs room beside them.
 MEMORY_UTILIZATION = 0.6
@@ -36,7 +39,7 @@ def index(
     token_ids: Path | None,
     chat: bool | None,
     out: Path,
-    parameters: IndexParameters,
+    parameters: IndexParameters | None,
     engine_args: dict[str, Any],
 ) -> Path:
     """Indexes one prefix.
@@ -48,8 +51,8 @@ def index(
         chat: whether the text is the system message of conversations, or the start of raw prompts; None: the former
             where the model has a chat template.
         out: folder of indexes.
-        parameters: of the index.
-        engine_args: more arguments for ``vllm.LLM``.
+        parameters: of the clustering; None for an exact index.
+        engine_args: more arguments for vLLM's engine.
 
     Returns:
         folder of the index.
@@ -58,19 +61,17 @@ def index(
         ValueError: an argument that cannot be used.
     """
     started = time.monotonic()
-    # The engine in this process: errors and the progress bar come out here.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     content = read_input(prefix or token_ids)
     if (model.startswith(("/", ".", "~")) or model.count("/") > 1) and not Path(model).exists():
         raise ValueError(f"--model: {model}: no such folder")
-    from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.engine.arg_utils import EngineArgs
 
     check_engine_args(engine_args, {field.name for field in fields(EngineArgs)})
     from vllm.tokenizers import get_tokenizer
 
-    model_config = EngineArgs(model=model, **engine_args).create_model_config()
+    args = EngineArgs(model=model, **engine_args)
+    model_config = args.create_model_config()
     tokenizer = get_tokenizer(model_config.tokenizer, trust_remote_code=model_config.trust_remote_code)
     tokens = tokenise(tokenizer, content, token_ids is not None, chat)
     check_length(len(tokens.ids), parameters, model_config.max_model_len)
@@ -85,6 +86,40 @@ def index(
         )
 
     source = (prefix or token_ids).name if str(prefix or token_ids) != "-" else "stdin"
+    if parameters is None:
+        folder, manifest = write_exact(out, source, tokens.ids, identity_of(args.create_engine_config()))
+        cosine = None
+    else:
+        folder, manifest, cosine = write_clustered(out, source, tokens.ids, model, parameters, engine_args)
+    summarise(folder, manifest, cosine, time.monotonic() - started)
+    return folder
+
+
+def write_exact(out: Path, source: str, ids: Sequence[int], identity: ModelIdentity) -> tuple[Path, Manifest]:
+    """Writes the index of a prefix that is not clustered; returns its folder and manifest."""
+    manifest = manifest_of(source, ids, identity)
+    with IndexWriter(out, index_name(source, ids, identity)) as writer:
+        writer.write_tokens(ids)
+        return writer.publish(manifest), manifest
+
+
+def write_clustered(
+    out: Path,
+    source: str,
+    ids: Sequence[int],
+    model: str,
+    parameters: IndexParameters,
+    engine_args: dict[str, Any],
+) -> tuple[Path, Manifest, float]:
+    """Runs the prefix through vLLM, which clusters its keys, and writes the index.
+
+    Returns:
+        folder of the index, its manifest, and the mean cosine of keys to their centroids.
+    """
+    # The engine in this process: errors and the progress bar come out here.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm import LLM, SamplingParams, TokensPrompt
+
     # The engine must not start before it is known that the index can be written.
     with IndexWriter(out, "parts") as scratch:
         parts = scratch.folder / "parts"
@@ -94,22 +129,20 @@ def index(
             attention_backend="squeeze",
             enforce_eager=True,
             enable_prefix_caching=False,
-            max_model_len=len(tokens.ids) + 1,
+            max_model_len=len(ids) + 1,
             max_num_seqs=1,
-            kv_transfer_config=recorder(parts, len(tokens.ids), parameters),
+            kv_transfer_config=recorder(parts, len(ids), parameters),
             **{"gpu_memory_utilization": MEMORY_UTILIZATION, **engine_args},
         )
-        identity = identity_of(engine)
+        identity = identity_of(engine.llm_engine.vllm_config)
         engine.generate(
-            TokensPrompt(prompt_token_ids=tokens.ids), SamplingParams(max_tokens=1, temperature=0), use_tqdm=False
+            TokensPrompt(prompt_token_ids=list(ids)), SamplingParams(max_tokens=1, temperature=0), use_tqdm=False
         )
         # Frees the memory of the engine, also where it lives in this process.
         engine.llm_engine.engine_core.shutdown()
-        with IndexWriter(out, index_name(source, tokens.ids, identity)) as writer:
-            manifest, cosine = write(writer, parts, source, tokens.ids, identity, parameters)
-            folder = writer.publish(manifest)
-    summarise(folder, manifest, cosine, time.monotonic() - started)
-    return folder
+        with IndexWriter(out, index_name(source, ids, identity)) as writer:
+            manifest, cosine = write(writer, parts, source, ids, identity, parameters)
+            return writer.publish(manifest), manifest, cosine
 
 
 def read_input(path: Path) -> str:
@@ -153,14 +186,17 @@ def tokenise(tokenizer: Any, content: str, given: bool, chat: bool | None) -> Pr
     return chat_tokens(tokenizer, content) if chat else raw_tokens(tokenizer, content)
 
 
-def check_length(num_tokens: int, parameters: IndexParameters, max_model_len: int) -> None:
-    """Raises ValueError if a prefix is too short to cluster or too long for the model."""
-    least = parameters.num_sinks + parameters.observation_window + 1
-    if num_tokens < least:
-        raise ValueError(
-            f"--prefix: {num_tokens} tokens; an index needs at least {least}, since the first "
-            f"{parameters.num_sinks} and the last {parameters.observation_window} are always attended to"
+def check_length(num_tokens: int, parameters: IndexParameters | None, max_model_len: int) -> None:
+    """Raises ValueError if a prefix is empty, too short to cluster, or too long for the model."""
+    least, reason = 1, ""
+    if parameters is not None:
+        least = parameters.num_sinks + parameters.observation_window + 1
+        reason = (
+            f", since the first {parameters.num_sinks} and the last {parameters.observation_window} are always "
+            "attended to"
         )
+    if num_tokens < least:
+        raise ValueError(f"--prefix: {num_tokens} tokens; an index needs at least {least}{reason}")
     if num_tokens >= max_model_len:
         raise ValueError(f"--prefix: {num_tokens} tokens; the model takes at most {max_model_len}, with the question")
 
@@ -173,11 +209,11 @@ def recorder(parts: Path, num_tokens: int, parameters: IndexParameters) -> dict[
     return connector(RECORD, options)
 
 
-def identity_of(engine: Any) -> ModelIdentity:
-    """The identity of the model that an ``LLM`` runs."""
+def identity_of(vllm_config: Any) -> ModelIdentity:
+    """The identity of the model of a configured engine."""
     from vllm_squeeze.attention_backend.model_identity import model_identity
 
-    return model_identity(engine.llm_engine.vllm_config)
+    return model_identity(vllm_config)
 
 
 def write(
@@ -210,7 +246,21 @@ def write(
     if not entries:
         raise ValueError("--model: it has no layer of full attention that can be squeezed")
     writer.write_tokens(ids)
-    manifest = Manifest(
+    manifest = manifest_of(source, ids, identity, parameters, num_members, threshold_curve(scores), tuple(entries))
+    return manifest, sum(cosines) / len(cosines)
+
+
+def manifest_of(
+    source: str,
+    ids: Sequence[int],
+    identity: ModelIdentity,
+    parameters: IndexParameters | None = None,
+    num_members: int = 0,
+    thresholds: tuple[tuple[float, float], ...] = (),
+    layers: tuple[LayerEntry, ...] = (),
+) -> Manifest:
+    """The manifest of an index made now; of an exact one where there are no clusters."""
+    return Manifest(
         format_version=FORMAT_VERSION,
         tool_version=__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -220,10 +270,9 @@ def write(
         num_members=num_members,
         model=identity,
         parameters=parameters,
-        thresholds=threshold_curve(scores),
-        layers=tuple(entries),
+        thresholds=thresholds,
+        layers=layers,
     )
-    return manifest, sum(cosines) / len(cosines)
 
 
 def join(parts: list[LayerClusters]) -> LayerClusters:
@@ -242,27 +291,47 @@ def join(parts: list[LayerClusters]) -> LayerClusters:
     )
 
 
-def summarise(folder: Path, manifest: Manifest, cosine: float, seconds: float) -> None:
-    """Prints what was made."""
-    model = manifest.model
-    element_size = getattr(torch, model.dtype).itemsize
+def summarise(folder: Path, manifest: Manifest, cosine: float | None, seconds: float) -> None:
+    """Prints what was made.
+
+    Args:
+        folder: of the index.
+        manifest: of the index.
+        cosine: mean of keys to their centroids; None where nothing was clustered.
+        seconds: that it took.
+    """
     size = sum(file.stat().st_size for file in folder.iterdir())
+    if cosine is None:
+        facts = {"size": f"{size / 2**10:.1f} KiB"}
+    else:
+        facts = clustered_facts(manifest, size, cosine)
+    print(folder)
+    for label, value in {"tokens": manifest.num_tokens, **facts, "time": f"{seconds:.1f} s"}.items():
+        print(f"  {label:<15}  {value}")
+
+
+def clustered_facts(manifest: Manifest, size: int, cosine: float) -> dict[str, str]:
+    """What a summary says of clusters.
+
+    Args:
+        manifest: of the index.
+        size: of the index, in bytes.
+        cosine: mean of keys to their centroids.
+    """
+    model = manifest.model
     cost = ReadCost(
         num_tokens=manifest.num_tokens,
         num_always=manifest.num_tokens - manifest.num_members,
         num_clustered=manifest.num_members,
         num_centroids=max(layer.num_centroids for layer in manifest.layers),
         head_size=model.head_size,
-        element_size=element_size,
+        element_size=getattr(torch, model.dtype).itemsize,
         rest=True,
     )
     kv = len(manifest.layers) * model.num_kv_heads * cost.dense_bytes
-    print(
-        f"{folder}\n"
-        f"  tokens           {manifest.num_tokens}\n"
-        f"  layers           {len(manifest.layers)} of {model.num_layers}\n"
-        f"  clusters         {cost.num_centroids} per KV head, mean cosine of keys to their centroid {cosine:.3f}\n"
-        f"  size             {size / 2**20:.1f} MiB, {size / kv:.1%} of the KV cache that it indexes\n"
-        f"  smallest budget  {cost.budget_used(0):.3f} (centroids and always attended tokens)\n"
-        f"  time             {seconds:.1f} s"
-    )
+    return {
+        "layers": f"{len(manifest.layers)} of {model.num_layers}",
+        "clusters": f"{cost.num_centroids} per KV head, mean cosine of keys to their centroid {cosine:.3f}",
+        "size": f"{size / 2**20:.1f} MiB, {size / kv:.1%} of the KV cache that it indexes",
+        "smallest budget": f"{cost.budget_used(0):.3f} (centroids and always attended tokens)",
+    }
