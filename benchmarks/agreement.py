@@ -83,7 +83,7 @@ def compare(dense: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         step = 2.0 ** (math.floor(math.log2(max(abs(high), 1e-30))) - MANTISSA_BITS[dense["dtype"]])
         counts["ties" if high - low <= step else "errors"] += 1
     counters = other["counters"]
-    read, whole = (counters.get(f"vllm:squeeze_prefix_bytes_{kind}", 0) for kind in ("read", "dense"))
+    read, whole = (counters.get(f"vllm:squeeze_prefix_bytes_{kind}", 0) for kind in ("alone", "dense"))
     return {
         **counts,
         "tokens_before_first_difference": round(agreed / total, 3),

@@ -127,16 +127,17 @@ def report(url: str) -> None:
     """Prints what the server counted: rows by outcome, and the budget used."""
     metrics = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
     rows = re.findall(r'^vllm:squeeze_rows_total\{.*outcome="([^"]*)".*\} (\S+)$', metrics, re.MULTILINE)
-    read, dense = (
+    alone, dense = (
         sum(map(float, re.findall(rf"^vllm:squeeze_prefix_bytes_{kind}_total\S* (\S+)$", metrics, re.MULTILINE)))
-        for kind in ("read", "dense")
+        for kind in ("alone", "dense")
     )
     print("\n  rows (a row is one request in one step):")
     for outcome, count in rows:
         print(f"    {float(count):6.0f}  {outcome}")
     if dense:
         print(
-            f"  budget used: {read / dense:.3f} ({read / 2**20:.0f} MiB of the {dense / 2**20:.0f} MiB of a dense pass)"
+            f"  budget used: {alone / dense:.3f} ({alone / 2**20:.0f} MiB, if no two rows share a load, of the "
+            f"{dense / 2**20:.0f} MiB of a dense pass)"
         )
 
 

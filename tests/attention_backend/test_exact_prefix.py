@@ -76,7 +76,7 @@ def test_alone_it_has_empty_tables_of_every_layer(exact, reside):
         table = residency.load_layer(name, NUM_HEADS, HEAD_SIZE, torch.float32)
         assert table.centroids.shape == (NUM_HEADS, 0, HEAD_SIZE) and table.members.shape == (NUM_HEADS, 0)
     residency.activate({0: place(exact, 0, OPTIONS, {0: 16}, 4)})
-    assert residency.active.keys() == {0} and residency.largest_prefix == 0
+    assert residency.active.keys() == {0} and residency.most_centroids == 0
     assert residency.prefixes.slots.tolist() == [[0, 0, 32]]
     assert residency.prefixes.log_threshold.tolist() == [math.inf]
 

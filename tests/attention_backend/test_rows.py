@@ -57,7 +57,10 @@ class Server:
             group: torch.tensor([random.randrange(kernel_blocks) for _ in range(MAX_ROWS * MAX_BLOCKS)]).view(shape)
             for group in block_sizes
         }
-        self.groups = {group: FoundRows(size, None, torch.device("cpu")) for group, size in block_sizes.items()}
+        self.groups = {
+            group: FoundRows(size, None, SimpleNamespace(device=torch.device("cpu")))
+            for group, size in block_sizes.items()
+        }
 
     def arrive(self):
         text = self.random.choice(self.texts)

@@ -121,6 +121,7 @@ BAD_INDEXES = {
     too_fine_for_the_budget: "squeeze.budget: 0.5 is less than",
 }
 
+
 @pytest.fixture(scope="module")
 def dense(models):
     """Prompts and vLLM's own answers to them, which the tests share."""

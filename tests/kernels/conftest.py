@@ -1,5 +1,6 @@
 """Scenes for the kernels' tests: one serving step over a paged cache full of traps, on the GPU or interpreted."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import torch
 
 from vllm_squeeze.kernels.reference import attend_causal
 from vllm_squeeze.kernels.tables import ClusterTable, Prefixes
+from vllm_squeeze.kernels.tiles import QueryTiles
 
 ON_GPU = torch.cuda.is_available()
 
@@ -47,7 +49,7 @@ class Scene:
     key_cache: torch.Tensor
     value_cache: torch.Tensor
     block_table: torch.Tensor
-    work: torch.Tensor
+    queries: QueryTiles | None
     table: ClusterTable
     prefixes: Prefixes
     scale: float
@@ -68,7 +70,7 @@ class Scene:
     def operands(self) -> tuple:
         """The arguments from ``suffix_lse`` to ``scale``."""
         cache = (self.key_cache, self.value_cache, self.block_table)
-        return (self.suffix_lse, *cache, self.work, self.table, self.prefixes, self.scale)
+        return (self.suffix_lse, *cache, self.queries, self.table, self.prefixes, self.scale)
 
     def apply(self, op: Callable, *arguments: object) -> torch.Tensor:
         """Calls the kernels or the reference with ``arguments`` after the scale; gives the merged output."""
@@ -97,6 +99,30 @@ class Scene:
             log_p = torch.cat([log_p.new_tensor([torch.inf]), log_p, log_p.new_tensor([-torch.inf])])
             cut = round(share * (len(log_p) - 2))
             self.prefixes.log_threshold[slot] = log_p[cut : cut + 2].mean()
+
+    def make_exact(self, slot: int) -> "Scene":
+        """The same, with all tokens of a prefix attended to whatever the choice."""
+        self.prefixes.slots[slot, 1:] = torch.tensor([0, self.keys[slot].shape[1]])
+        return self.tile(self.slot_of)
+
+    def tile(self, row_slot: tuple[int, ...], counts: tuple[int, ...] = (), room: int | None = None) -> "Scene":
+        """The same, in a step whose rows have these slots and numbers of tokens, one if not said.
+
+        Args:
+            row_slot: the slot of each row, negative for none.
+            counts: tokens of each row.
+            room: tokens to make room for; as many as have a slot if not said.
+        """
+        counts = counts or (1,) * len(row_slot)
+        with_slot = sum(count for slot, count in zip(row_slot, counts, strict=True) if slot >= 0)
+        device = self.query.device
+        max_keys = max(1, *(keys.shape[1] for keys in self.keys))
+        queries = QueryTiles.allocate(max(room or 0, with_slot), len(self.keys), max_keys, self.group, device)
+        starts = torch.nn.functional.pad(torch.tensor(counts).cumsum(0), (1, 0)).int().to(device)
+        slots = torch.tensor(row_slot, device=device)
+        pages = self.key_cache.shape[1]
+        queries.fill(slots, starts, self.block_table, self.prefixes, with_slot, self.group, pages)
+        return dataclasses.replace(self, queries=queries)
 
     def dense(self, token: int, replaced: torch.Tensor | None = None) -> torch.Tensor:
         """Softmax attention of a token over prefix and suffix, [H * G, D], in float64.
@@ -200,7 +226,6 @@ def build_scene(
         attended, lse = attend_causal(grouped, *suffix[token], scale)
         suffix_output[token], suffix_lse[:, token] = attended.view(num_heads, -1), lse.flatten()
 
-    work = [(token, token, slot) for token, slot in enumerate(slot_of) if slot >= 0]
     sizes_per_head = torch.cat(all_sizes).int().expand(num_kv_heads, -1).contiguous()
     starts_per_head = torch.cat(starts).int().expand(num_kv_heads, -1).contiguous()
     cache = cache.to(device, dtype)
@@ -216,15 +241,15 @@ def build_scene(
     prefixes = Prefixes(
         slots=torch.tensor(slots, dtype=torch.int32, device=device),
         log_threshold=torch.full((len(slots),), -torch.inf, device=device),
-        counters=torch.zeros(len(slots), 2, dtype=torch.int64, device=device),
+        counters=torch.zeros(len(slots), 6, dtype=torch.int64, device=device),
     )
-    return Scene(
+    scene = Scene(
         query=wide_query.to(device, dtype)[..., :head_size],
         suffix_lse=suffix_lse.to(device)[:, :num_tokens],
         key_cache=cache[..., :head_size],
         value_cache=cache[..., head_size:],
         block_table=block_table.to(device)[:, : num_pages + 1],
-        work=torch.tensor(work, dtype=torch.int32).view(-1, 3).to(device),
+        queries=None,
         table=table,
         prefixes=prefixes,
         scale=scale,
@@ -234,6 +259,7 @@ def build_scene(
         suffix=suffix.to(device),
         suffix_output=suffix_output.to(device, dtype),
     )
+    return scene.tile(slot_of)
 
 
 @pytest.fixture(autouse=True)

@@ -41,14 +41,15 @@ def test_a_prefix_without_clusters_is_attended_to_exactly(make_scene, assert_clo
     """Its tokens are all always attended ones; the table may have clusters of other prefixes, or none at all."""
     scene = make_scene(sizes=SIZES, slot_of=(0, 1), num_sinks=4)
     scene.prefixes.log_threshold[0] = torch.inf
-    scene.prefixes.slots[0] = torch.tensor([2, 0, 4 + sum(SIZES[0])])
+    scene.prefixes.slots[0, 0] = 2
+    scene = scene.make_exact(0)
     expected = torch.stack([scene.dense(token) for token in range(2)])
     if not shared:
         table = [getattr(scene.table, field.name)[:, :0] for field in dataclasses.fields(scene.table)]
-        scene = dataclasses.replace(scene, table=type(scene.table)(*table), work=scene.work[:1])
+        scene = dataclasses.replace(scene, table=type(scene.table)(*table)).tile((0, -1))
         expected[1] = scene.suffix_output[1]
     assert_close(scene.apply(squeezed_attention_reference, rest), expected)
-    assert scene.prefixes.counters[0].tolist() == [scene.num_kv_heads, 0]
+    assert scene.prefixes.counters[0].tolist() == [0, 0, 0, 0, scene.num_kv_heads, scene.num_kv_heads]
 
 
 def test_predicted_probabilities_sum_to_one(make_scene):
@@ -85,29 +86,33 @@ def test_queries_together_as_one_by_one(make_scene, assert_close):
     """Each query attends to its own choice only, although keys are read for all of them."""
     scene = make_scene(sizes=SIZES, slot_of=(0, 0, 0), num_sinks=4)
     scene.set_threshold(0.4)
-    output, lse, kept = attend_all(scene, scene.query, 4, True)
+    output, lse, kept, loaded = attend_all(scene, scene.query, 4, True)
     alone = [attend_all(scene, scene.query[row : row + 1], 4, True) for row in range(3)]
     assert_close(output, torch.cat([part[0] for part in alone]))
     assert_close(lse, torch.cat([part[1] for part in alone]))
     assert torch.equal(kept, torch.cat([part[2] for part in alone]))
     assert kept.unique().numel() > 1
+    assert (loaded >= kept.amax(0)).all() and (loaded <= kept.sum(0)).all()
 
 
 def test_a_query_that_chooses_nothing_beside_others(make_scene):
     scene = make_scene(num_kv_heads=1, sizes=SIZES, slot_of=(0, 0), num_sinks=0)
     highest = torch.stack([scene.log_p(token).max() for token in range(2)])
     scene.prefixes.log_threshold[0] = highest.mean()
-    output, lse, kept = attend_all(scene, scene.query, 0, False)
+    output, lse, kept, loaded = attend_all(scene, scene.query, 0, False)
     nothing, something = int(highest.argmin()), int(highest.argmax())
     assert (output[nothing] == 0).all() and (lse[nothing] == -torch.inf).all() and not kept[nothing].any()
     assert output[something].isfinite().all() and kept[something].all()
+    assert torch.equal(loaded, kept[something])
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_counters_count_pairs_and_keys(make_scene: Callable, share: float):
+@pytest.mark.parametrize("share", [0, 1])
+def test_counters_count_look_ups_pairs_and_keys(make_scene: Callable, share: int):
     scene = make_scene(sizes=SIZES, slot_of=(0, 1, 0, -1))
     scene.set_threshold(share)
     scene.apply(squeezed_attention_reference, True)
-    pairs = [2 * scene.num_kv_heads, scene.num_kv_heads]
-    keys = [round(share) * pair * sum(sizes) for pair, sizes in zip(pairs, SIZES, strict=True)]
-    assert scene.prefixes.counters.tolist() == [list(row) for row in zip(pairs, keys, strict=True)]
+    heads, keys = scene.num_kv_heads, [sum(sizes) for sizes in SIZES]
+    assert scene.prefixes.counters.tolist() == [
+        [heads, share * heads * keys[0], 2 * heads, share * 2 * heads * keys[0], 0, 0],
+        [heads, share * heads * keys[1], heads, share * heads * keys[1], 0, 0],
+    ]

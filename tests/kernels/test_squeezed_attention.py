@@ -10,25 +10,30 @@ from tests.kernels.conftest import Scene
 from vllm_squeeze.kernels import squeezed_attention as kernels
 from vllm_squeeze.kernels import workspace as workspaces
 from vllm_squeeze.kernels.reference import squeezed_attention_reference
-from vllm_squeeze.kernels.workspace import MAX_SPLITS, Workspace, num_splits
+from vllm_squeeze.kernels.tiles import tokens_per_tile
+from vllm_squeeze.kernels.workspace import MAX_SPLITS, Workspace
 
 UNEVEN = ((1, 70, 3, 11, 1, 1, 40, 6, 29) * 2,)
 SIZES = {
     "one-token": ((1,),),
     "one-cluster": ((100,),),
     "single-tokens": ((1,) * 90,),
-    "a-giant": ((2, 3, 250, 1, 4, 2, 3),),
+    "a-giant": ((2, 3, 550, 1, 4, 2, 3),),
     "empty-ones": ((0, 5, 0, 0, 60, 7, 0),),
     "only-empty": ((0, 0, 0),),
-    "more-than-a-tile": (tuple(range(1, 25)) + (0,) * 50 + (2,) * 70,),
+    "more-than-a-block": (tuple(range(1, 25)) + (0,) * 50 + (2,) * 70,),
 }
 
 
-def workspace_for(scene: Scene, max_work: int = 4) -> Workspace:
-    max_centroids = max(1, int(scene.prefixes.slots[:, 1].max()))
-    head_size = scene.query.shape[-1]
-    device = scene.query.device
-    return Workspace.allocate(max_work, scene.num_kv_heads, scene.group, head_size, max_centroids, device)
+def workspace_for(scene: Scene, max_tiles: int = 4) -> Workspace:
+    return Workspace.allocate(
+        max_tiles,
+        scene.num_kv_heads,
+        scene.query.shape[-1],
+        int(scene.prefixes.slots[:, 1].max()),
+        max(1, *(keys.shape[1] for keys in scene.keys)),
+        scene.query.device,
+    )
 
 
 def run(scene: Scene, rest: bool = True, workspace: Workspace | None = None) -> torch.Tensor:
@@ -112,57 +117,94 @@ def test_prefixes_beside_each_other(make_scene, assert_close):
     scene = make_scene(sizes=((3, 0, 41), UNEVEN[0]), slot_of=(1, 0, 1), group=3)
     scene.set_threshold(0.4)
     check_against_reference(scene, True, assert_close)
-    assert scene.prefixes.counters[:, 0].tolist() == [2, 4]
+    assert scene.prefixes.counters[:, 2].tolist() == [2, 4]
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 16])
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+def test_many_tokens_share_tiles(make_scene, assert_close, group: int, share: float):
+    """Full tiles and one that is not, of tokens that choose differently."""
+    scene = make_scene(num_kv_heads=1, group=group, sizes=UNEVEN, slot_of=(0,) * 21)
+    scene.set_threshold(share)
+    check_against_reference(scene, True, assert_close)
+    look_ups, loaded, pairs, kept = scene.prefixes.counters[0, :4].tolist()
+    assert pairs == 21 and look_ups == -(-21 // tokens_per_tile(21, group))
+    assert kept == 0 if share == 0 else loaded < kept if group < 16 else True
+
+
+def test_exact_and_squeezed_prefixes_beside_each_other(make_scene, assert_close):
+    scene = make_scene(sizes=(UNEVEN[0], UNEVEN[0][:7]), slot_of=(1, 0, 1, 0, 0))
+    scene.set_threshold(0.4)
+    scene = scene.make_exact(0)
+    check_against_reference(scene, True, assert_close)
+    output = run(scene)
+    for token in (1, 3, 4):
+        assert_close(output[token], scene.dense(token))
+
+
+def test_a_logit_soft_cap(make_scene, assert_close):
+    scene = make_scene(sizes=UNEVEN, slot_of=(0, 0))
+    scene.set_threshold(0.4)
+    expected = scene.apply(squeezed_attention_reference, True, 1.5)
+    assert_close(scene.apply(kernels.squeezed_attention, True, workspace_for(scene), 1.5), expected)
+    uncapped = scene.apply(squeezed_attention_reference, True)
+    assert not torch.allclose(expected, uncapped, rtol=0.05)
 
 
 def test_tokens_of_one_request(make_scene, assert_close):
-    """Work items name their row of the block table, which is not the token's number."""
-    scene = make_scene(num_kv_heads=1, slot_of=(0, 0, 0))
-    rows = scene.work.clone()
-    rows[:, 1] = 1
-    scene.block_table[[0, 2]] = 10**6
-    scene = dataclasses.replace(scene, work=rows)
+    """Several tokens of a row, which is not the first, between rows without a slot."""
+    scene = make_scene(num_kv_heads=1, slot_of=(-1, 0, 0, 0, -1))
+    scene.block_table[[0, 2, 3, 4]] = 10**6
+    scene = scene.tile((-1, 0, -1), counts=(1, 3, 1))
+    assert scene.queries.tokens[0, :3].tolist() == [1, 2, 3] and scene.queries.tiles[0, :3].tolist() == [0, 3, 1]
     scene.set_threshold(0.4)
     check_against_reference(scene, True, assert_close)
 
 
-@pytest.mark.parametrize("max_work", [1, 3])
-def test_padding_and_other_tokens_stay_untouched(make_scene, assert_close, max_work: int):
-    """Tokens without a slot keep their bits, in a list longer than the workspace and with padding at any place."""
+def test_other_tokens_stay_untouched(make_scene, assert_close):
+    """Tokens without a slot keep their bits, also where there is room for more tokens than were matched."""
     scene = make_scene(num_kv_heads=1, slot_of=(-1, 0, -1, 0))
     scene.set_threshold(0.4)
     expected = scene.apply(squeezed_attention_reference, True)
-    counters = scene.prefixes.counters.clone()
-    padding = scene.work.new_tensor([[10**6, 10**6, -1]])
-    padded = torch.cat([padding, scene.work[:1], padding, padding, scene.work[1:], padding])
-    scene = dataclasses.replace(scene, work=padded)
-    output = run(scene, workspace=workspace_for(scene, max_work))
+    output = run(scene.tile(scene.slot_of, room=9))
     assert torch.equal(output[[0, 2]], scene.suffix_output[[0, 2]])
     assert_close(output[[1, 3]], expected[[1, 3]])
-    assert torch.equal(scene.prefixes.counters, counters)
 
 
-def test_no_work(make_scene):
+def test_no_tiles(make_scene):
     scene = make_scene(slot_of=(-1, -1))
     assert torch.equal(run(scene), scene.suffix_output)
+    assert torch.equal(run(scene.tile((-1, -1), room=5)), scene.suffix_output)
 
 
-def test_long_work_lists_are_handled_in_chunks(make_scene, assert_close):
-    scene = make_scene(num_kv_heads=1, slot_of=(0,) * 3)
+def test_tiles_made_for_fewer_tokens_than_the_launch(make_scene, assert_close):
+    """As in a CUDA graph that was captured for more."""
+    scene = make_scene(num_kv_heads=1, sizes=(UNEVEN[0], (3, 0, 41)), slot_of=(0, 1) * 4)
     scene.set_threshold(0.4)
     expected = scene.apply(squeezed_attention_reference, True)
-    for max_work in (1, 2, 3):
-        assert_close(run(scene, workspace=workspace_for(scene, max_work)), expected)
+    assert tokens_per_tile(8, scene.group) < tokens_per_tile(40, scene.group)
+    assert_close(run(scene.tile(scene.slot_of, room=40)), expected)
 
 
-@pytest.mark.parametrize("splits", [1, MAX_SPLITS])
-def test_any_number_of_splits(make_scene, assert_close, monkeypatch: pytest.MonkeyPatch, splits: int):
-    """Many tiles in one split, the first of empty clusters alone, and so many splits that most have nothing to do."""
-    scene = make_scene(num_kv_heads=1, sizes=((0,) * 64 + SIZES["more-than-a-tile"][0],), slot_of=(0,))
+def test_more_tiles_than_the_workspace_holds(make_scene, assert_close):
+    scene = make_scene(num_kv_heads=1, group=16, slot_of=(0,) * 11)
     scene.set_threshold(0.4)
-    monkeypatch.setattr(workspaces, "PROGRAMS_PER_MULTIPROCESSOR", splits)
-    workspace = dataclasses.replace(workspace_for(scene), num_multiprocessors=1)
-    assert workspace.num_splits(1) == splits
+    for max_tiles in (1, 2, 3):
+        check = dataclasses.replace(scene)
+        expected = check.apply(squeezed_attention_reference, True)
+        assert_close(run(check, workspace=workspace_for(scene, max_tiles)), expected)
+
+
+@pytest.mark.parametrize("programs", [1, MAX_SPLITS])
+def test_any_number_of_programs(make_scene, assert_close, monkeypatch: pytest.MonkeyPatch, programs: int):
+    """Many blocks in one split, the first of empty clusters alone, and so many splits that most have nothing to do."""
+    scene = make_scene(num_kv_heads=1, sizes=((0,) * 64 + SIZES["more-than-a-block"][0],), slot_of=(0,))
+    scene.set_threshold(0.4)
+    monkeypatch.setattr(workspaces, "PROGRAMS_PER_MULTIPROCESSOR", programs)
+    monkeypatch.setattr(workspaces, "INTERPRETED_MULTIPROCESSORS", 1)
+    workspace = workspace_for(scene, 1)
+    if not scene.query.is_cuda:
+        assert workspace.num_splits == programs and workspace.num_programs == max(programs, 2)
     assert_close(run(scene, workspace=workspace), scene.apply(squeezed_attention_reference, True))
 
 
@@ -172,7 +214,9 @@ def test_runs_repeat_bit_for_bit_in_a_used_workspace(make_scene):
     scene.set_threshold(0.4)
     workspace = workspace_for(scene)
     first = run(scene, workspace=workspace)
-    run(dataclasses.replace(scene, work=scene.work.flip(0).contiguous()), workspace=workspace)
+    scene.block_table.copy_(scene.block_table.flip(0))
+    run(scene.tile((1, -1, 0)), workspace=workspace)
+    scene.block_table.copy_(scene.block_table.flip(0))
     assert torch.equal(run(scene, workspace=workspace), first)
 
 
@@ -188,7 +232,7 @@ def test_physical_pages_do_not_matter(make_scene):
     moved = dataclasses.replace(
         scene, key_cache=cache[..., :head_size], value_cache=cache[..., head_size:], block_table=block_table
     )
-    assert torch.equal(run(moved), expected)
+    assert torch.equal(run(moved.tile(scene.slot_of)), expected)
 
 
 @needs_gpu
@@ -196,33 +240,35 @@ def test_cuda_graph_replays_over_new_contents(make_scene):
     scene = make_scene(sizes=(UNEVEN[0], (3, 0, 41)), slot_of=(0, 1, 0), dtype=torch.bfloat16)
     scene.set_threshold(0.4)
     workspace = workspace_for(scene)
-    wanted, work = run(scene, workspace=workspace), scene.work.clone()
+    wanted, slots = run(scene, workspace=workspace), scene.queries.tiles[:, 0].clone()
     output = scene.suffix_output.clone()
-    scene.work.fill_(-1)
+    scene.queries.clear()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kernels.squeezed_attention(scene.query, output, *scene.operands(), True, workspace)
     graph.replay()
     assert torch.equal(output, scene.suffix_output)
-    scene.work.copy_(work)
+    scene.queries.tiles[:, 0] = slots
     graph.replay()
     assert torch.equal(output, wanted)
 
 
-@pytest.mark.parametrize("programs", [1, 8, 64, 528, 100_000])
-def test_splits_fill_the_device(programs: int):
-    splits = num_splits(programs, 132)
-    assert 1 <= splits <= MAX_SPLITS and splits & (splits - 1) == 0
-    assert splits == MAX_SPLITS or programs * splits >= 132
+@pytest.mark.parametrize("limit", ["max_tiles", "num_kv_heads", "head_size", "max_keys"])
+def test_workspace_refuses_empty_sizes(limit: str):
+    sizes = {"max_tiles": 1, "num_kv_heads": 1, "head_size": 64, "max_centroids": 10, "max_keys": 10} | {limit: 0}
+    with pytest.raises(ValueError, match=f"{limit} must be at least 1, got 0"):
+        Workspace.allocate(**sizes, device="cpu")
 
 
-def test_workspace_refuses_empty_sizes():
-    with pytest.raises(ValueError, match="max_work must be at least 1, got 0"):
-        Workspace.allocate(0, 1, 1, 64, 10, "cpu")
+def test_workspace_refuses_too_many_tiles():
+    with pytest.raises(ValueError, match="max_tiles must be at most 64, got 65"):
+        Workspace.allocate(65, 1, 64, 10, 10, "cpu")
 
 
 def test_workspace_counts_its_bytes():
-    workspace = Workspace.allocate(1, 2, 3, 64, 10, "cpu")
-    splits = workspace.num_splits(1)
-    assert workspace.max_work == 1 and workspace.max_centroids == 16
-    assert workspace.nbytes == 4 * (2 * 3 * 16 + 2 * 16 + 2 * splits * (3 + 1 + 3 * 64 + 3))
+    workspace = Workspace.allocate(1, 2, 64, 10, 20, "cpu")
+    splits, programs = workspace.num_splits, workspace.num_programs
+    assert workspace.max_tiles == 1 and workspace.scores.shape[-1] == 16 and workspace.list_places.shape[-1] == 32
+    per_split = 2 * splits * (64 + 1 + 1)
+    per_centroid = 2 * 16 * (64 + 1)
+    assert workspace.nbytes == 4 * (per_centroid + per_split + 2 * 2 * 32 + 2 + programs * 64 * 65)

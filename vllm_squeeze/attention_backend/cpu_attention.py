@@ -18,7 +18,7 @@ from vllm_squeeze.attention_backend.layers import NotesRows, SqueezeLayer, mode_
 from vllm_squeeze.attention_backend.recorder import ObservesQueries
 from vllm_squeeze.attention_backend.rows import RowGroup
 from vllm_squeeze.attention_backend.wiring import RECORD, SERVE
-from vllm_squeeze.kernels.reference import attend_causal, attend_prefix, merge
+from vllm_squeeze.kernels.reference import attend_causal, attend_prefix, count_reads, merge
 
 # Query tokens scored at once. Bounds the memory of a long question over a long prefix.
 QUERY_CHUNK = 256
@@ -161,7 +161,7 @@ class SqueezeCPUImpl(SqueezeLayer, CPUAttentionBackendImpl):
     def _attend_prefix(self, query: torch.Tensor, slot: int, read: Any) -> tuple[torch.Tensor, torch.Tensor]:
         prefixes = self.residency.prefixes
         first, count, num_sinks = prefixes.slots[slot].tolist()
-        output, lse, kept = attend_prefix(
+        output, lse, kept, loaded = attend_prefix(
             query,
             self.table.prefix(first, count),
             read,
@@ -170,8 +170,7 @@ class SqueezeCPUImpl(SqueezeLayer, CPUAttentionBackendImpl):
             self.scale,
             self.residency.options.rest == "value_centroids",
         )
-        prefixes.counters[slot, 0] += kept.numel()
-        prefixes.counters[slot, 1] += kept.sum()
+        count_reads(prefixes.counters[slot], count > 0, kept, loaded)
         return output, lse
 
 

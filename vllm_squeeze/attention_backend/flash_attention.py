@@ -13,15 +13,16 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from vllm_squeeze.attention_backend.layers import NotesRows, SqueezeLayer, mode_of_engine
-from vllm_squeeze.attention_backend.matching import DENSE_SLOT
 from vllm_squeeze.attention_backend.recorder import ObservesQueries
+from vllm_squeeze.attention_backend.residency import Residency
 from vllm_squeeze.attention_backend.rows import RowGroup
 from vllm_squeeze.attention_backend.wiring import RECORD, SERVE, options_of
 from vllm_squeeze.kernels.squeezed_attention import squeezed_attention
+from vllm_squeeze.kernels.tiles import QueryTiles
 from vllm_squeeze.kernels.workspace import Workspace
 
-# Query tokens that the prefix kernels take at once.
-MAX_WORK = 256
+# Tiles of queries that the prefix kernels take at once.
+MAX_TILES = 8
 
 
 class DeviceRows(RowGroup):
@@ -30,20 +31,26 @@ class DeviceRows(RowGroup):
     Attributes:
         suffix_lens: [max rows] int32, tokens of each row that FlashAttention attends to.
         suffix_blocks: [max rows, max blocks] int32, their block tables.
-        work: [max tokens, 3] int32, for each query token of a squeezed row: token, row, slot. DENSE_SLOT ends them.
-        num_work: how many of them there may be.
+        queries: the query tokens of squeezed rows, in tiles.
+        num_queries: how many of them there may be.
+        side: the stream that attends to the suffixes, between the events ``begun`` and ``suffix_done``.
     """
 
-    def __init__(self, block_size: int, vllm_config: Any, device: torch.device):
-        super().__init__(block_size, vllm_config, device)
+    def __init__(self, block_size: int, vllm_config: Any, residency: Residency):
+        super().__init__(block_size, vllm_config, residency)
         scheduler = vllm_config.scheduler_config
-        self._max_rows, max_tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
-        self.suffix_lens = torch.zeros(self._max_rows, dtype=torch.int32, device=device)
-        self.suffix_blocks = torch.zeros(0, dtype=torch.int32, device=device)
-        self.work = torch.full((max_tokens, 3), DENSE_SLOT, dtype=torch.int32, device=device)
-        self.num_work = 0
-        self._tokens = torch.arange(max_tokens, dtype=torch.int32, device=device)
+        self._max_rows, self._max_tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+        self.suffix_lens = torch.zeros(self._max_rows, dtype=torch.int32, device=self._device)
+        self.suffix_blocks = torch.zeros(0, dtype=torch.int32, device=self._device)
+        self.num_queries = 0
         self._capturing = False
+
+    def prepare(self, group: int) -> None:
+        """Makes room for the tiles of layers with ``group`` query heads per KV head."""
+        self._group = group
+        self.side, self.begun, self.suffix_done = torch.cuda.Stream(), torch.cuda.Event(), torch.cuda.Event()
+        slots = len(self._residency.prefixes.slots)
+        self.queries = QueryTiles.allocate(self._max_tokens, slots, self._residency.longest_prefix, group, self._device)
 
     def note(self, metadata: Any, kernel_block_size: int) -> None:
         super().note(metadata, kernel_block_size)
@@ -52,11 +59,11 @@ class DeviceRows(RowGroup):
             self.suffix_blocks = torch.zeros(self._max_rows, width, dtype=torch.int32, device=self._device)
         if self._capturing:
             # Any token of a later step that replays this graph may be a squeezed row's.
-            self.num_work = metadata.num_actual_tokens
+            self.num_queries = metadata.num_actual_tokens
 
     def begin_capture(self) -> None:
         self._capturing = self.squeezing = True
-        self.work[:, 2] = DENSE_SLOT
+        self.queries.clear()
 
     def end_step(self) -> None:
         super().end_step()
@@ -71,13 +78,16 @@ class DeviceRows(RowGroup):
         column.clamp_(max=self.block_table.shape[1] - 1)
         self.suffix_blocks[:rows, :width] = self.block_table[:rows].gather(1, column)
 
-        tokens = self._tokens[: self.num_tokens]
-        row = torch.searchsorted(self.query_start_loc[1 : rows + 1].contiguous(), tokens, right=True)
-        slot = torch.where(row < rows, row_slot[row.clamp(max=rows - 1)], DENSE_SLOT)
-        order = (slot < 0).to(torch.int8).argsort(stable=True)
-        self.work[self.num_tokens :, 2] = DENSE_SLOT
-        self.work[: self.num_tokens] = torch.stack([order, row[order], slot[order]], 1)
-        self.num_work = num_tokens
+        self.queries.fill(
+            row_slot,
+            self.query_start_loc[: rows + 1],
+            self.block_table,
+            self._residency.prefixes,
+            num_tokens,
+            self._group,
+            self._kernel_block_size,
+        )
+        self.num_queries = num_tokens
 
 
 class SqueezeImpl(SqueezeLayer, FlashAttentionImpl):
@@ -91,11 +101,11 @@ class SqueezeImpl(SqueezeLayer, FlashAttentionImpl):
         if self.table is not None:
             self._workspace = self.residency.shared(
                 lambda: Workspace.allocate(
-                    MAX_WORK,
+                    MAX_TILES,
                     self.num_kv_heads,
-                    self.num_queries_per_kv,
                     self.head_size,
-                    self.residency.largest_prefix,
+                    self.residency.most_centroids,
+                    self.residency.longest_prefix,
                     self.residency.device,
                 )
             )
@@ -122,22 +132,27 @@ class SqueezeImpl(SqueezeLayer, FlashAttentionImpl):
         key_cache, value_cache = map(
             canonicalize_singleton_dim_strides, kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         )
-        _, suffix_lse = flash_attn_varlen_func(
-            q=query[:num_tokens],
-            k=key_cache,
-            v=value_cache,
-            out=output[:num_tokens],
-            cu_seqlens_q=attn_metadata.query_start_loc,
-            max_seqlen_q=attn_metadata.max_query_len,
-            seqused_k=rows.suffix_lens[:num_rows],
-            max_seqlen_k=attn_metadata.max_seq_len,
-            softmax_scale=self.scale,
-            causal=True,
-            block_table=rows.suffix_blocks[:num_rows],
-            fa_version=self.vllm_flash_attn_version,
-            num_splits=attn_metadata.max_num_splits,
-            return_softmax_lse=True,
-        )
+        # beside the look-up, which needs nothing of it
+        rows.begun.record()
+        with torch.cuda.stream(rows.side):
+            rows.side.wait_event(rows.begun)
+            _, suffix_lse = flash_attn_varlen_func(
+                q=query[:num_tokens],
+                k=key_cache,
+                v=value_cache,
+                out=output[:num_tokens],
+                cu_seqlens_q=attn_metadata.query_start_loc,
+                max_seqlen_q=attn_metadata.max_query_len,
+                seqused_k=rows.suffix_lens[:num_rows],
+                max_seqlen_k=attn_metadata.max_seq_len,
+                softmax_scale=self.scale,
+                causal=True,
+                block_table=rows.suffix_blocks[:num_rows],
+                fa_version=self.vllm_flash_attn_version,
+                num_splits=attn_metadata.max_num_splits,
+                return_softmax_lse=True,
+            )
+            rows.suffix_done.record()
         squeezed_attention(
             query,
             output,
@@ -145,12 +160,13 @@ class SqueezeImpl(SqueezeLayer, FlashAttentionImpl):
             key_cache,
             value_cache,
             rows.block_table,
-            rows.work[: rows.num_work],
+            rows.queries.first(rows.num_queries),
             self.table,
             self.residency.prefixes,
             self.scale,
             self.residency.options.rest == "value_centroids",
             self._workspace,
+            suffix_done=rows.suffix_done,
         )
         return output
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -60,7 +59,7 @@ class Residency:
         self.prefixes = Prefixes(
             slots=torch.zeros(slots, 3, dtype=torch.int32, device=self.device),
             log_threshold=torch.full((slots,), torch.inf, device=self.device),
-            counters=torch.zeros(slots, 2, dtype=torch.int64, device=self.device),
+            counters=torch.zeros(slots, 6, dtype=torch.int64, device=self.device),
         )
         self._spans: dict[int, _Span] = {}
         first_centroid = first_member = 0
@@ -70,10 +69,15 @@ class Residency:
             first_centroid, first_member = span.centroids.stop, span.members.stop
         self.num_centroids, self._num_members = first_centroid, first_member
 
-    @cached_property
-    def largest_prefix(self) -> int:
-        """Centroids of the prefix that has the most."""
+    @property
+    def most_centroids(self) -> int:
+        """Centroids of the prefix that has the most; 0 if none has any."""
         return max((span.num_centroids for span in self._spans.values()), default=0)
+
+    @property
+    def longest_prefix(self) -> int:
+        """Tokens of the longest prefix."""
+        return max((index.manifest.num_tokens for index in self._indexes.values()), default=1)
 
     def load_layer(self, name: str, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> ClusterTable | None:
         """Loads one layer of all indexes that have it; None if none does. Exact indexes have all layers, empty.

@@ -47,11 +47,15 @@ class RowGroup:
 
     worker: Any
 
-    def __init__(self, block_size: int, vllm_config: Any, device: torch.device):
+    def __init__(self, block_size: int, vllm_config: Any, residency: Any):
         self.squeezing = False
         self._block_size = block_size
         self._blocks_per_page = 1
-        self._device = device
+        self._residency = residency
+        self._device = residency.device
+
+    def prepare(self, group: int) -> None:
+        """Makes room for rows of layers with ``group`` query heads per KV head, where room is needed."""
 
     def note(self, metadata: Any, kernel_block_size: int) -> None:
         """Takes note of a step's metadata as vLLM built them. The tensors are vLLM's; they are only referred to."""

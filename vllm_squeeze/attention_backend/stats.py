@@ -4,13 +4,14 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-ROWS, BYTES_READ, BYTES_DENSE = "rows", "bytes_read", "bytes_dense"
+ROWS, BYTES_READ, BYTES_ALONE, BYTES_DENSE = "rows", "bytes_read", "bytes_alone", "bytes_dense"
 
 
 class SqueezeStats(KVConnectorStats):
     """Counts since the last report: rows by what became of them, and bytes of prefixes.
 
-    A row is one request in one step. Bytes are those of squeezed rows' prefixes: read, and read by a dense pass.
+    A row is one request in one step. Bytes are those of squeezed rows' prefixes: really read, each once for the rows
+    that share it; read if each row were alone, which is what the budget bounds; and read by a dense pass for each row.
     """
 
     def add_rows(self, rows: dict[str, int]) -> None:
@@ -18,9 +19,9 @@ class SqueezeStats(KVConnectorStats):
         for reason, count in rows.items():
             counts[reason] = counts.get(reason, 0) + count
 
-    def add_bytes(self, read: float, dense: float) -> None:
-        self.data[BYTES_READ] = self.data.get(BYTES_READ, 0) + read
-        self.data[BYTES_DENSE] = self.data.get(BYTES_DENSE, 0) + dense
+    def add_bytes(self, read: float, alone: float, dense: float) -> None:
+        for name, count in ((BYTES_READ, read), (BYTES_ALONE, alone), (BYTES_DENSE, dense)):
+            self.data[name] = self.data.get(name, 0) + count
 
     def reset(self) -> None:
         self.data = {}
@@ -28,13 +29,14 @@ class SqueezeStats(KVConnectorStats):
     def aggregate(self, other: KVConnectorStats) -> "SqueezeStats":
         self.add_rows(other.data.get(ROWS, {}))
         if other.data.get(BYTES_DENSE):
-            self.add_bytes(other.data[BYTES_READ], other.data[BYTES_DENSE])
+            self.add_bytes(*(other.data[name] for name in (BYTES_READ, BYTES_ALONE, BYTES_DENSE)))
         return self
 
     def reduce(self) -> dict[str, int | float]:
         summary: dict[str, int | float] = {f"rows {reason}": n for reason, n in self.data.get(ROWS, {}).items()}
         if self.data.get(BYTES_DENSE):
-            summary["budget used"] = round(self.data[BYTES_READ] / self.data[BYTES_DENSE], 4)
+            summary["budget used"] = round(self.data[BYTES_ALONE] / self.data[BYTES_DENSE], 4)
+            summary["bytes read"] = round(self.data[BYTES_READ] / self.data[BYTES_DENSE], 4)
         return summary
 
     def is_empty(self) -> bool:
@@ -57,6 +59,11 @@ class SqueezePromMetrics(KVConnectorPromMetrics):
             documentation="Bytes read of the indexed prefixes of squeezed rows, centroids included.",
             labelnames=labelnames,
         )
+        self._alone = self._counter_cls(
+            name="vllm:squeeze_prefix_bytes_alone",
+            documentation="Bytes that these rows would have read of their prefixes if each had been alone.",
+            labelnames=labelnames,
+        )
         self._dense = self._counter_cls(
             name="vllm:squeeze_prefix_bytes_dense",
             documentation="Bytes that dense attention would have read of the same prefixes.",
@@ -69,4 +76,5 @@ class SqueezePromMetrics(KVConnectorPromMetrics):
             self._rows.labels(*labels, outcome).inc(count)
         if transfer_stats_data.get(BYTES_DENSE):
             self._read.labels(*labels).inc(transfer_stats_data[BYTES_READ])
+            self._alone.labels(*labels).inc(transfer_stats_data[BYTES_ALONE])
             self._dense.labels(*labels).inc(transfer_stats_data[BYTES_DENSE])

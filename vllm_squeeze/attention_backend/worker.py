@@ -47,7 +47,8 @@ class SqueezeWorker:
             names = kv_cache_config.kv_cache_groups[group].layer_names
             impls = [layers[name].impl for name in names if getattr(layers[name].impl, "table", None) is not None]
             if impls and residency.active:
-                rows = impls[0].rows_class(block_size, vllm_config, residency.device)
+                rows = impls[0].rows_class(block_size, vllm_config, residency)
+                rows.prepare(impls[0].num_heads // impls[0].num_kv_heads)
                 rows.worker = self
                 self._groups[group] = rows
                 for impl in impls:
@@ -91,10 +92,15 @@ class SqueezeWorker:
     def take_stats(self) -> SqueezeStats | None:
         """What was read since the last call, in bytes; None if nothing is known to have been."""
         stats = SqueezeStats()
-        for slot, (pairs, kept) in enumerate(self._counted.take()):
-            if pairs:
+        for slot, counts in enumerate(self._counted.take()):
+            look_ups, loaded, pairs, kept, passes, exact_pairs = counts
+            if pairs or exact_pairs:
                 cost = self._residency.active[slot].cost
-                stats.add_bytes(cost.read_bytes(kept / pairs) * pairs, cost.dense_bytes * pairs)
+                stats.add_bytes(
+                    read=look_ups * cost.fixed_bytes + loaded * cost.bytes_per_key + passes * cost.dense_bytes,
+                    alone=pairs * cost.fixed_bytes + kept * cost.bytes_per_key + exact_pairs * cost.dense_bytes,
+                    dense=(pairs + exact_pairs) * cost.dense_bytes,
+                )
         return None if stats.is_empty() else stats
 
 

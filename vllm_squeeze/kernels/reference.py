@@ -10,17 +10,21 @@ chosen contributes N_i exp(s q.c_i) times v_i, or nothing where ``rest`` is off.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_squeeze.kernels.tables import ClusterTable, Prefixes
+
+if TYPE_CHECKING:
+    from vllm_squeeze.kernels.tiles import QueryTiles
 
 ReadTokens = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Takes positions [H, M] in the prefix; returns their keys and values, [H, M, D] each, any dtype."""
 
 
 def choose_clusters(
-    query: torch.Tensor, table: ClusterTable, log_threshold: float, scale: float
+    query: torch.Tensor, table: ClusterTable, log_threshold: float, scale: float, soft_cap: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores the clusters and chooses those that matter, once per KV head.
 
@@ -29,11 +33,12 @@ def choose_clusters(
         table: the clusters of one prefix.
         log_threshold: natural log of the threshold on p_i.
         scale: softmax scale.
+        soft_cap: bound on the logits; 0 for none.
 
     Returns:
         scores s q.c_i, [R, H, G, C] float32, and the choice, [R, H, C] bool.
     """
-    scores = torch.einsum("rhgd,hcd->rhgc", query, table.centroids.float()) * scale
+    scores = capped(torch.einsum("rhgd,hcd->rhgc", query, table.centroids.float()) * scale, soft_cap)
     occupied = (table.sizes > 0)[:, None]  # [H, 1, C]
     mass = (scores + table.sizes.float().log()[:, None]).logsumexp(-1, keepdim=True)
     log_p = (scores - mass).masked_fill(~occupied, -torch.inf)
@@ -48,7 +53,8 @@ def attend_prefix(
     num_sinks: int,
     scale: float,
     rest: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    soft_cap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention of R query tokens over one indexed prefix. Each chosen key is read once for all R.
 
     Args:
@@ -59,17 +65,18 @@ def attend_prefix(
         num_sinks: the first tokens of the prefix, attended to whatever the choice.
         scale: softmax scale.
         rest: whether clusters that were not chosen contribute through their mean value.
+        soft_cap: bound on the logits, by a hyperbolic tangent; 0 for none.
 
     Returns:
         output [R, H, G, D] float32, log-sum-exp [R, H, G] float32 (natural log; minus infinity and a zero output
-        where nothing was attended to), and the number of cluster members kept, [R, H] int64.
+        where nothing was attended to), cluster members kept by each token [R, H] int64, and read for all [H] int64.
     """
     query = query.float()
     num_heads, num_members = table.members.shape
     if not table.sizes.shape[1]:
         num_members = 0  # those there are belong to clusters of other prefixes
     device = query.device
-    scores, chosen = choose_clusters(query, table, log_threshold, scale)
+    scores, chosen = choose_clusters(query, table, log_threshold, scale, soft_cap)
 
     slots = torch.arange(num_members, device=device, dtype=torch.int32).expand(num_heads, -1).contiguous()
     cluster = torch.searchsorted(table.starts.contiguous(), slots, right=True) - 1  # [H, M], -1 before the first
@@ -87,7 +94,7 @@ def attend_prefix(
     attended &= needed.gather(1, picked)
     attended = torch.cat([attended.new_ones(len(query), num_heads, num_sinks), attended], 2)
 
-    logits = torch.einsum("rhgd,hmd->rhgm", query, keys.float()) * scale
+    logits = capped(torch.einsum("rhgd,hmd->rhgm", query, keys.float()) * scale, soft_cap)
     logits = logits.masked_fill(~attended[:, :, None], -torch.inf)
     values = values.float()
     if rest:
@@ -95,7 +102,7 @@ def attend_prefix(
         logits = torch.cat([logits, lumped], -1)
         values = torch.cat([values, table.value_centroids.float()], 1)
     output, lse = softmax_weighted(logits, values)
-    return output, lse, (chosen * table.sizes).sum(-1)
+    return output, lse, (chosen * table.sizes).sum(-1), needed.sum(-1)
 
 
 def attend_causal(
@@ -114,6 +121,11 @@ def attend_causal(
     token = torch.arange(length, device=query.device)
     unseen = token > token[length - num_queries :, None]  # [R, L]
     return softmax_weighted(logits.masked_fill(unseen[:, None, None], -torch.inf), values.float())
+
+
+def capped(logits: torch.Tensor, soft_cap: float) -> torch.Tensor:
+    """Logits bound to plus and minus ``soft_cap``, or as they are where it is 0."""
+    return soft_cap * torch.tanh(logits / soft_cap) if soft_cap else logits
 
 
 def softmax_weighted(logits: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,19 +148,20 @@ def squeezed_attention_reference(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     block_table: torch.Tensor,
-    work: torch.Tensor,
+    queries: "QueryTiles",
     table: ClusterTable,
     prefixes: Prefixes,
     scale: float,
     rest: bool,
+    soft_cap: float = 0.0,
 ) -> None:
     """The oracle of ``squeezed_attention``, with its arguments and its effect on ``output`` and ``counters``."""
-    num_kv_heads, _, head_size = table.centroids.shape
+    num_kv_heads = len(table.centroids)
     block_size = key_cache.shape[1]
-    for token, row, slot in work.tolist():
+    for tile, (slot, size, row, first, count, num_always, *_) in enumerate(queries.tiles.tolist()):
         if slot < 0:
             continue
-        first, count, num_sinks = prefixes.slots[slot].tolist()
+        tokens = queries.tokens[tile, :size].long()
 
         def read_tokens(positions: torch.Tensor, row: int = row) -> tuple[torch.Tensor, torch.Tensor]:
             blocks = block_table[row].long()[positions // block_size]
@@ -158,17 +171,26 @@ def squeezed_attention_reference(
                 value_cache[blocks, positions % block_size, heads],
             )
 
-        prefix_output, prefix_lse, kept = attend_prefix(
-            query[token].view(1, num_kv_heads, -1, head_size),
+        prefix_output, prefix_lse, kept, loaded = attend_prefix(
+            query[tokens].unflatten(1, (num_kv_heads, -1)),
             table.prefix(first, count),
             read_tokens,
             float(prefixes.log_threshold[slot]),
-            num_sinks,
+            num_always,
             scale,
             rest,
+            soft_cap,
         )
-        suffix_output = output[token].view(1, num_kv_heads, -1, head_size).float()
-        lse = suffix_lse[:, token].view(1, num_kv_heads, -1)
-        output[token] = merge(suffix_output, lse, prefix_output, prefix_lse).view_as(output[token]).to(output.dtype)
-        prefixes.counters[slot, 0] += num_kv_heads
-        prefixes.counters[slot, 1] += kept.sum()
+        suffix_output = output[tokens].unflatten(1, (num_kv_heads, -1)).float()
+        lse = suffix_lse[:, tokens].T.unflatten(1, (num_kv_heads, -1))
+        merged = merge(suffix_output, lse, prefix_output, prefix_lse).flatten(1, 2)
+        output[tokens] = merged.to(output.dtype)
+        count_reads(prefixes.counters[slot], count > 0, kept, loaded)
+
+
+def count_reads(counters: torch.Tensor, has_clusters: bool, kept: torch.Tensor, loaded: torch.Tensor) -> None:
+    """Adds one tile of R tokens to a prefix's counters [6]: members kept [R, H] and loaded [H]."""
+    if has_clusters:
+        counters[:4] += counters.new_tensor([len(loaded), loaded.sum(), kept.numel(), kept.sum()])
+    else:
+        counters[4:] += counters.new_tensor([len(loaded), kept.numel()])

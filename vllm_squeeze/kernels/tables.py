@@ -34,7 +34,7 @@ class ClusterTable:
             self.value_centroids[:, clusters],
             self.starts[:, clusters],
             self.sizes[:, clusters],
-            self.members,
+            self.members if num_centroids else self.members[:, :0],
         )
 
 
@@ -44,10 +44,12 @@ class Prefixes:
 
     Attributes:
         slots: [P, 3] int32, per slot: first centroid, number of centroids, number of always attended first tokens.
+            Without centroids, and with all tokens always attended to, attention over the prefix is exact.
         log_threshold: [P] float32. A cluster is chosen if the log of its predicted attention probability per key
             exceeds it; minus infinity chooses every cluster.
-        counters: [P, 2] int64, added to by the kernels: (query token, KV head) pairs served, and cluster members
-            that they attended to exactly.
+        counters: [P, 6] int64, added to by the kernels. Of prefixes with clusters: look-ups, one for each tile of
+            tokens and KV head; members that those loaded; (query token, KV head) pairs served; and members that those
+            attended to exactly. Of prefixes without: passes, one for each tile and KV head, and pairs served.
     """
 
     slots: torch.Tensor

@@ -5,107 +5,119 @@ from dataclasses import dataclass
 
 import torch
 
-PROGRAMS_PER_MULTIPROCESSOR = 8
-"""How many programs to aim at: several at a time hide each other's waits, and many small ones even out the work."""
+from vllm_squeeze.kernels.tiles import MAX_TILE_ROWS, MAX_TILES_AT_ONCE, padded
+
+PROGRAMS_PER_MULTIPROCESSOR = 2
+"""How many programs to aim at: two at a time hide each other's waits, and more do not fit."""
 
 MAX_SPLITS = 64
-"""The merge of the partial outputs holds this many rows at once."""
 
-INTERPRETED_MULTIPROCESSORS = 1
+INTERPRETED_MULTIPROCESSORS = 2
 """Stands for the device's number under Triton's interpreter, which runs one program after the other."""
-
-
-def num_splits(num_programs: int, num_multiprocessors: int) -> int:
-    """Into how many shares to split each of ``num_programs`` pieces of work to fill the device: a power of two."""
-    wanted = max(1, num_multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // num_programs)
-    return min(MAX_SPLITS, 1 << (wanted - 1).bit_length())
 
 
 @dataclass(frozen=True)
 class Workspace:
     """What the kernels hand to each other. All layers may share one, as they run one after the other.
 
-    L counts the largest number of splits of all work items together.
+    N counts the tiles handled at once, M the rows of a tile at most. Logits are to the base 2.
 
     Attributes:
-        num_multiprocessors: of the device.
-        scores: [max_work, H, G, C] float32, s q.c_i.
-        offsets: [max_work, H, C] int32, how many kept keys of the same split come before those of a cluster.
-        masses: [L, G] float32, log-sum-exp of the scores of one split's clusters, each counted by its size.
-        kept: [L] int32, how many keys one split's chosen clusters have.
-        partial_output: [L, G, D] float32, attention over one split's share.
-        partial_lse: [L, G] float32, and its log-sum-exp; minus infinity where the share is empty.
+        num_splits: programs that look up the clusters of one tile and KV head.
+        num_programs: programs that attend to the listed keys of all tiles and KV heads.
+        scores: [N, H, M, C] float32, s q.c_i.
+        masses: [N, H, SPLITS, M] float32, log-sum-exp of one split's scores, each counted by its cluster's size.
+        chosen: [N, H, C] int32, a bit for each token of the tile that chose the cluster.
+        list_places: [N, H, T] int32, where in the KV cache the listed keys lie: block times page size plus place in
+            the block.
+        list_bits: [N, H, T] int32, a bit for each token of the tile that attends to the key.
+        listed: [N, H] int32, blocks of keys in the list.
+        kept: [N, H, SPLITS] int32, keys that one split listed.
+        kept_pairs: [N, H, SPLITS] int32, the same, counted once for each token that chose them.
+        partial_output: [programs, M, D] float32, attention of one program.
+        partial_lse: [programs, M] float32, and its log-sum-exp; minus infinity where it had nothing to attend to.
     """
 
-    num_multiprocessors: int
+    num_splits: int
+    num_programs: int
     scores: torch.Tensor
-    offsets: torch.Tensor
     masses: torch.Tensor
+    chosen: torch.Tensor
+    list_places: torch.Tensor
+    list_bits: torch.Tensor
+    listed: torch.Tensor
     kept: torch.Tensor
+    kept_pairs: torch.Tensor
     partial_output: torch.Tensor
     partial_lse: torch.Tensor
 
     @classmethod
     def allocate(
         cls,
-        max_work: int,
+        max_tiles: int,
         num_kv_heads: int,
-        group: int,
         head_size: int,
         max_centroids: int,
+        max_keys: int,
         device: torch.device | str,
     ) -> "Workspace":
         """Allocates for given limits.
 
         Args:
-            max_work: work items handled at once; longer lists are handled in chunks of this length.
+            max_tiles: tiles handled at once; more are handled in turns.
             num_kv_heads: KV heads of this rank, H.
-            group: query heads per KV head, G.
             head_size: D.
-            max_centroids: the most clusters of any one prefix, C.
+            max_centroids: the most clusters of any one prefix, C; may be 0.
+            max_keys: the most tokens of any one prefix, T.
             device: where the kernels run.
 
         Raises:
-            ValueError: if a size is not positive.
+            ValueError: if a size is not positive, or there are too many tiles.
         """
-        sizes = dict(max_work=max_work, num_kv_heads=num_kv_heads, group=group, head_size=head_size)
-        for name, size in (sizes | {"max_centroids": max_centroids}).items():
+        limits = {"max_tiles": max_tiles, "num_kv_heads": num_kv_heads, "head_size": head_size, "max_keys": max_keys}
+        for name, size in limits.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
+        if max_tiles > MAX_TILES_AT_ONCE:
+            raise ValueError(f"max_tiles must be at most {MAX_TILES_AT_ONCE}, got {max_tiles}")
         device = torch.device(device)
-        num_multiprocessors = INTERPRETED_MULTIPROCESSORS
+        multiprocessors = INTERPRETED_MULTIPROCESSORS
         if device.type == "cuda":
-            num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+            multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
+        num_splits = min(padded(-(-wanted // num_kv_heads)), MAX_SPLITS)
+        # the plan gives each tile and KV head one program more than its share, at most
+        num_programs = max(wanted, 2 * max_tiles * num_kv_heads)
         # whole rows of 64 bytes, so that Triton compiles one variant of the kernels for all of them
         max_centroids += -max_centroids % 16
-        items = range(num_kv_heads, max_work * num_kv_heads + 1, num_kv_heads)
-        max_parts = max(item * num_splits(item, num_multiprocessors) for item in items)
+        max_keys += -max_keys % 16
+        heads = max_tiles, num_kv_heads
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
         return cls(
-            num_multiprocessors=num_multiprocessors,
-            scores=torch.empty(max_work, num_kv_heads, group, max_centroids, dtype=torch.float32, device=device),
-            offsets=torch.empty(max_work, num_kv_heads, max_centroids, dtype=torch.int32, device=device),
-            masses=torch.empty(max_parts, group, dtype=torch.float32, device=device),
-            kept=torch.empty(max_parts, dtype=torch.int32, device=device),
-            partial_output=torch.empty(max_parts, group, head_size, dtype=torch.float32, device=device),
-            partial_lse=torch.empty(max_parts, group, dtype=torch.float32, device=device),
+            num_splits=num_splits,
+            num_programs=num_programs,
+            scores=empty(*heads, MAX_TILE_ROWS, max_centroids),
+            masses=empty(*heads, num_splits, MAX_TILE_ROWS),
+            chosen=empty(*heads, max_centroids, dtype=torch.int32),
+            list_places=empty(*heads, max_keys, dtype=torch.int32),
+            list_bits=empty(*heads, max_keys, dtype=torch.int32),
+            listed=empty(*heads, dtype=torch.int32),
+            kept=empty(*heads, num_splits, dtype=torch.int32),
+            kept_pairs=empty(*heads, num_splits, dtype=torch.int32),
+            partial_output=empty(num_programs, MAX_TILE_ROWS, head_size),
+            partial_lse=empty(num_programs, MAX_TILE_ROWS),
         )
 
     @property
-    def max_work(self) -> int:
-        """How many work items are handled at once."""
+    def max_tiles(self) -> int:
+        """How many tiles are handled at once."""
         return len(self.scores)
-
-    @property
-    def max_centroids(self) -> int:
-        """The most clusters that a prefix may have: at least what was asked for."""
-        return self.scores.shape[-1]
 
     @property
     def nbytes(self) -> int:
         """Bytes held on the device."""
         values = (getattr(self, field.name) for field in dataclasses.fields(self))
         return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
-
-    def num_splits(self, num_work: int) -> int:
-        """Into how many shares to split the work of each (work item, KV head) when there are ``num_work`` items."""
-        return num_splits(num_work * self.scores.shape[1], self.num_multiprocessors)

@@ -1,0 +1,431 @@
+"""Times one attention layer of decoding over a shared prefix, arm by arm, against FlashAttention.
+
+    python benchmarks/kernels.py --prefixes 8 32 128 512 --batches 1 4 16 64 --kept 0.1 --out kernels.json
+
+All arms compute the same: B rows, each one query token, over one shared prefix and a suffix of its own. The time is
+that of a layer in a CUDA graph through several layers with memory of their own, so that the L2 cache does not flatter.
+Each arm runs in a fresh process, and first checks a layer's output; a wrong one is not timed.
+
+    stock      vLLM's FlashAttention over prefix and suffix, scheduled beforehand
+    cascade    FlashAttention over the prefix for all rows, over the suffixes, and vLLM's merge
+    xformers   its paged memory-efficient attention, where it is installed
+    exact      ours, all keys of the prefix, each loaded once for all rows
+    drop       ours, squeezed, the clusters that were not chosen dropped
+    squeezed   ours, squeezed, with value centroids for them
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+ARMS = ("stock", "cascade", "xformers", "exact", "drop", "squeezed")
+NUM_SINKS = 16
+KEYS_PER_CENTROID = 20
+TOLERANCE = 1e-2
+REPLAYS = 20
+
+
+class Shape(NamedTuple):
+    """What is timed: tokens of the prefix and of each suffix, rows, and the model's attention."""
+
+    prefix: int
+    suffix: int
+    batch: int
+    kv_heads: int
+    group: int
+    head_size: int
+    page_size: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of a token's key and value in one layer, in bfloat16."""
+        return self.kv_heads * 2 * self.head_size * 2
+
+
+class Layer(NamedTuple):
+    """One layer's tensors. Rows of a batch share the prefix's blocks; their suffixes are their own."""
+
+    query: Any
+    output: Any
+    key_cache: Any
+    value_cache: Any
+    block_table: Any
+    table: Any
+    prefixes: Any
+    queries: Any
+
+
+def make_layer(shape: Shape, kept: float, likeness: float) -> Layer:
+    """Random clusters and queries, and a threshold by which about ``kept`` of the clusters are chosen.
+
+    Args:
+        shape: of the layer.
+        kept: share of the clusters that a row chooses.
+        likeness: correlation of the rows' queries, by which their choices overlap. 0: they choose independently.
+    """
+    import torch
+
+    from vllm_squeeze.kernels.tables import ClusterTable, Prefixes
+
+    heads, group, size, page = shape.kv_heads, shape.group, shape.head_size, shape.page_size
+    device, dtype = "cuda", torch.bfloat16
+    num_members = shape.prefix - NUM_SINKS
+    num_centroids = num_members // KEYS_PER_CENTROID
+    prefix_blocks, suffix_blocks = shape.prefix // page, -(-shape.suffix // page)
+    num_blocks = prefix_blocks + shape.batch * suffix_blocks
+    cache = torch.randn(num_blocks, page, heads, 2 * size, dtype=dtype, device=device)
+    order = torch.randperm(num_blocks, device=device).int()
+    own = order[prefix_blocks:].view(shape.batch, suffix_blocks)
+    block_table = torch.cat([order[:prefix_blocks].expand(shape.batch, -1), own], 1).contiguous()
+
+    def cuts() -> torch.Tensor:
+        return torch.randperm(num_members - 1, device=device)[: num_centroids - 1].sort().values + 1
+
+    starts = torch.nn.functional.pad(torch.stack([cuts() for _ in range(heads)]), (1, 0)).int()
+    sizes = torch.diff(starts, append=starts.new_full((heads, 1), num_members)).int()
+    table = ClusterTable(
+        centroids=torch.randn(heads, num_centroids, size, dtype=dtype, device=device),
+        value_centroids=torch.randn(heads, num_centroids, size, dtype=dtype, device=device),
+        starts=starts,
+        sizes=sizes,
+        members=torch.stack([torch.randperm(num_members, device=device) for _ in range(heads)]).int() + NUM_SINKS,
+    )
+    common, own = torch.randn(2, shape.batch, heads * group, size, device=device)
+    query = (common[:1] * likeness**0.5 + own * (1 - likeness) ** 0.5).to(dtype)
+    log_p = []
+    for row in query[:4]:
+        scores = row.float().view(heads, group, size) @ table.centroids.float().mT * size**-0.5
+        mass = (scores + sizes.log()[:, None]).logsumexp(-1, keepdim=True)
+        log_p.append((scores - mass).amax(1))
+    prefixes = Prefixes(
+        slots=torch.tensor([[0, num_centroids, NUM_SINKS]], dtype=torch.int32, device=device),
+        log_threshold=torch.quantile(torch.stack(log_p).flatten()[: 2**24], 1 - kept).view(1),
+        counters=torch.zeros(1, 6, dtype=torch.int64, device=device),
+    )
+    queries = tile(shape, block_table, prefixes, shape.batch)
+    caches = cache[..., :size], cache[..., size:]
+    return Layer(query, torch.empty_like(query), *caches, block_table, table, prefixes, queries)
+
+
+def tile(shape: Shape, block_table: Any, prefixes: Any, batch: int) -> Any:
+    """The first ``batch`` rows in tiles."""
+    import torch
+
+    from vllm_squeeze.kernels.tiles import QueryTiles
+
+    queries = QueryTiles.allocate(batch, 1, shape.prefix, shape.group, "cuda")
+    rows = torch.zeros(batch, dtype=torch.int64, device="cuda")
+    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+    queries.fill(rows, starts, block_table, prefixes, batch, shape.group, shape.page_size)
+    return queries
+
+
+def exact(layer: Layer, shape: Shape) -> Layer:
+    """The same, all of the prefix attended to exactly."""
+    slots = layer.prefixes.slots.new_tensor([[0, 0, shape.prefix]])
+    prefixes = type(layer.prefixes)(slots, layer.prefixes.log_threshold, layer.prefixes.counters)
+    return layer._replace(prefixes=prefixes, queries=tile(shape, layer.block_table, prefixes, shape.batch))
+
+
+class Attention:
+    """The arms' calls, for layers of one shape."""
+
+    def __init__(self, arm: str, shape: Shape, layer: Layer):
+        import torch
+
+        from vllm_squeeze.kernels.workspace import Workspace
+
+        self.arm, self.shape, batch = arm, shape, shape.batch
+        self.scale = shape.head_size**-0.5
+        self.each = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+        self.all = torch.tensor([0, batch], dtype=torch.int32, device="cuda")
+        self.total = torch.full((batch,), shape.prefix + shape.suffix, dtype=torch.int32, device="cuda")
+        self.suffix = torch.full((batch,), shape.suffix, dtype=torch.int32, device="cuda")
+        self.prefix = torch.full((1,), shape.prefix, dtype=torch.int32, device="cuda")
+        self.schedules: dict[str, Any] = {}
+        if arm in ("exact", "drop", "squeezed"):
+            self.side, self.begun, self.done = torch.cuda.Stream(), torch.cuda.Event(), torch.cuda.Event()
+            clusters = layer.table.sizes.shape[1]
+            limits = (8, shape.kv_heads, shape.head_size, clusters, shape.prefix)
+            self.workspace = Workspace.allocate(*limits, "cuda")
+
+    def __call__(self, layer: Layer) -> None:
+        """Attends into ``layer.output``."""
+        calls = {"stock": self._stock, "cascade": self._cascade, "xformers": self._xformers}
+        calls.get(self.arm, self._ours)(layer)
+
+    def flash(self, name: str, layer: Layer, starts: Any, lengths: Any, blocks: Any, output: Any, causal: bool) -> Any:
+        """FlashAttention, scheduled once for all layers as vLLM does; returns the log-sum-exp."""
+        from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
+
+        longest, rows = int(lengths.max()) if name not in self.schedules else 0, len(starts) - 1
+        if name not in self.schedules:
+            most = self.shape.batch if rows == 1 else 1
+            schedule = get_scheduler_metadata(
+                batch_size=rows,
+                max_seqlen_q=most,
+                max_seqlen_k=longest,
+                num_heads_q=layer.query.shape[1],
+                num_heads_kv=self.shape.kv_heads,
+                headdim=self.shape.head_size,
+                cache_seqlens=lengths,
+                qkv_dtype=layer.query.dtype,
+                cu_seqlens_q=starts,
+                page_size=self.shape.page_size,
+                causal=causal,
+            )
+            self.schedules[name] = most, longest, schedule
+        most, longest, schedule = self.schedules[name]
+        _, lse = flash_attn_varlen_func(
+            q=layer.query,
+            k=layer.key_cache,
+            v=layer.value_cache,
+            out=output,
+            cu_seqlens_q=starts,
+            max_seqlen_q=most,
+            seqused_k=lengths,
+            max_seqlen_k=longest,
+            softmax_scale=self.scale,
+            causal=causal,
+            block_table=blocks,
+            scheduler_metadata=schedule,
+            fa_version=3,
+            return_softmax_lse=True,
+        )
+        return lse
+
+    def attend_suffix(self, layer: Layer, output: Any) -> Any:
+        blocks = layer.block_table[:, self.shape.prefix // self.shape.page_size :]
+        return self.flash("suffix", layer, self.each, self.suffix, blocks, output, True)
+
+    def _stock(self, layer: Layer) -> None:
+        self.flash("stock", layer, self.each, self.total, layer.block_table, layer.output, True)
+
+    def _cascade(self, layer: Layer) -> None:
+        import torch
+        from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+
+        prefix, suffix = torch.empty_like(layer.output), torch.empty_like(layer.output)
+        prefix_lse = self.flash("prefix", layer, self.all, self.prefix, layer.block_table[:1], prefix, False)
+        suffix_lse = self.attend_suffix(layer, suffix)
+        merge_attn_states(layer.output, prefix, prefix_lse, suffix, suffix_lse)
+
+    def _xformers(self, layer: Layer) -> None:
+        from xformers.ops import fmha
+        from xformers.ops.fmha.attn_bias import PagedBlockDiagonalCausalWithOffsetPaddedKeysMask as Mask
+
+        shape = self.shape
+        if "xformers" not in self.schedules:
+            width = layer.block_table.shape[1] * shape.page_size
+            mask = fmha.attn_bias.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
+                [1] * shape.batch, width, [shape.prefix + shape.suffix] * shape.batch
+            )
+            self.schedules["xformers"] = mask.q_seqinfo.to("cuda"), mask.k_seqinfo.to("cuda")
+        mask = Mask(*self.schedules["xformers"], layer.block_table, shape.page_size)
+
+        def paged(cache: Any) -> Any:
+            return cache.flatten(0, 1)[None, :, :, None].expand(-1, -1, -1, shape.group, -1)
+
+        query = layer.query.view(1, shape.batch, shape.kv_heads, shape.group, shape.head_size)
+        keys, values = paged(layer.key_cache), paged(layer.value_cache)
+        result = fmha.memory_efficient_attention_forward(
+            query, keys, values, mask, scale=self.scale, op=fmha.triton_splitk.FwOp
+        )
+        layer.output.copy_(result.view_as(layer.output))
+
+    def _ours(self, layer: Layer) -> None:
+        import torch
+
+        from vllm_squeeze.kernels.squeezed_attention import squeezed_attention
+
+        self.begun.record()
+        with torch.cuda.stream(self.side):
+            self.side.wait_event(self.begun)
+            lse = self.attend_suffix(layer, layer.output)
+            self.done.record()
+        operands = (layer.key_cache, layer.value_cache, layer.block_table, layer.queries, layer.table, layer.prefixes)
+        squeezed_attention(
+            layer.query, layer.output, lse, *operands, self.scale, self.arm == "squeezed", self.workspace,
+            suffix_done=self.done,
+        )  # fmt: skip
+
+    def expected(self, layer: Layer) -> Any:
+        """The output of the first two rows in float32, from the oracle."""
+        import torch
+
+        from vllm_squeeze.kernels.reference import attend_causal, squeezed_attention_reference
+
+        rows = min(2, self.shape.batch)
+        if self.arm in ("stock", "cascade", "xformers"):
+            layer = exact(layer, self.shape)
+        query, output, lse = layer.query[:rows], torch.empty_like(layer.query[:rows], dtype=torch.float32), []
+        grouped = query.unflatten(1, (self.shape.kv_heads, self.shape.group))
+        for row in range(rows):
+            blocks = layer.block_table[row, self.shape.prefix // self.shape.page_size :].long()
+            keys, values = (
+                cache[blocks].flatten(0, 1)[: self.shape.suffix].transpose(0, 1)
+                for cache in (layer.key_cache, layer.value_cache)
+            )
+            attended, row_lse = attend_causal(grouped[row : row + 1], keys, values, self.scale)
+            output[row] = attended.flatten(1, 2)[0]
+            lse.append(row_lse.flatten())
+        counters = torch.zeros_like(layer.prefixes.counters)
+        prefixes = type(layer.prefixes)(layer.prefixes.slots, layer.prefixes.log_threshold, counters)
+        queries = tile(self.shape, layer.block_table, prefixes, rows)
+        squeezed_attention_reference(
+            query, output, torch.stack(lse, 1), layer.key_cache, layer.value_cache, layer.block_table, queries,
+            layer.table, prefixes, self.scale, self.arm == "squeezed",
+        )  # fmt: skip
+        return output
+
+
+def time_graph(call: Callable[[Layer], None], layers: list[Layer]) -> float:
+    """Median microseconds of a layer, over replays of one graph through all layers."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for layer in layers:
+            call(layer)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in layers:
+            call(layer)
+    times = []
+    for _ in range(REPLAYS + 3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return sorted(times[3:])[REPLAYS // 2] * 1000 / len(layers)
+
+
+def run_case(arm: str, shape: Shape, kept: float, likeness: float) -> dict[str, Any]:
+    """Checks and times one arm on one shape."""
+    import torch
+
+    torch.manual_seed(shape.prefix + shape.batch)
+    share = 1.0 if arm not in ("drop", "squeezed") else min(1.0, 1.2 * kept * shape.batch**0.5)
+    count = round(max(3, min(16, 250e6 / (shape.prefix * shape.kv_bytes * share))))
+    layers = [make_layer(shape, kept, likeness) for _ in range(count)]
+    if arm == "exact":
+        layers = [exact(layer, shape) for layer in layers]
+    attention = Attention(arm, shape, layers[0])
+    expected = attention.expected(layers[0])
+    layers[0].output.fill_(torch.nan)
+    attention(layers[0])
+    torch.cuda.synchronize()
+    actual = layers[0].output[: len(expected)].float()
+    error = ((actual - expected).norm() / expected.norm()).item()
+    if not (error < TOLERANCE and layers[0].output.isfinite().all()):
+        return {"error": f"relative error {error:.1e}: wrong, and not timed"}
+    result = {"us": time_graph(attention, layers)}
+    counters = layers[0].prefixes.counters[0].tolist()
+    if counters[0]:
+        look_ups, loaded, pairs, chosen = counters[:4]
+        result |= {"kept": chosen / pairs / shape.prefix, "union": loaded / look_ups / shape.prefix}
+        centroids = layers[0].table.centroids.nbytes * (1 + (arm == "squeezed"))
+        tiles = look_ups / pairs * shape.batch
+        read = tiles * (centroids + result["union"] * shape.prefix * shape.kv_bytes)
+    else:
+        read = shape.prefix * shape.kv_bytes * (shape.batch if arm in ("stock", "xformers") else 1)
+    result["bytes"] = read + shape.batch * shape.suffix * shape.kv_bytes
+    return result
+
+
+def run_arm(arguments: argparse.Namespace) -> None:
+    """Runs one arm over all shapes; prints a line of JSON for each."""
+    import torch
+
+    source, target = (torch.empty(2**30, dtype=torch.uint8, device="cuda") for _ in range(2))
+    seconds = min(timed_copy(source, target) for _ in range(5))
+    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "bytes_per_s": 2 * 2**30 / seconds}
+    del source, target
+    print(json.dumps(machine), flush=True)
+    for prefix in arguments.prefixes:
+        for batch in arguments.batches:
+            shape = Shape(
+                prefix * 1024, arguments.suffix, batch, *arguments.heads, arguments.head_size, arguments.page_size
+            )
+            try:
+                case = run_case(arguments.arm, shape, arguments.kept, arguments.likeness)
+            except (RuntimeError, ImportError, ValueError, NotImplementedError) as error:
+                case = {"error": f"{type(error).__name__}: {error}".splitlines()[-1][:200]}
+            torch.cuda.empty_cache()
+            print(json.dumps({"arm": arguments.arm, "prefix": prefix, "batch": batch, **case}), flush=True)
+
+
+def timed_copy(source: Any, target: Any) -> float:
+    """Seconds of a device-to-device copy."""
+    import torch
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    target.copy_(source)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
+    """Microseconds of each arm, and how many times faster than stock; no ratio for what is wrong."""
+    stock = {(row["prefix"], row["batch"]): row.get("us") for row in rows if row["arm"] == "stock"}
+    lines = [f"{'prefix':>7} {'B':>3} {'arm':9} {'us':>8} {'x stock':>8} {'kept':>6} {'union':>6} {'of floor':>8}"]
+    for row in sorted(rows, key=lambda row: (row["prefix"], row["batch"], ARMS.index(row["arm"]))):
+        start = f"{row['prefix']:>6}K {row['batch']:>3} {row['arm']:9}"
+        if "error" in row:
+            lines.append(f"{start} {row['error']}")
+            continue
+        base = stock.get((row["prefix"], row["batch"]))
+        ratio = f"{base / row['us']:8.2f}" if base else f"{'':8}"
+        shares = "".join(f" {row[name]:6.3f}" if name in row else f" {'':6}" for name in ("kept", "union"))
+        floor = row["bytes"] / machine["bytes_per_s"] * 1e6 / row["us"]
+        lines.append(f"{start} {row['us']:8.1f} {ratio}{shares} {floor:8.0%}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prefixes", type=int, nargs="+", default=[8, 32, 128, 512], help="units of 1024 tokens")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64], help="rows")
+    parser.add_argument("--kept", type=float, default=0.1, help="share of the clusters that a row chooses")
+    parser.add_argument("--likeness", type=float, default=0.7, help="correlation of the rows' queries")
+    parser.add_argument("--suffix", type=int, default=128, help="tokens behind the prefix, of each row")
+    parser.add_argument("--heads", type=int, nargs=2, default=(8, 4), help="KV heads, and query heads for each")
+    parser.add_argument("--head-size", type=int, default=128)
+    parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.arm:
+        return run_arm(arguments)
+    rows, machine = [], {}
+    for arm in arguments.arms:
+        command = [sys.executable, __file__, *sys.argv[1:], "--arm", arm]
+        child = subprocess.run(command, check=False, capture_output=True, text=True)
+        lines = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
+        if child.returncode or not lines:
+            sys.exit(f"{arm} failed:\n{child.stderr[-3000:]}")
+        machine, rows = lines[0] | {"date": str(date.today()), "command": " ".join(sys.argv)}, rows + lines[1:]
+    print(
+        f"{machine['gpu']}, torch {machine['torch']}, {machine['date']}; copy {machine['bytes_per_s'] / 1e12:.2f} TB/s"
+    )
+    print(table(rows, machine))
+    if arguments.out:
+        arguments.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+    sys.exit(any("error" in row for row in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Centroid look-up in Triton: which clusters each tile of queries needs, and the list of their keys.
+
+    score    grid (splits, H, tiles)  scores of one share of a prefix's clusters, and their log-sum-exp
+    choose   grid (splits, H, tiles)  the choice among that share, and the list of its keys
+
+A tile holds up to ROWS query tokens of one prefix; with the G query heads of a KV head, padded to GP, they are the M
+rows of a matrix product. Each token chooses for itself. The list has every key that any of them chose, once, with a
+bit for each token that did.
+
+Reductions have a fixed order, so equal inputs give equal bits.
+"""
+
+import triton
+import triton.language as tl
+
+from vllm_squeeze.kernels.softmax import LOG2_E, finite_or_zero, logits_of
+from vllm_squeeze.kernels.tiles import MAX_TILE_TOKENS, TILE_FACTS
+
+FACTS = tl.constexpr(TILE_FACTS)
+TOKENS = tl.constexpr(MAX_TILE_TOKENS)
+
+
+@triton.jit
+def share_of(total, SPLITS: tl.constexpr):
+    """The length of one split's share of ``total`` clusters."""
+    return tl.cdiv(total, SPLITS)
+
+
+@triton.jit
+def log_of_size(b_size):
+    """log N_i [N], minus infinity for empty clusters."""
+    return tl.where(b_size > 0, tl.log2(tl.maximum(b_size, 1).to(tl.float32)), float("-inf"))
+
+
+@triton.jit
+def _ended(b_until, o_key, BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr):
+    """How many of BLOCK clusters, whose keys end at ``b_until``, end at or before ``o_key``; all but one at most."""
+    b_ended = tl.zeros_like(o_key)
+    for i in tl.static_range(LOG_BLOCK):
+        b_more = b_ended + (BLOCK >> (i + 1))
+        b_ended = tl.where(tl.gather(b_until, b_more - 1, 0) <= o_key, b_more, b_ended)
+    return b_ended
+
+
+@triton.jit
+def load_queries(
+    query, tokens, i_tile, num_tokens, i_h, stride_token, stride_head,
+    GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """The queries [M, DP] of a tile, zero where padded."""
+    o_m, o_d = tl.arange(0, ROWS * GP), tl.arange(0, DP)
+    b_token = tl.load(tokens + i_tile * TOKENS + o_m // GP).to(tl.int64)
+    m_q = (o_m // GP < num_tokens) & (o_m % GP < GROUP)
+    p_q = query + b_token[:, None] * stride_token + (i_h * GROUP + o_m % GP)[:, None] * stride_head + o_d[None, :]
+    return tl.load(p_q, mask=m_q[:, None] & (o_d < D)[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=["first_tile"])
+def score_kernel(
+    query, tokens, tiles, centroids, sizes,
+    scores, masses, listed,
+    first_tile, scale, soft_cap,
+    stride_query_token, stride_query_head, stride_centroid_head, stride_centroid, stride_size_head, max_centroids,
+    GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SOFT_CAP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = ROWS * GP
+    i_s, i_h, i_t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    p_tile = tiles + (first_tile + i_t) * FACTS
+    i_slot, num_tokens = tl.load(p_tile), tl.load(p_tile + 1)
+    first_centroid, count = tl.load(p_tile + 3).to(tl.int64), tl.load(p_tile + 4)
+    share = share_of(count, SPLITS)
+    begin = i_s * share
+    end = tl.minimum(begin + share, count)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if i_slot < 0:
+        return
+    i_th = (i_t * tl.num_programs(1) + i_h).to(tl.int64)
+    if i_s == 0:
+        tl.store(listed + i_th, 0)
+
+    o_m, o_c, o_d = tl.arange(0, M), tl.arange(0, BLOCK), tl.arange(0, DP)
+    m_m = (o_m // GP < num_tokens) & (o_m % GP < GROUP)
+    b_max = tl.full([M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([M], tl.float32)
+    if begin < end:
+        b_q = load_queries(
+            query, tokens, first_tile + i_t, num_tokens, i_h, stride_query_token, stride_query_head,
+            GROUP, GP, ROWS, D, DP,
+        )  # fmt: skip
+        p_centroids = centroids + i_h.to(tl.int64) * stride_centroid_head + first_centroid * stride_centroid
+        p_sizes = sizes + i_h.to(tl.int64) * stride_size_head + first_centroid
+        p_scores = scores + (i_th * M + o_m[:, None]) * max_centroids
+        for i_c in tl.range(begin, end, BLOCK, num_stages=STAGES):
+            o_row = i_c + o_c
+            m_c = o_row < end
+            p_c = p_centroids + o_row[:, None].to(tl.int64) * stride_centroid + o_d[None, :]
+            b_c = tl.load(p_c, mask=m_c[:, None] & (o_d < D)[None, :], other=0.0)  # [BLOCK, DP]
+            b_size = tl.load(p_sizes + o_row, mask=m_c, other=0)
+            b_s = logits_of(b_q, b_c, scale, soft_cap, SOFT_CAP)  # [M, BLOCK]
+            tl.store(p_scores + o_row[None, :], b_s, mask=m_m[:, None] & m_c[None, :])
+
+            b_logits = b_s + log_of_size(b_size)[None, :]
+            b_next = tl.maximum(b_max, tl.max(b_logits, 1))
+            b_shift = finite_or_zero(b_next)
+            b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_logits - b_shift[:, None]), 1)
+            b_max = b_next
+    b_mass = tl.where(b_sum > 0, b_max + tl.log2(tl.where(b_sum > 0, b_sum, 1.0)), float("-inf"))
+    tl.store(masses + (i_th * SPLITS + i_s) * M + o_m, b_mass)
+
+
+@triton.jit(do_not_specialize=["first_tile"])
+def choose_kernel(
+    tiles, log_threshold, starts, sizes, members, block_table,
+    scores, masses, chosen, list_places, list_bits, listed, kept, kept_pairs,
+    first_tile, stride_size_head, stride_member_head, stride_row, max_centroids, max_keys,
+    GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    LOG_BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, S: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = ROWS * GP
+    i_s, i_h, i_t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    p_tile = tiles + (first_tile + i_t) * FACTS
+    i_slot, num_tokens, i_row = tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2).to(tl.int64)
+    first_centroid, count = tl.load(p_tile + 3).to(tl.int64), tl.load(p_tile + 4)
+    share = share_of(count, SPLITS)
+    begin = i_s * share
+    end = tl.minimum(begin + share, count)
+    # without clusters nothing is listed, and nobody asks what was kept
+    if (i_slot < 0) | (begin >= end):
+        return
+    i_th = (i_t * tl.num_programs(1) + i_h).to(tl.int64)
+    p_sizes = sizes + i_h.to(tl.int64) * stride_size_head + first_centroid
+    p_starts = starts + i_h.to(tl.int64) * stride_size_head + first_centroid
+    p_scores = scores + (i_th * M + tl.arange(0, M)[:, None]) * max_centroids
+    p_members = members + i_h.to(tl.int64) * stride_member_head
+    p_blocks = block_table + i_row * stride_row
+    threshold = tl.load(log_threshold + i_slot) * LOG2_E
+    # a split's keys fit where those of all its clusters would, counted from the prefix's first
+    p_list = i_th * max_keys + tl.load(p_starts + begin) - tl.load(p_starts)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+    o_m, o_c, o_s = tl.arange(0, M), tl.arange(0, BLOCK), tl.arange(0, SPLITS)
+    o_r, o_n = tl.arange(0, ROWS), tl.arange(0, LIST_BLOCK)
+    m_m = (o_m // GP < num_tokens) & (o_m % GP < GROUP)
+    b_masses = tl.load(masses + (i_th * SPLITS + o_s[:, None]) * M + o_m[None, :])  # [SPLITS, M]
+    b_shift = finite_or_zero(tl.max(b_masses, 0))
+    b_total = tl.sum(tl.exp2(b_masses - b_shift[None, :]), 0)
+    # if all clusters are empty the sum is 0, and any number will do
+    b_mass = b_shift + tl.log2(tl.where(b_total > 0, b_total, 1.0))  # [M]
+    num_kept, num_pairs = 0, 0
+    for i_c in range(begin, end, BLOCK):
+        o_row = i_c + o_c
+        m_c = o_row < end
+        b_s = tl.load(p_scores + o_row[None, :], mask=m_m[:, None] & m_c[None, :], other=float("-inf"))
+        b_size = tl.load(p_sizes + o_row, mask=m_c, other=0)
+        b_start = tl.load(p_starts + o_row, mask=m_c, other=0)
+        b_log_p = tl.max(tl.reshape(b_s - b_mass[:, None], [ROWS, GP, BLOCK]), 1)  # [ROWS, BLOCK]
+        # an empty cluster adds nothing on either side
+        b_chosen = (b_log_p > threshold) & (o_r < num_tokens)[:, None] & (b_size > 0)[None, :]
+        b_bits = tl.sum(b_chosen.to(tl.int32) << o_r[:, None], 0)  # [BLOCK]
+        tl.store(chosen + i_th * max_centroids + o_row, b_bits, mask=m_c)
+        num_pairs += tl.sum(tl.sum(tl.where(b_chosen, b_size[None, :], 0), 0), 0)
+
+        b_kept = tl.where(b_bits != 0, b_size, 0)
+        b_until = tl.cumsum(b_kept, 0)
+        b_shift_to_member = b_start - (b_until - b_kept)
+        num_block = tl.sum(b_kept, 0)
+        for i_n in range(0, num_block, LIST_BLOCK):
+            o_key = i_n + o_n
+            m_n = o_key < num_block
+            o_cluster = _ended(b_until, o_key, BLOCK, LOG_BLOCK)
+            o_member = o_key + tl.gather(b_shift_to_member, o_cluster, 0)
+            b_position = tl.load(p_members + o_member, mask=m_n, other=0)
+            b_block = tl.load(p_blocks + b_position // S, mask=m_n, other=0)
+            tl.store(list_places + p_list + num_kept + o_key, b_block * S + b_position % S, mask=m_n)
+            tl.store(list_bits + p_list + num_kept + o_key, tl.gather(b_bits, o_cluster, 0), mask=m_n)
+        num_kept += num_block
+    tl.atomic_add(listed + i_th, tl.cdiv(num_kept, KEY_BLOCK), sem="relaxed")
+    tl.store(kept + i_th * SPLITS + i_s, num_kept)
+    tl.store(kept_pairs + i_th * SPLITS + i_s, num_pairs)

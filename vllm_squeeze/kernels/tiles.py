@@ -1,0 +1,157 @@
+"""Queries grouped by prefix: what one prefix's tokens need of it is loaded once for a whole tile of them."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_squeeze.kernels.tables import Prefixes
+
+MAX_TILE_ROWS = 64
+"""Query rows of a tile, tokens times padded query heads: what the tensor cores take in one product."""
+
+MAX_TILE_TOKENS = 32
+"""Tokens of a tile: each has a bit in an int32."""
+
+MAX_TILES_AT_ONCE = 64
+
+TILE_FACTS = 8
+_NO_SLOT = 2**31 - 1
+_PLACES_BLOCK = 1024
+
+
+def padded(size: int) -> int:
+    """The smallest power of two that is not below ``size``."""
+    return 1 << (size - 1).bit_length()
+
+
+def tokens_per_tile(num_tokens: int, group: int) -> int:
+    """How many tokens a tile has room for when there are ``num_tokens`` of ``group`` query heads per KV head.
+
+    Never more where there are fewer tokens, so that tiles made for some tokens fit kernels launched for more.
+    """
+    rows = min(max(padded(max(num_tokens, 1) * padded(group)), 16), MAX_TILE_ROWS)
+    return min(rows // padded(group), MAX_TILE_TOKENS)
+
+
+def most_tiles(num_tokens: int, num_slots: int, group: int) -> int:
+    """The most tiles that up to ``num_tokens`` tokens of up to ``num_slots`` prefixes can come to."""
+    size = tokens_per_tile(num_tokens, group)
+    return min(num_tokens, (num_tokens + num_slots * (size - 1)) // size)
+
+
+@triton.jit
+def _list_always_kernel(
+    slot_rows, slots, block_table, always_places, stride_row, max_keys, S: tl.constexpr, BLOCK: tl.constexpr
+):
+    i_slot, i_b = tl.program_id(0), tl.program_id(1)
+    i_row = tl.load(slot_rows + i_slot).to(tl.int64)
+    num_always = tl.load(slots + i_slot * 3 + 2)
+    if (i_row < 0) | (i_b * BLOCK >= num_always):
+        return
+    o_position = i_b * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_position < num_always
+    b_block = tl.load(block_table + i_row * stride_row + o_position // S, mask=m_n, other=0)
+    p_places = always_places + i_slot.to(tl.int64) * max_keys + o_position
+    tl.store(p_places, b_block * S + o_position % S, mask=m_n)
+
+
+@dataclass(frozen=True)
+class QueryTiles:
+    """The query tokens of a step's squeezed rows, in tiles of one prefix each. The same for all layers.
+
+    Attributes:
+        num_tokens: how many tokens there may be.
+        tiles: [most tiles, 8] int32, per tile: slot of the prefix or -1 where there is no tile, its number of tokens,
+            a row of the block table that begins with the prefix, and of the prefix its first centroid, number of
+            centroids and number of always attended first tokens.
+        tokens: [most tiles, 32] int32, the query tokens of each tile.
+        slot_rows: [P] int32, a row of the block table that begins with the slot's prefix, or -1.
+        always_places: [P, T] int32, where in the KV cache the first tokens lie that are attended to whatever the
+            choice: block times page size plus place in the block.
+    """
+
+    num_tokens: int
+    tiles: torch.Tensor
+    tokens: torch.Tensor
+    slot_rows: torch.Tensor
+    always_places: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls, max_tokens: int, num_slots: int, max_keys: int, group: int, device: torch.device | str
+    ) -> "QueryTiles":
+        """Room for ``max_tokens`` tokens of prefixes of up to ``max_keys`` tokens; no tiles yet."""
+        # fewer tokens may make more tiles than many: the smallest tiles are those of few tokens
+        most = max(most_tiles(tokens, num_slots, group) for tokens in range(max_tokens + 1))
+
+        def full(*shape: int) -> torch.Tensor:
+            return torch.full(shape, -1, dtype=torch.int32, device=device)
+
+        # one more, to write what is not a tile to, and what the kernels look at beyond the last
+        tiles, tokens = full(most + 1 + MAX_TILES_AT_ONCE, TILE_FACTS), full(most + 1, MAX_TILE_TOKENS)
+        return cls(max_tokens, tiles, tokens, full(num_slots), full(num_slots, max_keys))
+
+    def first(self, num_tokens: int) -> "QueryTiles":
+        """The same, of a step whose tiles have no more than ``num_tokens`` tokens."""
+        return QueryTiles(num_tokens, self.tiles, self.tokens, self.slot_rows, self.always_places)
+
+    def clear(self) -> None:
+        """Leaves no tiles."""
+        self.tiles[:, 0] = -1
+
+    def fill(
+        self,
+        row_slot: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        block_table: torch.Tensor,
+        prefixes: Prefixes,
+        num_tokens: int,
+        group: int,
+        page_size: int,
+    ) -> None:
+        """Groups the tokens of a step without waiting for the device.
+
+        Args:
+            row_slot: [B] int64, the slot of each row's prefix, negative where it has none.
+            query_start_loc: [B + 1] int32, the first token of each row; the last is the number of tokens.
+            block_table: [B, max_blocks] int32.
+            prefixes: of the slots.
+            num_tokens: not below the number of tokens of rows with a slot.
+            group: query heads per KV head.
+            page_size: tokens of a block of the table.
+        """
+        device, size, last = row_slot.device, tokens_per_tile(num_tokens, group), len(self.tokens) - 1
+        # rows by slot, those without one last
+        slot, rows = torch.where(row_slot < 0, _NO_SLOT, row_slot).sort(stable=True)
+        counts = query_start_loc.diff()[rows]
+        until = counts.cumsum(0)  # [B], tokens of a row and of those before it
+        place = torch.arange(num_tokens, device=device)
+        row = torch.searchsorted(until, place, right=True).clamp(max=len(rows) - 1)  # [W]
+        token = (query_start_loc[rows] - (until - counts))[row] + place
+
+        slot = torch.where(place < until[-1], slot[row], _NO_SLOT)  # [W], ascending
+        begin, end = torch.searchsorted(slot, slot), torch.searchsorted(slot, slot, right=True)
+        within = (place - begin) % size
+        found = slot < _NO_SLOT
+        tile = ((within == 0) & found).cumsum(0) - 1
+        tile = torch.where(found, tile, last)
+        self.tiles[:, 0] = -1
+        self.tokens[tile, within] = token.int()
+        facts = torch.stack([slot, (end - place).clamp(max=size), rows[row]], 1).int()
+        facts = torch.cat([facts, prefixes.slots[torch.where(found, slot, 0)]], 1)
+        first = torch.where(within == 0, tile, last)
+        self.tiles[first, : facts.shape[1]] = facts
+        self.tiles[last, 0] = -1
+
+        num_slots, max_keys = self.always_places.shape
+        self.slot_rows.fill_(-1)
+        matched = torch.where(row_slot < 0, num_slots, row_slot)
+        any_row = torch.arange(len(rows), dtype=torch.int32, device=device)
+        padded_rows = torch.nn.functional.pad(self.slot_rows, (0, 1))
+        self.slot_rows.copy_(padded_rows.scatter_reduce(0, matched, any_row, "amax")[:num_slots])
+        _list_always_kernel[(num_slots, triton.cdiv(max_keys, _PLACES_BLOCK))](
+            self.slot_rows, prefixes.slots, block_table, self.always_places, block_table.stride(0), max_keys,
+            S=page_size, BLOCK=_PLACES_BLOCK,
+        )  # fmt: skip
