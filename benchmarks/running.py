@@ -49,12 +49,12 @@ class Counts:
     @property
     def kept_share(self) -> float:
         """Keys that a query token chooses, as a share of all; NaN where nothing was counted."""
-        return self.kept / self.pairs / self.members if self.pairs else float("nan")
+        return self.kept / self.pairs / self.members if self.pairs and self.members else float("nan")
 
     @property
     def union_share(self) -> float:
         """Keys that a pass loads for its query tokens together, as a share of all; NaN where nothing was counted."""
-        return self.loaded / self.passes / self.members if self.passes else float("nan")
+        return self.loaded / self.passes / self.members if self.passes and self.members else float("nan")
 
     @property
     def tokens_per_pass(self) -> float:
@@ -71,9 +71,9 @@ def residency_of(worker: Any) -> Any:
 
 
 def counters_of(worker: Any) -> tuple[list[int], int] | None:
-    """The counters of a worker's only prefix, and its keys to choose from. Waits for the device."""
+    """The counters of a worker's only prefix, and its keys to choose from; None without one. Waits for the device."""
     residency = residency_of(worker)
-    if residency is None:
+    if residency is None or 0 not in residency.active:
         return None
     return residency.prefixes.counters[0].tolist(), residency.active[0].cost.num_clustered
 

@@ -401,7 +401,7 @@ def print_table(arguments: argparse.Namespace, runs: list[dict[str, Any]], rows:
             print(f"{run['arm']}: {run['error']}")
     if not arguments.model:
         print("The weights are random, hence the choices too.")
-    if arguments.kept:
+    if any("log_threshold" in row for row in rows):
         print(f"The share of keys kept was fixed at {arguments.kept}.")
 
 
