@@ -1,0 +1,132 @@
+"""What the benchmarks share that run vLLM's engine in this process: requests that run together, step by step, and the
+server's own counters of what it did for them."""
+
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+# The engine in this process: a step is one call, and workers can be asked what their kernels counted.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+REQUEST_NUMBERS = itertools.count()
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What kernels counted on the one indexed prefix, summed up over layers, KV heads and ranks.
+
+    Attributes:
+        passes: reads of a choice by one KV head, each for all query tokens that share its loads.
+        loaded: keys loaded in those passes: the union of what their query tokens chose.
+        pairs: query tokens, each times KV heads.
+        kept: keys chosen, summed up over those pairs.
+        members: keys that there are to choose from, per KV head.
+    """
+
+    passes: int
+    loaded: int
+    pairs: int
+    kept: int
+    members: int
+
+    def __add__(self, more: "Counts") -> "Counts":
+        return Counts(
+            self.passes + more.passes,
+            self.loaded + more.loaded,
+            self.pairs + more.pairs,
+            self.kept + more.kept,
+            self.members,
+        )
+
+    def __sub__(self, before: "Counts") -> "Counts":
+        return self + Counts(-before.passes, -before.loaded, -before.pairs, -before.kept, before.members)
+
+    @property
+    def kept_share(self) -> float:
+        """Keys that a query token chooses, as a share of all; NaN where nothing was counted."""
+        return self.kept / self.pairs / self.members if self.pairs and self.members else float("nan")
+
+    @property
+    def union_share(self) -> float:
+        """Keys that a pass loads for its query tokens together, as a share of all; NaN where nothing was counted."""
+        return self.loaded / self.passes / self.members if self.passes and self.members else float("nan")
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Query tokens that share loads; NaN where nothing was counted."""
+        return self.pairs / self.passes if self.passes else float("nan")
+
+
+def residency_of(worker: Any) -> Any:
+    """What a worker holds of indexes; None if it serves none."""
+    from vllm_squeeze.attention_backend.worker import layers_of
+
+    impls = (getattr(layer, "impl", None) for layer in layers_of(worker.vllm_config).values())
+    return next((impl.residency for impl in impls if getattr(impl, "residency", None) is not None), None)
+
+
+def counters_of(worker: Any) -> tuple[list[int], int] | None:
+    """The counters of a worker's only prefix, and its keys to choose from; None without one. Waits for the device."""
+    residency = residency_of(worker)
+    if residency is None or 0 not in residency.active:
+        return None
+    return residency.prefixes.counters[0].tolist(), residency.active[0].cost.num_clustered
+
+
+def count(llm: Any) -> Counts | None:
+    """What was counted so far; None on a server without an index."""
+    workers = [found for found in llm.collective_rpc(counters_of) if found is not None]
+    if not workers:
+        return None
+    return Counts(*(sum(column) for column in zip(*(counters for counters, _ in workers))), members=workers[0][1])
+
+
+def metrics(llm: Any) -> dict[str, float]:
+    """vLLM's counters of prefix caching, and of rows by what became of them."""
+    names = ("vllm:prefix_cache_hits", "vllm:squeeze_rows")
+    return {
+        metric.labels.get("outcome", metric.name): metric.value for metric in llm.get_metrics() if metric.name in names
+    }
+
+
+def steps(llm: Any, prompts: list[list[int]], num_tokens: int) -> Iterator[list[list[float]]]:
+    """Runs requests together, ``num_tokens`` greedy tokens each, one step of the engine after another.
+
+    Yields:
+        when each token of each request arrived, in seconds on the clock ``time.perf_counter``: first when all requests
+        were handed over, then after each step.
+    """
+    from vllm import SamplingParams, TokensPrompt
+    from vllm.sampling_params import RequestOutputKind
+
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=num_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+    arrivals: dict[str, list[float]] = {str(next(REQUEST_NUMBERS)): [] for _ in prompts}
+    for name, ids in zip(arrivals, prompts, strict=True):
+        llm.llm_engine.add_request(name, TokensPrompt(prompt_token_ids=ids), sampling)
+    yield list(arrivals.values())
+    while llm.llm_engine.has_unfinished_requests():
+        outputs = llm.llm_engine.step()
+        now = time.perf_counter()
+        for output in outputs:
+            arrivals[output.request_id] += [now] * len(output.outputs[0].token_ids)
+        yield list(arrivals.values())
+
+
+def count_decoding(llm: Any, prompts: list[list[int]], num_tokens: int) -> Counts | None:
+    """What is counted while requests run together, from when each has its first token; None without an index."""
+    before = None
+    for arrivals in steps(llm, prompts, num_tokens):
+        if before is None and all(arrivals):
+            before = count(llm)
+    return None if before is None else count(llm) - before
