@@ -75,7 +75,7 @@ def counters_of(worker: Any) -> tuple[list[int], int] | None:
     residency = residency_of(worker)
     if residency is None or 0 not in residency.active:
         return None
-    return residency.prefixes.counters[0].tolist(), residency.active[0].cost.num_clustered
+    return residency.prefixes.counters[0, :4].tolist(), residency.active[0].cost.num_clustered
 
 
 def count(llm: Any) -> Counts | None:

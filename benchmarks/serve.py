@@ -18,8 +18,8 @@ chosen is random too, and a threshold is searched for that keeps a given share (
     shared   tokens that share loads
 
 The counters are read in one more batch, which warms up; timed batches are only checked: all tokens there, all prefixes
-found in the KV cache, all rows squeezed, and none in ordinary traffic. ``auto`` takes the threshold that ``squeezed``
-found: name it after that. An arm that failed, or whose checks did, has no speed-up, and the exit code is 1.
+found in the KV cache, all rows squeezed, and none in ordinary traffic. An arm that failed, or whose checks did, has no
+speed-up, and the exit code is 1.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-MODES = ("exact", "squeezed", "auto")
+MODES = ("exact", "squeezed")
 STOCK, ORDINARY_STOCK, ORDINARY_INDEX = "stock", "ordinary-stock", "ordinary-index"
 ARMS = (STOCK, *MODES, ORDINARY_STOCK, ORDINARY_INDEX)
 
@@ -294,7 +294,7 @@ def run_batch(llm: Any, arguments: argparse.Namespace, prefix: list[int], batch:
         return prompts_of([] if ordinary else prefix, (batch, repeat), batch, length, vocabulary)
 
     row: dict[str, Any] = {"arm": arguments.arm, "batch": batch}
-    if arguments.kept and arguments.arm in ("squeezed", "auto"):
+    if arguments.kept and arguments.arm == "squeezed":
         row["log_threshold"] = fix_kept(llm, arguments, prompts(arguments.repeats + 1))
     counted = count_decoding(llm, prompts(arguments.repeats), min(arguments.tokens, COUNTED_TOKENS))
     if counted is not None and counted.pairs:

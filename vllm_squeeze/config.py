@@ -8,6 +8,7 @@ from typing import Any
 
 INDEX_VARIABLE = "SQUEEZE_INDEX"
 REST_MODES = ("value_centroids", "drop")
+MODES = ("squeezed", "exact")
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class SqueezeConfig:
             1 attends to every key, exactly.
         rest: what clusters that are not chosen contribute: "value_centroids", their mean value with the weight that
             their centroid predicts, or "drop", nothing (the paper's way).
+        mode: "squeezed", or "exact": all keys of an indexed prefix are attended to, each loaded once for all rows
+            that share the prefix, whatever the budget.
         memory_limit_gib: device memory that the indexes may take on each GPU (or on the CPU), in GiB. An index
             that does not fit stays on disk, and its prefix is served densely.
     """
@@ -27,6 +30,7 @@ class SqueezeConfig:
     index: tuple[str, ...] = ()
     budget: float = 0.125
     rest: str = "value_centroids"
+    mode: str = "squeezed"
     memory_limit_gib: float = 4.0
 
     def __post_init__(self) -> None:
@@ -36,6 +40,8 @@ class SqueezeConfig:
             raise ValueError(f"squeeze.budget: {self.budget!r} is not a number in (0, 1]")
         if self.rest not in REST_MODES:
             raise ValueError(f"squeeze.rest: {self.rest!r} is not one of {', '.join(REST_MODES)}")
+        if self.mode not in MODES:
+            raise ValueError(f"squeeze.mode: {self.mode!r} is not one of {', '.join(MODES)}")
         if not is_number(self.memory_limit_gib) or not self.memory_limit_gib >= 0:
             raise ValueError(f"squeeze.memory_limit_gib: {self.memory_limit_gib!r} is not a number of at least 0")
 

@@ -77,7 +77,7 @@ class SqueezeConnector(PassiveConnector):
                 indexes[slot].folder.name,
                 placement.cost.num_tokens,
                 placement.covered,
-                "exactly" if indexes[slot].manifest.exact else f"at a budget of {options.budget:g}",
+                "exactly" if placement.exact else f"at a budget of {options.budget:g}",
             )
         tokens = {slot: indexes[slot].token_ids.tolist() for slot in placements}
         matcher = PrefixMatcher(placements.values(), tokens)

@@ -28,6 +28,7 @@ class Options:
     indexes: list[str]
     budget: float
     rest: str
+    mode: str
     memory_limit_gib: float
 
 
@@ -39,8 +40,8 @@ class Placement:
         slot: the prefix's slot.
         prefix_lens: tokens that the squeezed part covers, whole blocks, by KV cache group. What follows in the
             prefix, the observation window in it, is attended to densely with the rest of the request.
-        num_sinks: first tokens of the squeezed part that are always attended to; all of them in an exact index.
-        log_threshold: of the choice of clusters, for the wanted budget; infinite in an exact index.
+        num_sinks: first tokens of the squeezed part that are always attended to; all of them where attention is exact.
+        log_threshold: of the choice of clusters, for the wanted budget; infinite where attention is exact.
         cost: what reading the prefix costs.
     """
 
@@ -49,6 +50,11 @@ class Placement:
     num_sinks: int
     log_threshold: float
     cost: ReadCost
+
+    @property
+    def exact(self) -> bool:
+        """Whether all keys of the prefix are attended to."""
+        return self.num_sinks == self.covered
 
     @property
     def covered(self) -> int:
@@ -135,7 +141,7 @@ def full_attention_groups(kv_cache_config: Any) -> dict[int, int]:
 
 
 def place(index: PrefixIndex, slot: int, options: Options, block_sizes: dict[int, int], element_size: int) -> Placement:
-    """Places a prefix into the KV cache and turns the budget into a threshold. An exact index has no budget.
+    """Places a prefix into the KV cache and turns the budget into a threshold. Exact attention has no budget.
 
     Args:
         index: of the prefix.
@@ -149,28 +155,29 @@ def place(index: PrefixIndex, slot: int, options: Options, block_sizes: dict[int
     """
     manifest = index.manifest
     parameters = manifest.parameters
-    first, last = (0, 0) if manifest.exact else (parameters.num_sinks, parameters.observation_window)
+    exact = manifest.exact or options.mode == "exact"
+    first, last = (0, 0) if exact else (parameters.num_sinks, parameters.observation_window)
     # Whole blocks of every group: else a row could match in one group and not in another.
     size = math.lcm(*block_sizes.values())
     covered = (manifest.num_tokens - last) // size * size if block_sizes else 0
     if covered <= first:
-        always = "" if manifest.exact else f"the first {first} and the last {last} are always attended to, and "
+        always = "" if exact else f"the first {first} and the last {last} are always attended to, and "
         raise InvalidIndex(
             f"{index.folder.name}: the prefix has {manifest.num_tokens} tokens, too few to squeeze: {always}blocks "
             f"hold {list(block_sizes.values())} tokens"
         )
-    num_sinks = covered if manifest.exact else first
+    num_sinks = covered if exact else first
     cost = ReadCost(
         num_tokens=manifest.num_tokens,
         num_always=num_sinks + manifest.num_tokens - covered,
         num_clustered=covered - num_sinks,
-        num_centroids=num_centroids(manifest),
+        num_centroids=0 if exact else num_centroids(manifest),
         head_size=manifest.model.head_size,
         element_size=element_size,
         rest=options.rest == "value_centroids",
     )
     threshold = math.inf
-    if not manifest.exact:
+    if not exact:
         try:
             threshold = log_threshold(manifest.thresholds, cost.kept_share(options.budget))
         except ValueError as error:

@@ -147,7 +147,8 @@ class Residency:
         for slot, place in self.active.items():
             span = self._spans[slot]
             self.prefixes.log_threshold[slot] = place.log_threshold
-            self.prefixes.slots[slot] = torch.tensor([span.first_centroid, span.num_centroids, place.num_sinks])
+            count = 0 if place.exact else span.num_centroids
+            self.prefixes.slots[slot] = torch.tensor([span.first_centroid, count, place.num_sinks])
             for table in self._tables:
                 covered = table.members[:, span.members] < min(place.prefix_lens.values())
                 before = torch.nn.functional.pad(covered.cumsum(1), (1, 0))

@@ -51,6 +51,7 @@ def add_connector(args: Any) -> None:
         "indexes": [str(folder) for folder in folders],
         "budget": config.budget,
         "rest": config.rest,
+        "mode": config.mode,
         "memory_limit_gib": config.memory_limit_gib,
     }
     ours = connector(SERVE, options)
