@@ -61,7 +61,7 @@ def overlap(llm: Any, prompts: list[list[int]], batch: int, num_tokens: int) -> 
     before = metrics(llm)
     batches = (prompts[first : first + batch] for first in range(0, len(prompts), batch))
     total = functools.reduce(operator.add, (count_decoding(llm, together, num_tokens) for together in batches))
-    rows = {name: value - before.get(name, 0) for name, value in metrics(llm).items() if not name.startswith("vllm:")}
+    rows = {name: value - before.get(name, 0) for name, value in metrics(llm).items()}
     if [name for name, grown in rows.items() if grown] != ["squeezed"]:
         raise RuntimeError(f"not all rows were squeezed: {rows}")
     return {

@@ -87,15 +87,22 @@ def count(llm: Any) -> Counts | None:
 
 
 def metrics(llm: Any) -> dict[str, float]:
-    """vLLM's counters of prefix caching, and of rows by what became of them."""
-    names = ("vllm:prefix_cache_hits", "vllm:squeeze_rows")
+    """vLLM's counters of rows by what became of them."""
     return {
-        metric.labels.get("outcome", metric.name): metric.value for metric in llm.get_metrics() if metric.name in names
+        metric.labels["outcome"]: metric.value for metric in llm.get_metrics() if metric.name == "vllm:squeeze_rows"
     }
 
 
-def steps(llm: Any, prompts: list[list[int]], num_tokens: int) -> Iterator[list[list[float]]]:
+def steps(
+    llm: Any, prompts: list[list[int]], num_tokens: int, cached: dict[str, int] | None = None
+) -> Iterator[list[list[float]]]:
     """Runs requests together, ``num_tokens`` greedy tokens each, one step of the engine after another.
+
+    Args:
+        llm: vLLM's.
+        prompts: token ids.
+        num_tokens: of each answer.
+        cached: filled with the tokens that each request found in the KV cache.
 
     Yields:
         when each token of each request arrived, in seconds on the clock ``time.perf_counter``: first when all requests
@@ -120,6 +127,8 @@ def steps(llm: Any, prompts: list[list[int]], num_tokens: int) -> Iterator[list[
         now = time.perf_counter()
         for output in outputs:
             arrivals[output.request_id] += [now] * len(output.outputs[0].token_ids)
+            if cached is not None:
+                cached[output.request_id] = max(cached.get(output.request_id, 0), output.num_cached_tokens or 0)
         yield list(arrivals.values())
 
 
