@@ -196,11 +196,11 @@ def merge_kernel(
     i_h = i_head // GROUP
     i_tile = first_tile + i_t
     i_slot, num_tokens = tl.load(tiles + i_tile * FACTS), tl.load(tiles + i_tile * FACTS + 1)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     if (i_slot < 0) | (i_r >= num_tokens):
         return
     i_token = tl.load(tokens + i_tile * TOKENS + i_r).to(tl.int64)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     o_n, o_d = tl.arange(0, BLOCK), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     m_d = o_d < D
     p_output = output + i_token * stride_output_token + i_head * stride_output_head + o_d

@@ -27,6 +27,18 @@ def share_of(total, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def _share_of_tile(tiles, i_tile, i_s, SPLITS: tl.constexpr):
+    """A tile's slot, tokens, row of the block table, first centroid, and which clusters are split ``i_s``'s."""
+    p_tile = tiles + i_tile * FACTS
+    count = tl.load(p_tile + 4)
+    share = share_of(count, SPLITS)
+    begin = i_s * share
+    end = tl.minimum(begin + share, count)
+    i_row, first_centroid = tl.load(p_tile + 2).to(tl.int64), tl.load(p_tile + 3).to(tl.int64)
+    return tl.load(p_tile), tl.load(p_tile + 1), i_row, first_centroid, begin, end
+
+
+@triton.jit
 def log_of_size(b_size):
     """log N_i [N], minus infinity for empty clusters."""
     return tl.where(b_size > 0, tl.log2(tl.maximum(b_size, 1).to(tl.float32)), float("-inf"))
@@ -68,12 +80,7 @@ def score_kernel(
     i_s, i_h, i_t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    p_tile = tiles + (first_tile + i_t) * FACTS
-    i_slot, num_tokens = tl.load(p_tile), tl.load(p_tile + 1)
-    first_centroid, count = tl.load(p_tile + 3).to(tl.int64), tl.load(p_tile + 4)
-    share = share_of(count, SPLITS)
-    begin = i_s * share
-    end = tl.minimum(begin + share, count)
+    i_slot, num_tokens, _, first_centroid, begin, end = _share_of_tile(tiles, first_tile + i_t, i_s, SPLITS)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if i_slot < 0:
@@ -124,12 +131,10 @@ def choose_kernel(
     i_s, i_h, i_t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    p_tile = tiles + (first_tile + i_t) * FACTS
-    i_slot, num_tokens, i_row = tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2).to(tl.int64)
-    first_centroid, count = tl.load(p_tile + 3).to(tl.int64), tl.load(p_tile + 4)
-    share = share_of(count, SPLITS)
-    begin = i_s * share
-    end = tl.minimum(begin + share, count)
+    i_slot, num_tokens, i_row, first_centroid, begin, end = _share_of_tile(tiles, first_tile + i_t, i_s, SPLITS)
+    if PDL:
+        # before any return: were there no clusters at all, `attend` would not wait for `score` through this kernel
+        tl.extra.cuda.gdc_wait()
     # without clusters nothing is listed, and nobody asks what was kept
     if (i_slot < 0) | (begin >= end):
         return
@@ -142,8 +147,6 @@ def choose_kernel(
     threshold = tl.load(log_threshold + i_slot) * LOG2_E
     # a split's keys fit where those of all its clusters would, counted from the prefix's first
     p_list = i_th * max_keys + tl.load(p_starts + begin) - tl.load(p_starts)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
 
     o_m, o_c, o_s = tl.arange(0, M), tl.arange(0, BLOCK), tl.arange(0, SPLITS)
     o_r, o_n = tl.arange(0, ROWS), tl.arange(0, LIST_BLOCK)
