@@ -177,6 +177,16 @@ def test_no_tiles(make_scene):
     assert torch.equal(run(scene.tile((-1, -1), room=5)), scene.suffix_output)
 
 
+def test_tiles_hold_no_more_tokens_than_there_are(make_scene):
+    """Also where more were reckoned with, and every row has a slot."""
+    scene = make_scene(num_kv_heads=1, slot_of=(0, 0))
+    queries, starts = scene.queries, torch.arange(3, dtype=torch.int32, device=scene.query.device)
+    slots = torch.zeros(2, dtype=torch.int64, device=scene.query.device)
+    queries.fill(slots, starts, scene.block_table, scene.prefixes, 9, scene.group, scene.key_cache.shape[1])
+    assert queries.tiles[0, :2].tolist() == [0, 2] and (queries.tiles[1:, 0] == -1).all()
+    assert queries.tokens[0, :2].tolist() == [0, 1]
+
+
 def test_tiles_made_for_fewer_tokens_than_the_launch(make_scene, assert_close):
     """As in a CUDA graph that was captured for more."""
     scene = make_scene(num_kv_heads=1, sizes=(UNEVEN[0], (3, 0, 41)), slot_of=(0, 1) * 4)
