@@ -11,7 +11,7 @@ from vllm_squeeze.kernels import squeezed_attention as kernels
 from vllm_squeeze.kernels import workspace as workspaces
 from vllm_squeeze.kernels.reference import squeezed_attention_reference
 from vllm_squeeze.kernels.tiles import tokens_per_tile
-from vllm_squeeze.kernels.workspace import MAX_SPLITS, Workspace
+from vllm_squeeze.kernels.workspace import MAX_BLOCK, MAX_SPLITS, Workspace
 
 UNEVEN = ((1, 70, 3, 11, 1, 1, 40, 6, 29) * 2,)
 SIZES = {
@@ -278,7 +278,8 @@ def test_workspace_refuses_too_many_tiles():
 def test_workspace_counts_its_bytes():
     workspace = Workspace.allocate(1, 2, 64, 10, 20, "cpu")
     splits, programs = workspace.num_splits, workspace.num_programs
-    assert workspace.max_tiles == 1 and workspace.scores.shape[-1] == 16 and workspace.list_places.shape[-1] == 32
+    centroids, keys = 16 + MAX_BLOCK, 32 + MAX_BLOCK
+    assert workspace.logits.shape[-1] == centroids and workspace.list_places.shape[-1] == keys
     per_split = 2 * splits * (64 + 1 + 1)
-    per_centroid = 2 * 16 * (64 + 1)
-    assert workspace.nbytes == 4 * (per_centroid + per_split + 2 * 2 * 32 + 2 + programs * 64 * 65)
+    per_centroid = 2 * centroids * (64 + 1)
+    assert workspace.nbytes == 4 * (per_centroid + per_split + 2 * 2 * keys + 2 + programs * 64 * 65)

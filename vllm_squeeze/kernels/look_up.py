@@ -45,16 +45,6 @@ def log_of_size(b_size):
 
 
 @triton.jit
-def _ended(b_until, o_key, BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr):
-    """How many of BLOCK clusters, whose keys end at ``b_until``, end at or before ``o_key``; all but one at most."""
-    b_ended = tl.zeros_like(o_key)
-    for i in tl.static_range(LOG_BLOCK):
-        b_more = b_ended + (BLOCK >> (i + 1))
-        b_ended = tl.where(tl.gather(b_until, b_more - 1, 0) <= o_key, b_more, b_ended)
-    return b_ended
-
-
-@triton.jit
 def load_queries(
     query, tokens, i_tile, num_tokens, i_h, stride_token, stride_head,
     GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
@@ -70,7 +60,7 @@ def load_queries(
 @triton.jit(do_not_specialize=["first_tile"])
 def score_kernel(
     query, tokens, tiles, centroids, sizes,
-    scores, masses, listed,
+    logits, masses, kept,
     first_tile, scale, soft_cap,
     stride_query_token, stride_query_head, stride_centroid_head, stride_centroid, stride_size_head, max_centroids,
     GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
@@ -86,8 +76,8 @@ def score_kernel(
     if i_slot < 0:
         return
     i_th = (i_t * tl.num_programs(1) + i_h).to(tl.int64)
-    if i_s == 0:
-        tl.store(listed + i_th, 0)
+    # not known yet: `choose` will wait for it
+    tl.store(kept + i_th * SPLITS + i_s, -1)
 
     o_m, o_c, o_d = tl.arange(0, M), tl.arange(0, BLOCK), tl.arange(0, DP)
     m_m = (o_m // GP < num_tokens) & (o_m % GP < GROUP)
@@ -100,17 +90,16 @@ def score_kernel(
         )  # fmt: skip
         p_centroids = centroids + i_h.to(tl.int64) * stride_centroid_head + first_centroid * stride_centroid
         p_sizes = sizes + i_h.to(tl.int64) * stride_size_head + first_centroid
-        p_scores = scores + (i_th * M + o_m[:, None]) * max_centroids
+        p_logits = logits + (i_th * M + o_m[:, None]) * max_centroids
         for i_c in tl.range(begin, end, BLOCK, num_stages=STAGES):
             o_row = i_c + o_c
             m_c = o_row < end
             p_c = p_centroids + o_row[:, None].to(tl.int64) * stride_centroid + o_d[None, :]
             b_c = tl.load(p_c, mask=m_c[:, None] & (o_d < D)[None, :], other=0.0)  # [BLOCK, DP]
             b_size = tl.load(p_sizes + o_row, mask=m_c, other=0)
-            b_s = logits_of(b_q, b_c, scale, soft_cap, SOFT_CAP)  # [M, BLOCK]
-            tl.store(p_scores + o_row[None, :], b_s, mask=m_m[:, None] & m_c[None, :])
-
-            b_logits = b_s + log_of_size(b_size)[None, :]
+            b_s, unit = logits_of(b_q, b_c, scale, soft_cap, SOFT_CAP)
+            b_logits = b_s * unit + log_of_size(b_size)[None, :]  # [M, BLOCK]
+            tl.store(p_logits + o_row[None, :], b_logits, mask=m_m[:, None] & m_c[None, :])
             b_next = tl.maximum(b_max, tl.max(b_logits, 1))
             b_shift = finite_or_zero(b_next)
             b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_logits - b_shift[:, None]), 1)
@@ -121,11 +110,11 @@ def score_kernel(
 
 @triton.jit(do_not_specialize=["first_tile"])
 def choose_kernel(
-    tiles, log_threshold, starts, sizes, members, block_table,
-    scores, masses, chosen, list_places, list_bits, listed, kept, kept_pairs,
-    first_tile, stride_size_head, stride_member_head, stride_row, max_centroids, max_keys,
+    tiles, log_threshold, starts, sizes, members, block_table, always_places,
+    logits, masses, chosen, list_places, list_bits, listed, kept, kept_pairs,
+    first_tile, stride_size_head, stride_member_head, stride_row, stride_always, max_centroids, max_keys,
     GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    LOG_BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, S: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = ROWS * GP
     i_s, i_h, i_t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -138,52 +127,76 @@ def choose_kernel(
     # without clusters nothing is listed, and nobody asks what was kept
     if (i_slot < 0) | (begin >= end):
         return
+    count, num_always = tl.load(tiles + (first_tile + i_t) * FACTS + 4), tl.load(tiles + (first_tile + i_t) * FACTS + 5)
     i_th = (i_t * tl.num_programs(1) + i_h).to(tl.int64)
     p_sizes = sizes + i_h.to(tl.int64) * stride_size_head + first_centroid
     p_starts = starts + i_h.to(tl.int64) * stride_size_head + first_centroid
-    p_scores = scores + (i_th * M + tl.arange(0, M)[:, None]) * max_centroids
-    p_members = members + i_h.to(tl.int64) * stride_member_head
-    p_blocks = block_table + i_row * stride_row
+    p_chosen = chosen + i_th * max_centroids
     threshold = tl.load(log_threshold + i_slot) * LOG2_E
-    # a split's keys fit where those of all its clusters would, counted from the prefix's first
-    p_list = i_th * max_keys + tl.load(p_starts + begin) - tl.load(p_starts)
 
     o_m, o_c, o_s = tl.arange(0, M), tl.arange(0, BLOCK), tl.arange(0, SPLITS)
-    o_r, o_n = tl.arange(0, ROWS), tl.arange(0, LIST_BLOCK)
-    m_m = (o_m // GP < num_tokens) & (o_m % GP < GROUP)
+    o_r, o_g, o_n = tl.arange(0, ROWS), tl.arange(0, GP), tl.arange(0, WIDTH)
+    m_r, m_g = (o_r < num_tokens)[:, None, None], (o_g < GROUP)[None, :, None]
+    p_logits = logits + (i_th * M + o_r[:, None, None] * GP + o_g[None, :, None]) * max_centroids
     b_masses = tl.load(masses + (i_th * SPLITS + o_s[:, None]) * M + o_m[None, :])  # [SPLITS, M]
     b_shift = finite_or_zero(tl.max(b_masses, 0))
     b_total = tl.sum(tl.exp2(b_masses - b_shift[None, :]), 0)
     # if all clusters are empty the sum is 0, and any number will do
     b_mass = b_shift + tl.log2(tl.where(b_total > 0, b_total, 1.0))  # [M]
+    b_mass = tl.reshape(b_mass, [ROWS, GP, 1])
     num_kept, num_pairs = 0, 0
     for i_c in range(begin, end, BLOCK):
         o_row = i_c + o_c
         m_c = o_row < end
-        b_s = tl.load(p_scores + o_row[None, :], mask=m_m[:, None] & m_c[None, :], other=float("-inf"))
+        m_logits = m_r & m_g & m_c[None, None, :]
+        b_logits = tl.load(p_logits + o_row[None, None, :], mask=m_logits, other=float("-inf"))  # [ROWS, GP, BLOCK]
+        b_size = tl.load(p_sizes + o_row, mask=m_c, other=0)
+        b_log_p = tl.max(b_logits - b_mass, 1)  # [ROWS, BLOCK], of all keys of a cluster together
+        # an empty cluster adds nothing on either side
+        b_wanted = threshold + log_of_size(tl.maximum(b_size, 1))[None, :]
+        b_chosen = (b_log_p > b_wanted) & (o_r < num_tokens)[:, None] & (b_size > 0)[None, :]
+        b_bits = tl.sum(b_chosen.to(tl.int32) << o_r[:, None], 0)  # [BLOCK]
+        tl.store(p_chosen + o_row, b_bits, mask=m_c)
+        num_kept += tl.sum(tl.where(b_bits != 0, b_size, 0), 0)
+        num_pairs += tl.sum(tl.sum(tl.where(b_chosen, b_size[None, :], 0), 0), 0)
+    tl.store(kept_pairs + i_th * SPLITS + i_s, num_pairs)
+
+    # The list is without gaps: a split waits to hear how much the splits before it keep. Those started earlier, and
+    # wait for none after them.
+    p_kept = kept + i_th * SPLITS
+    tl.atomic_xchg(p_kept + i_s, num_kept, sem="relaxed")
+    b_kept = tl.load(p_kept + o_s, mask=o_s < i_s, other=0, volatile=True)
+    while tl.min(b_kept, 0) < 0:
+        b_kept = tl.load(p_kept + o_s, mask=o_s < i_s, other=0, volatile=True)
+    first = num_always + tl.sum(b_kept, 0)
+    if end == count:
+        tl.store(listed + i_th, first + num_kept)
+    p_places, p_bits = list_places + i_th * max_keys, list_bits + i_th * max_keys
+    if i_s == 0:
+        p_always = always_places + i_slot.to(tl.int64) * stride_always
+        for i_n in range(0, num_always, BLOCK):
+            m_n = i_n + o_c < num_always
+            tl.store(p_places + i_n + o_c, tl.load(p_always + i_n + o_c, mask=m_n), mask=m_n)
+            tl.store(p_bits + i_n + o_c, tl.full([BLOCK], -1, tl.int32), mask=m_n)
+    p_members = members + i_h.to(tl.int64) * stride_member_head
+    p_blocks = block_table + i_row * stride_row
+    # what other threads stored above is read below
+    tl.debug_barrier()
+    for i_c in range(begin, end, BLOCK):
+        o_row = i_c + o_c
+        m_c = o_row < end
+        b_bits = tl.load(p_chosen + o_row, mask=m_c, other=0)
         b_size = tl.load(p_sizes + o_row, mask=m_c, other=0)
         b_start = tl.load(p_starts + o_row, mask=m_c, other=0)
-        b_log_p = tl.max(tl.reshape(b_s - b_mass[:, None], [ROWS, GP, BLOCK]), 1)  # [ROWS, BLOCK]
-        # an empty cluster adds nothing on either side
-        b_chosen = (b_log_p > threshold) & (o_r < num_tokens)[:, None] & (b_size > 0)[None, :]
-        b_bits = tl.sum(b_chosen.to(tl.int32) << o_r[:, None], 0)  # [BLOCK]
-        tl.store(chosen + i_th * max_centroids + o_row, b_bits, mask=m_c)
-        num_pairs += tl.sum(tl.sum(tl.where(b_chosen, b_size[None, :], 0), 0), 0)
-
-        b_kept = tl.where(b_bits != 0, b_size, 0)
-        b_until = tl.cumsum(b_kept, 0)
-        b_shift_to_member = b_start - (b_until - b_kept)
-        num_block = tl.sum(b_kept, 0)
-        for i_n in range(0, num_block, LIST_BLOCK):
-            o_key = i_n + o_n
-            m_n = o_key < num_block
-            o_cluster = _ended(b_until, o_key, BLOCK, LOG_BLOCK)
-            o_member = o_key + tl.gather(b_shift_to_member, o_cluster, 0)
-            b_position = tl.load(p_members + o_member, mask=m_n, other=0)
+        b_size = tl.where(b_bits != 0, b_size, 0)
+        b_until = first + tl.cumsum(b_size, 0)
+        o_list = (b_until - b_size)[:, None] + o_n[None, :]  # [BLOCK, WIDTH]
+        o_member = b_start[:, None] + o_n[None, :]
+        b_left = b_size[:, None] - o_n[None, :]
+        for i_n in range(0, tl.max(b_size, 0), WIDTH):
+            m_n = b_left > i_n
+            b_position = tl.load(p_members + i_n + o_member, mask=m_n, other=0)
             b_block = tl.load(p_blocks + b_position // S, mask=m_n, other=0)
-            tl.store(list_places + p_list + num_kept + o_key, b_block * S + b_position % S, mask=m_n)
-            tl.store(list_bits + p_list + num_kept + o_key, tl.gather(b_bits, o_cluster, 0), mask=m_n)
-        num_kept += num_block
-    tl.atomic_add(listed + i_th, tl.cdiv(num_kept, KEY_BLOCK), sem="relaxed")
-    tl.store(kept + i_th * SPLITS + i_s, num_kept)
-    tl.store(kept_pairs + i_th * SPLITS + i_s, num_pairs)
+            tl.store(p_places + i_n + o_list, b_block * S + b_position % S, mask=m_n)
+            tl.store(p_bits + i_n + o_list, tl.broadcast_to(b_bits[:, None], [BLOCK, WIDTH]), mask=m_n)
+        first += tl.sum(b_size, 0)

@@ -17,20 +17,22 @@ def finite_or_zero(b_max):
 
 @triton.jit
 def logits_of(b_q, b_k, scale, soft_cap, SOFT_CAP: tl.constexpr):
-    """Logits [M, N] of queries [M, D] and keys [N, D]."""
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * (scale * LOG2_E)
+    """Logits [M, N] of queries [M, D] and keys [N, D], and the positive unit that they are in."""
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+    unit = scale * LOG2_E
     if SOFT_CAP:
         # tanh by exponentials: 1 and -1 where they overflow
-        b_s = soft_cap * LOG2_E * (1 - 2 / (tl.exp2(2 * b_s / soft_cap) + 1))
-    return b_s
+        b_s = 1 - 2 / (tl.exp2(b_s * (2 * unit / soft_cap)) + 1)
+        unit = soft_cap * LOG2_E
+    return b_s, unit
 
 
 @triton.jit
-def accumulate(b_logits, b_v, b_max, b_sum, b_o):
-    """Online softmax: takes logits [M, N], minus infinity where masked, and values [N, D] into the running state."""
-    b_next = tl.maximum(b_max, tl.max(b_logits, 1))
+def accumulate(b_s, unit, b_v, b_max, b_sum, b_o):
+    """Online softmax: takes logits [M, N] in a unit, minus infinity where masked, and values [N, D] into the state."""
+    b_next = tl.maximum(b_max, tl.max(b_s, 1) * unit)
     b_shift = finite_or_zero(b_next)
-    b_p = tl.exp2(b_logits - b_shift[:, None])
+    b_p = tl.exp2(b_s * unit - b_shift[:, None])
     b_decay = tl.exp2(b_max - b_shift)
     b_sum = b_sum * b_decay + tl.sum(b_p, 1)
     b_o = b_o * b_decay[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")

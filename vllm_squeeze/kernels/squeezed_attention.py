@@ -21,7 +21,7 @@ class Tuning:
 
     Attributes:
         score: clusters scored at once, warps, and pipeline stages.
-        choose: clusters chosen from at once, keys listed at once, and warps.
+        choose: clusters chosen from at once, keys of each listed at once, and warps.
         attend: keys attended to at once, clusters of the rest, warps, and pipeline stages.
         merge: parts merged at once, columns of the output, and warps.
     """
@@ -37,8 +37,8 @@ def tuning(head_size: int, element_size: int, tile_rows: int) -> Tuning:
     width = padded(head_size) * element_size
     block = min(max(16384 // width, 16), 64)
     if tile_rows > 32:
-        return Tuning(score=(block, 4, 3), choose=(64, 128, 4), attend=(block, 32, 4, 3), merge=(64, 32, 4))
-    return Tuning(score=(32, 2, 3), choose=(32, 128, 1), attend=(block, 32, 2, 3), merge=(64, 32, 2))
+        return Tuning(score=(block, 4, 3), choose=(64, 32, 4), attend=(block, 64, 4, 3), merge=(64, 32, 4))
+    return Tuning(score=(32, 2, 3), choose=(128, 32, 4), attend=(block, 64, 2, 3), merge=(64, 32, 2))
 
 
 def squeezed_attention(
@@ -55,6 +55,8 @@ def squeezed_attention(
     rest: bool,
     workspace: Workspace,
     soft_cap: float = 0.0,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
     suffix_done: torch.cuda.Event | None = None,
 ) -> None:
     """Joins attention over indexed prefixes to the dense attention over what follows them, in place.
@@ -75,16 +77,20 @@ def squeezed_attention(
         rest: whether clusters that were not chosen contribute through their mean value.
         workspace: of the same H and D.
         soft_cap: bound on the logits, by a hyperbolic tangent; 0 for none.
+        key_scale: [1] float32, what the keys of an 8-bit cache are multiplied by.
+        value_scale: the same of its values.
         suffix_done: where another stream computes ``output`` and ``suffix_lse``: what to wait for before merging.
     """
     num_kv_heads, _, head_size = table.centroids.shape
     group = query.shape[1] // num_kv_heads
     page_size = key_cache.shape[1]
-    assert workspace.scores.shape[1] == num_kv_heads and workspace.partial_output.shape[2] == head_size
+    assert workspace.logits.shape[1] == num_kv_heads and workspace.partial_output.shape[2] == head_size
     assert query.shape == output.shape and query.shape[1:] == (num_kv_heads * group, head_size)
     assert page_size & (page_size - 1) == 0
-    assert key_cache.dtype == value_cache.dtype == table.centroids.dtype == table.value_centroids.dtype == query.dtype
-    assert key_cache.stride() == value_cache.stride() and table.starts.stride() == table.sizes.stride()
+    assert table.centroids.dtype == table.value_centroids.dtype == query.dtype
+    assert key_cache.dtype == value_cache.dtype and (key_cache.dtype == query.dtype or key_cache.itemsize == 1)
+    assert key_cache.stride() == value_cache.stride() and all(s % head_size == 0 for s in key_cache.stride()[:2])
+    assert table.starts.stride() == table.sizes.stride()
     assert table.centroids.stride() == table.value_centroids.stride()
     contiguous = (queries.tokens, queries.tiles, prefixes.log_threshold, prefixes.counters)
     assert all(tensor.is_contiguous() for tensor in contiguous)
@@ -103,39 +109,39 @@ def squeezed_attention(
     launch = {"PDL": True, "launch_pdl": True} if early else {"PDL": False}
     num_tiles = most_tiles(num_tokens, len(prefixes.slots), group)
     splits, programs = workspace.num_splits, workspace.num_programs
-    max_keys, max_centroids = workspace.list_places.shape[-1], workspace.scores.shape[-1]
+    max_keys, max_centroids = workspace.list_places.shape[-1], workspace.logits.shape[-1]
     for first_tile in range(0, num_tiles, workspace.max_tiles):
         tiles_now = min(num_tiles - first_tile, workspace.max_tiles)
-        plan = {"TILES": padded(tiles_now), "HP": padded(num_kv_heads)}
         key_block, rest_block, key_warps, key_stages = tuned.attend
+        plan = {"TILES": padded(tiles_now), "HP": padded(num_kv_heads), "CLUSTERS_PER_KEY": 2, "REST": rest}
         block, warps, stages = tuned.score
         score_kernel[(splits, num_kv_heads, tiles_now)](
             query, queries.tokens, queries.tiles, table.centroids, table.sizes,
-            workspace.scores, workspace.masses, workspace.listed,
+            workspace.logits, workspace.masses, workspace.kept,
             first_tile, scale, soft_cap,
             *query.stride()[:2], *table.centroids.stride()[:2], table.sizes.stride(0), max_centroids,
             SPLITS=splits, BLOCK=block, STAGES=stages, SOFT_CAP=soft_cap > 0, num_warps=warps,
             **tile, **head, **launch,
         )  # fmt: skip
-        block, list_block, warps = tuned.choose
+        block, width, warps = tuned.choose
         choose_kernel[(splits, num_kv_heads, tiles_now)](
             queries.tiles, prefixes.log_threshold, table.starts, table.sizes, table.members, block_table,
-            workspace.scores, workspace.masses, workspace.chosen, workspace.list_places, workspace.list_bits,
+            queries.always_places, workspace.logits, workspace.masses, workspace.chosen, workspace.list_places, workspace.list_bits,
             workspace.listed, workspace.kept, workspace.kept_pairs,
-            first_tile, table.sizes.stride(0), table.members.stride(0), block_table.stride(0), max_centroids, max_keys,
-            SPLITS=splits, BLOCK=block, LOG_BLOCK=block.bit_length() - 1, LIST_BLOCK=list_block, KEY_BLOCK=key_block,
-            S=page_size, num_warps=warps, **tile, **launch,
+            first_tile, table.sizes.stride(0), table.members.stride(0), block_table.stride(0),
+            queries.always_places.stride(0), max_centroids, max_keys,
+            SPLITS=splits, BLOCK=block, WIDTH=width, S=page_size, num_warps=warps, **tile, **launch,
         )  # fmt: skip
         attend_kernel[(programs,)](
-            query, queries.tokens, queries.tiles, queries.always_places, key_cache, value_cache,
-            table.value_centroids, table.starts, table.sizes,
-            workspace.scores, workspace.chosen, workspace.list_places, workspace.list_bits, workspace.listed,
-            workspace.kept, workspace.kept_pairs, prefixes.counters, workspace.partial_output, workspace.partial_lse,
+            query, queries.tokens, queries.tiles, queries.always_places, key_cache, value_cache, key_scale, value_scale,
+            table.value_centroids,
+            workspace.logits, workspace.chosen, workspace.list_places, workspace.list_bits, workspace.listed,
+            workspace.kept_pairs, prefixes.counters, workspace.partial_output, workspace.partial_lse,
             first_tile, num_kv_heads, scale, soft_cap,
-            *query.stride()[:2], *key_cache.stride()[:3], table.sizes.stride(0), *table.centroids.stride()[:2],
+            *query.stride()[:2], *key_cache.stride()[:3], *table.centroids.stride()[:2],
             queries.always_places.stride(0), max_centroids, max_keys,
             SPLITS=splits, BLOCK=key_block, REST_BLOCK=rest_block, S=page_size, STAGES=key_stages,
-            SOFT_CAP=soft_cap > 0, REST=rest, num_warps=key_warps, **tile, **head, **plan, **launch,
+            SOFT_CAP=soft_cap > 0, num_warps=key_warps, **tile, **head, **plan, **launch,
         )  # fmt: skip
         if suffix_done is not None and first_tile == 0:
             torch.cuda.current_stream().wait_event(suffix_done)

@@ -12,6 +12,9 @@ PROGRAMS_PER_MULTIPROCESSOR = 2
 
 MAX_SPLITS = 64
 
+MAX_BLOCK = 128
+"""Keys or clusters that a kernel takes at once, at most."""
+
 INTERPRETED_MULTIPROCESSORS = 2
 """Stands for the device's number under Triton's interpreter, which runs one program after the other."""
 
@@ -25,14 +28,14 @@ class Workspace:
     Attributes:
         num_splits: programs that look up the clusters of one tile and KV head.
         num_programs: programs that attend to the listed keys of all tiles and KV heads.
-        scores: [N, H, M, C] float32, s q.c_i.
-        masses: [N, H, SPLITS, M] float32, log-sum-exp of one split's scores, each counted by its cluster's size.
+        logits: [N, H, M, C] float32, s q.c_i + log N_i, of all keys of a cluster together.
+        masses: [N, H, SPLITS, M] float32, log-sum-exp of one split's logits.
         chosen: [N, H, C] int32, a bit for each token of the tile that chose the cluster.
         list_places: [N, H, T] int32, where in the KV cache the listed keys lie: block times page size plus place in
             the block.
         list_bits: [N, H, T] int32, a bit for each token of the tile that attends to the key.
-        listed: [N, H] int32, blocks of keys in the list.
-        kept: [N, H, SPLITS] int32, keys that one split listed.
+        listed: [N, H] int32, keys in the list, those always attended to among them.
+        kept: [N, H, SPLITS] int32, keys of chosen clusters in one split; -1 until known.
         kept_pairs: [N, H, SPLITS] int32, the same, counted once for each token that chose them.
         partial_output: [programs, M, D] float32, attention of one program.
         partial_lse: [programs, M] float32, and its log-sum-exp; minus infinity where it had nothing to attend to.
@@ -40,7 +43,7 @@ class Workspace:
 
     num_splits: int
     num_programs: int
-    scores: torch.Tensor
+    logits: torch.Tensor
     masses: torch.Tensor
     chosen: torch.Tensor
     list_places: torch.Tensor
@@ -88,9 +91,10 @@ class Workspace:
         num_splits = min(padded(-(-wanted // num_kv_heads)), MAX_SPLITS)
         # the plan gives each tile and KV head one program more than its share, at most
         num_programs = max(wanted, 2 * max_tiles * num_kv_heads)
-        # whole rows of 64 bytes, so that Triton compiles one variant of the kernels for all of them
-        max_centroids += -max_centroids % 16
-        max_keys += -max_keys % 16
+        # whole rows of 64 bytes, so that Triton compiles one variant of the kernels for all of them; and the last
+        # block may look beyond the end
+        max_centroids += -max_centroids % 16 + MAX_BLOCK
+        max_keys += -max_keys % 16 + MAX_BLOCK
         heads = max_tiles, num_kv_heads
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -99,7 +103,7 @@ class Workspace:
         return cls(
             num_splits=num_splits,
             num_programs=num_programs,
-            scores=empty(*heads, MAX_TILE_ROWS, max_centroids),
+            logits=empty(*heads, MAX_TILE_ROWS, max_centroids),
             masses=empty(*heads, num_splits, MAX_TILE_ROWS),
             chosen=empty(*heads, max_centroids, dtype=torch.int32),
             list_places=empty(*heads, max_keys, dtype=torch.int32),
@@ -114,7 +118,7 @@ class Workspace:
     @property
     def max_tiles(self) -> int:
         """How many tiles are handled at once."""
-        return len(self.scores)
+        return len(self.logits)
 
     @property
     def nbytes(self) -> int:
