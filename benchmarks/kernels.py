@@ -128,10 +128,12 @@ def tile(shape: Shape, block_table: Any, prefixes: Any, batch: int) -> Any:
 
 
 def exact(layer: Layer, shape: Shape) -> Layer:
-    """The same, all of the prefix attended to exactly."""
+    """The same, as of a prefix that is not in clusters."""
     slots = layer.prefixes.slots.new_tensor([[0, 0, shape.prefix]])
     prefixes = type(layer.prefixes)(slots, layer.prefixes.log_threshold, layer.prefixes.counters)
-    return layer._replace(prefixes=prefixes, queries=tile(shape, layer.block_table, prefixes, shape.batch))
+    return layer._replace(
+        table=layer.table.prefix(0, 0), prefixes=prefixes, queries=tile(shape, layer.block_table, prefixes, shape.batch)
+    )
 
 
 class Attention:

@@ -136,7 +136,11 @@ def attend_kernel(
         b_row = ((b_place // S) * rows_of_block + (b_place % S) * rows_of_token).to(tl.int64) * D
         b_k = tl.load(p_keys + b_row[:, None], mask=(o_d < D)[None, :], other=0.0)  # [BLOCK, DP]
         b_v = tl.load(p_values + b_row[:, None], mask=(o_d < D)[None, :], other=0.0)  # [BLOCK, DP]
-        b_bits = tl.load(p_bits + tl.multiple_of(i_k, GRAIN) + o_n) | free_bits if ROWS > 1 else tl.full([BLOCK], -1, tl.int32)
+        b_bits = (
+            tl.load(p_bits + tl.multiple_of(i_k, GRAIN) + o_n) | free_bits
+            if ROWS > 1
+            else tl.full([BLOCK], -1, tl.int32)
+        )
         b_bits = tl.where(i_k + o_n < key_end, b_bits, 0)
         # one block ahead, so that the places of keys are there when it is time to load these
         b_place = _load_places(p_places, i_k + BLOCK + o_n, num_keys - 1)

@@ -111,10 +111,10 @@ def score_kernel(
 @triton.jit(do_not_specialize=["first_tile"])
 def choose_kernel(
     tiles, log_threshold, starts, sizes, members, block_table, always_places,
-    logits, masses, chosen, list_places, list_bits, listed, kept, kept_pairs,
+    logits, masses, chosen, picked, list_places, list_bits, listed, kept, kept_pairs,
     first_tile, stride_size_head, stride_member_head, stride_row, stride_always, max_centroids, max_keys,
     GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr, S: tl.constexpr, PDL: tl.constexpr,
+    PICKED_BLOCK: tl.constexpr, WIDTH: tl.constexpr, S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = ROWS * GP
     i_s, i_h, i_t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -131,11 +131,11 @@ def choose_kernel(
     i_th = (i_t * tl.num_programs(1) + i_h).to(tl.int64)
     p_sizes = sizes + i_h.to(tl.int64) * stride_size_head + first_centroid
     p_starts = starts + i_h.to(tl.int64) * stride_size_head + first_centroid
-    p_chosen = chosen + i_th * max_centroids
+    p_chosen, p_picked = chosen + i_th * max_centroids, picked + i_th * max_centroids + begin
     threshold = tl.load(log_threshold + i_slot) * LOG2_E
 
     o_m, o_c, o_s = tl.arange(0, M), tl.arange(0, BLOCK), tl.arange(0, SPLITS)
-    o_r, o_g, o_n = tl.arange(0, ROWS), tl.arange(0, GP), tl.arange(0, WIDTH)
+    o_r, o_g = tl.arange(0, ROWS), tl.arange(0, GP)
     m_r, m_g = (o_r < num_tokens)[:, None, None], (o_g < GROUP)[None, :, None]
     p_logits = logits + (i_th * M + o_r[:, None, None] * GP + o_g[None, :, None]) * max_centroids
     b_masses = tl.load(masses + (i_th * SPLITS + o_s[:, None]) * M + o_m[None, :])  # [SPLITS, M]
@@ -144,7 +144,7 @@ def choose_kernel(
     # if all clusters are empty the sum is 0, and any number will do
     b_mass = b_shift + tl.log2(tl.where(b_total > 0, b_total, 1.0))  # [M]
     b_mass = tl.reshape(b_mass, [ROWS, GP, 1])
-    num_kept, num_pairs = 0, 0
+    num_picked, num_kept, num_pairs = 0, 0, 0
     for i_c in range(begin, end, BLOCK):
         o_row = i_c + o_c
         m_c = o_row < end
@@ -157,7 +157,10 @@ def choose_kernel(
         b_chosen = (b_log_p > b_wanted) & (o_r < num_tokens)[:, None] & (b_size > 0)[None, :]
         b_bits = tl.sum(b_chosen.to(tl.int32) << o_r[:, None], 0)  # [BLOCK]
         tl.store(p_chosen + o_row, b_bits, mask=m_c)
-        num_kept += tl.sum(tl.where(b_bits != 0, b_size, 0), 0)
+        b_picked = (b_bits != 0).to(tl.int32)
+        tl.store(p_picked + num_picked + tl.cumsum(b_picked, 0) - 1, o_row, mask=b_bits != 0)
+        num_picked += tl.sum(b_picked, 0)
+        num_kept += tl.sum(b_picked * b_size, 0)
         num_pairs += tl.sum(tl.sum(tl.where(b_chosen, b_size[None, :], 0), 0), 0)
     tl.store(kept_pairs + i_th * SPLITS + i_s, num_pairs)
 
@@ -182,15 +185,14 @@ def choose_kernel(
     p_blocks = block_table + i_row * stride_row
     # what other threads stored above is read below
     tl.debug_barrier()
-    for i_c in range(begin, end, BLOCK):
-        o_row = i_c + o_c
-        m_c = o_row < end
-        b_bits = tl.load(p_chosen + o_row, mask=m_c, other=0)
-        b_size = tl.load(p_sizes + o_row, mask=m_c, other=0)
-        b_start = tl.load(p_starts + o_row, mask=m_c, other=0)
-        b_size = tl.where(b_bits != 0, b_size, 0)
-        b_until = first + tl.cumsum(b_size, 0)
-        o_list = (b_until - b_size)[:, None] + o_n[None, :]  # [BLOCK, WIDTH]
+    o_c, o_n = tl.arange(0, PICKED_BLOCK), tl.arange(0, WIDTH)
+    for i_c in range(0, num_picked, PICKED_BLOCK):
+        m_c = i_c + o_c < num_picked
+        b_cluster = tl.load(p_picked + i_c + o_c, mask=m_c, other=0)
+        b_bits = tl.load(p_chosen + b_cluster, mask=m_c, other=0)
+        b_size = tl.load(p_sizes + b_cluster, mask=m_c, other=0)
+        b_start = tl.load(p_starts + b_cluster, mask=m_c, other=0)
+        o_list = (first + tl.cumsum(b_size, 0) - b_size)[:, None] + o_n[None, :]  # [PICKED_BLOCK, WIDTH]
         o_member = b_start[:, None] + o_n[None, :]
         b_left = b_size[:, None] - o_n[None, :]
         for i_n in range(0, tl.max(b_size, 0), WIDTH):
@@ -198,5 +200,5 @@ def choose_kernel(
             b_position = tl.load(p_members + i_n + o_member, mask=m_n, other=0)
             b_block = tl.load(p_blocks + b_position // S, mask=m_n, other=0)
             tl.store(p_places + i_n + o_list, b_block * S + b_position % S, mask=m_n)
-            tl.store(p_bits + i_n + o_list, tl.broadcast_to(b_bits[:, None], [BLOCK, WIDTH]), mask=m_n)
+            tl.store(p_bits + i_n + o_list, tl.broadcast_to(b_bits[:, None], [PICKED_BLOCK, WIDTH]), mask=m_n)
         first += tl.sum(b_size, 0)

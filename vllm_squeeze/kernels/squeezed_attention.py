@@ -21,14 +21,15 @@ class Tuning:
 
     Attributes:
         score: clusters scored at once, warps, and pipeline stages.
-        choose: clusters chosen from at once, keys of each listed at once, and warps.
-        attend: keys attended to at once, clusters of the rest, warps, and pipeline stages.
+        choose: clusters chosen from at once, chosen ones listed at once, keys of each, and warps.
+        attend: keys attended to at once, clusters of the rest, warps, pipeline stages, and programs for each
+            multiprocessor.
         merge: parts merged at once, columns of the output, and warps.
     """
 
     score: tuple[int, int, int]
-    choose: tuple[int, int, int]
-    attend: tuple[int, int, int, int]
+    choose: tuple[int, int, int, int]
+    attend: tuple[int, int, int, int, int]
     merge: tuple[int, int, int]
 
 
@@ -36,9 +37,11 @@ def tuning(head_size: int, element_size: int, tile_rows: int) -> Tuning:
     """The blocks for D = ``head_size``, elements of so many bytes and M = ``tile_rows``."""
     width = padded(head_size) * element_size
     block = min(max(16384 // width, 16), 64)
+    if tile_rows > 64:
+        return Tuning(score=(block, 8, 3), choose=(64, 16, 32, 4), attend=(block, 64, 8, 3, 1), merge=(64, 64, 2))
     if tile_rows > 32:
-        return Tuning(score=(block, 4, 3), choose=(64, 32, 4), attend=(block, 64, 4, 3), merge=(64, 32, 4))
-    return Tuning(score=(32, 2, 3), choose=(128, 32, 4), attend=(block, 64, 2, 3), merge=(64, 32, 2))
+        return Tuning(score=(block, 4, 3), choose=(64, 16, 32, 4), attend=(block, 64, 4, 3, 2), merge=(64, 64, 2))
+    return Tuning(score=(32, 2, 3), choose=(128, 16, 32, 4), attend=(32, 32, 2, 4, 4), merge=(64, 32, 2))
 
 
 def squeezed_attention(
@@ -108,30 +111,33 @@ def squeezed_attention(
     early = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0)
     launch = {"PDL": True, "launch_pdl": True} if early else {"PDL": False}
     num_tiles = most_tiles(num_tokens, len(prefixes.slots), group)
-    splits, programs = workspace.num_splits, workspace.num_programs
+    splits = workspace.num_splits
     max_keys, max_centroids = workspace.list_places.shape[-1], workspace.logits.shape[-1]
     for first_tile in range(0, num_tiles, workspace.max_tiles):
         tiles_now = min(num_tiles - first_tile, workspace.max_tiles)
-        key_block, rest_block, key_warps, key_stages = tuned.attend
+        key_block, rest_block, key_warps, key_stages, per_multiprocessor = tuned.attend
+        programs = workspace.num_programs(per_multiprocessor)
         plan = {"TILES": padded(tiles_now), "HP": padded(num_kv_heads), "CLUSTERS_PER_KEY": 2, "REST": rest}
-        block, warps, stages = tuned.score
-        score_kernel[(splits, num_kv_heads, tiles_now)](
-            query, queries.tokens, queries.tiles, table.centroids, table.sizes,
-            workspace.logits, workspace.masses, workspace.kept,
-            first_tile, scale, soft_cap,
-            *query.stride()[:2], *table.centroids.stride()[:2], table.sizes.stride(0), max_centroids,
-            SPLITS=splits, BLOCK=block, STAGES=stages, SOFT_CAP=soft_cap > 0, num_warps=warps,
-            **tile, **head, **launch,
-        )  # fmt: skip
-        block, width, warps = tuned.choose
-        choose_kernel[(splits, num_kv_heads, tiles_now)](
-            queries.tiles, prefixes.log_threshold, table.starts, table.sizes, table.members, block_table,
-            queries.always_places, workspace.logits, workspace.masses, workspace.chosen, workspace.list_places, workspace.list_bits,
-            workspace.listed, workspace.kept, workspace.kept_pairs,
-            first_tile, table.sizes.stride(0), table.members.stride(0), block_table.stride(0),
-            queries.always_places.stride(0), max_centroids, max_keys,
-            SPLITS=splits, BLOCK=block, WIDTH=width, S=page_size, num_warps=warps, **tile, **launch,
-        )  # fmt: skip
+        if table.sizes.shape[1]:  # else all prefixes are exact, and there is nothing to look up
+            block, warps, stages = tuned.score
+            score_kernel[(splits, num_kv_heads, tiles_now)](
+                query, queries.tokens, queries.tiles, table.centroids, table.sizes,
+                workspace.logits, workspace.masses, workspace.kept,
+                first_tile, scale, soft_cap,
+                *query.stride()[:2], *table.centroids.stride()[:2], table.sizes.stride(0), max_centroids,
+                SPLITS=splits, BLOCK=block, STAGES=stages, SOFT_CAP=soft_cap > 0, num_warps=warps,
+                **tile, **head, **launch,
+            )  # fmt: skip
+            block, picked_block, width, warps = tuned.choose
+            choose_kernel[(splits, num_kv_heads, tiles_now)](
+                queries.tiles, prefixes.log_threshold, table.starts, table.sizes, table.members, block_table,
+                queries.always_places, workspace.logits, workspace.masses, workspace.chosen, workspace.picked,
+                workspace.list_places, workspace.list_bits, workspace.listed, workspace.kept, workspace.kept_pairs,
+                first_tile, table.sizes.stride(0), table.members.stride(0), block_table.stride(0),
+                queries.always_places.stride(0), max_centroids, max_keys,
+                SPLITS=splits, BLOCK=block, PICKED_BLOCK=picked_block, WIDTH=width, S=page_size, num_warps=warps,
+                **tile, **launch,
+            )  # fmt: skip
         attend_kernel[(programs,)](
             query, queries.tokens, queries.tiles, queries.always_places, key_cache, value_cache, key_scale, value_scale,
             table.value_centroids,

@@ -7,8 +7,8 @@ import torch
 
 from vllm_squeeze.kernels.tiles import MAX_TILE_ROWS, MAX_TILES_AT_ONCE, padded
 
-PROGRAMS_PER_MULTIPROCESSOR = 2
-"""How many programs to aim at: two at a time hide each other's waits, and more do not fit."""
+MAX_PROGRAMS_PER_MULTIPROCESSOR = 4
+"""Of programs that attend: small tiles need more of them at a time to hide their waits, and large ones have no room."""
 
 MAX_SPLITS = 64
 
@@ -27,10 +27,11 @@ class Workspace:
 
     Attributes:
         num_splits: programs that look up the clusters of one tile and KV head.
-        num_programs: programs that attend to the listed keys of all tiles and KV heads.
+        multiprocessors: of the device.
         logits: [N, H, M, C] float32, s q.c_i + log N_i, of all keys of a cluster together.
         masses: [N, H, SPLITS, M] float32, log-sum-exp of one split's logits.
         chosen: [N, H, C] int32, a bit for each token of the tile that chose the cluster.
+        picked: [N, H, C] int32, the clusters that any token chose, those of a split from where the split begins.
         list_places: [N, H, T] int32, where in the KV cache the listed keys lie: block times page size plus place in
             the block.
         list_bits: [N, H, T] int32, a bit for each token of the tile that attends to the key.
@@ -42,10 +43,11 @@ class Workspace:
     """
 
     num_splits: int
-    num_programs: int
+    multiprocessors: int
     logits: torch.Tensor
     masses: torch.Tensor
     chosen: torch.Tensor
+    picked: torch.Tensor
     list_places: torch.Tensor
     list_bits: torch.Tensor
     listed: torch.Tensor
@@ -87,10 +89,9 @@ class Workspace:
         multiprocessors = INTERPRETED_MULTIPROCESSORS
         if device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
-        num_splits = min(padded(-(-wanted // num_kv_heads)), MAX_SPLITS)
+        num_splits = min(padded(-(-2 * multiprocessors // num_kv_heads)), MAX_SPLITS)
         # the plan gives each tile and KV head one program more than its share, at most
-        num_programs = max(wanted, 2 * max_tiles * num_kv_heads)
+        num_programs = max(MAX_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, 2 * max_tiles * num_kv_heads)
         # whole rows of 64 bytes, so that Triton compiles one variant of the kernels for all of them; and the last
         # block may look beyond the end
         max_centroids += -max_centroids % 16 + MAX_BLOCK
@@ -102,10 +103,11 @@ class Workspace:
 
         return cls(
             num_splits=num_splits,
-            num_programs=num_programs,
+            multiprocessors=multiprocessors,
             logits=empty(*heads, MAX_TILE_ROWS, max_centroids),
             masses=empty(*heads, num_splits, MAX_TILE_ROWS),
             chosen=empty(*heads, max_centroids, dtype=torch.int32),
+            picked=empty(*heads, max_centroids, dtype=torch.int32),
             list_places=empty(*heads, max_keys, dtype=torch.int32),
             list_bits=empty(*heads, max_keys, dtype=torch.int32),
             listed=empty(*heads, dtype=torch.int32),
@@ -119,6 +121,11 @@ class Workspace:
     def max_tiles(self) -> int:
         """How many tiles are handled at once."""
         return len(self.logits)
+
+    def num_programs(self, per_multiprocessor: int) -> int:
+        """How many programs attend to the listed keys of all tiles and KV heads."""
+        tiles, heads = self.listed.shape
+        return max(per_multiprocessor * self.multiprocessors, 2 * tiles * heads)
 
     @property
     def nbytes(self) -> int:
