@@ -280,5 +280,5 @@ def test_workspace_counts_its_bytes():
     centroids, keys = 16 + MAX_BLOCK, 32 + MAX_BLOCK
     assert workspace.logits.shape[-1] == centroids and workspace.list_places.shape[-1] == keys
     per_split = 2 * splits * (MAX_TILE_ROWS + 1 + 1)
-    per_centroid = 2 * centroids * (MAX_TILE_ROWS + 2)
+    per_centroid = 2 * centroids * (MAX_TILE_ROWS + 4)
     assert workspace.nbytes == 4 * (per_centroid + per_split + 2 * 2 * keys + 2 + programs * MAX_TILE_ROWS * 65)

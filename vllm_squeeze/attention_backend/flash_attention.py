@@ -22,7 +22,7 @@ from vllm_squeeze.kernels.tiles import QueryTiles
 from vllm_squeeze.kernels.workspace import Workspace
 
 # Tiles of queries that the prefix kernels take at once.
-MAX_TILES = 4
+MAX_TILES = 8
 
 
 class DeviceRows(RowGroup):

@@ -14,7 +14,6 @@ import triton.language as tl
 from vllm_squeeze.kernels.look_up import FACTS, TOKENS, load_queries, share_of
 from vllm_squeeze.kernels.softmax import LOG2_E, accumulate, logits_of
 
-
 GRAIN = tl.constexpr(16)
 """Pieces of work are multiples of so many keys, so that loads are of whole rows of memory."""
 

@@ -114,7 +114,7 @@ def choose_kernel(
     logits, masses, chosen, picked, list_places, list_bits, listed, kept, kept_pairs,
     first_tile, stride_size_head, stride_member_head, stride_row, stride_always, max_centroids, max_keys,
     GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    PICKED_BLOCK: tl.constexpr, WIDTH: tl.constexpr, S: tl.constexpr, PDL: tl.constexpr,
+    LIST_BLOCK: tl.constexpr, S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = ROWS * GP
     i_s, i_h, i_t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -131,7 +131,7 @@ def choose_kernel(
     i_th = (i_t * tl.num_programs(1) + i_h).to(tl.int64)
     p_sizes = sizes + i_h.to(tl.int64) * stride_size_head + first_centroid
     p_starts = starts + i_h.to(tl.int64) * stride_size_head + first_centroid
-    p_chosen, p_picked = chosen + i_th * max_centroids, picked + i_th * max_centroids + begin
+    p_chosen, p_picked = chosen + i_th * max_centroids, picked + 3 * (i_th * max_centroids + begin)
     threshold = tl.load(log_threshold + i_slot) * LOG2_E
 
     o_m, o_c, o_s = tl.arange(0, M), tl.arange(0, BLOCK), tl.arange(0, SPLITS)
@@ -139,10 +139,10 @@ def choose_kernel(
     m_r, m_g = (o_r < num_tokens)[:, None, None], (o_g < GROUP)[None, :, None]
     p_logits = logits + (i_th * M + o_r[:, None, None] * GP + o_g[None, :, None]) * max_centroids
     b_masses = tl.load(masses + (i_th * SPLITS + o_s[:, None]) * M + o_m[None, :])  # [SPLITS, M]
-    b_shift = finite_or_zero(tl.max(b_masses, 0))
-    b_total = tl.sum(tl.exp2(b_masses - b_shift[None, :]), 0)
+    b_peak = finite_or_zero(tl.max(b_masses, 0))
+    b_total = tl.sum(tl.exp2(b_masses - b_peak[None, :]), 0)
     # if all clusters are empty the sum is 0, and any number will do
-    b_mass = b_shift + tl.log2(tl.where(b_total > 0, b_total, 1.0))  # [M]
+    b_mass = b_peak + tl.log2(tl.where(b_total > 0, b_total, 1.0))  # [M]
     b_mass = tl.reshape(b_mass, [ROWS, GP, 1])
     num_picked, num_kept, num_pairs = 0, 0, 0
     for i_c in range(begin, end, BLOCK):
@@ -151,14 +151,20 @@ def choose_kernel(
         m_logits = m_r & m_g & m_c[None, None, :]
         b_logits = tl.load(p_logits + o_row[None, None, :], mask=m_logits, other=float("-inf"))  # [ROWS, GP, BLOCK]
         b_size = tl.load(p_sizes + o_row, mask=m_c, other=0)
+        b_start = tl.load(p_starts + o_row, mask=m_c, other=0)
         b_log_p = tl.max(b_logits - b_mass, 1)  # [ROWS, BLOCK], of all keys of a cluster together
         # an empty cluster adds nothing on either side
         b_wanted = threshold + log_of_size(tl.maximum(b_size, 1))[None, :]
         b_chosen = (b_log_p > b_wanted) & (o_r < num_tokens)[:, None] & (b_size > 0)[None, :]
         b_bits = tl.sum(b_chosen.to(tl.int32) << o_r[:, None], 0)  # [BLOCK]
         tl.store(p_chosen + o_row, b_bits, mask=m_c)
+        # of those chosen: where in the list their keys end, where among the members they are, and whose they are
         b_picked = (b_bits != 0).to(tl.int32)
-        tl.store(p_picked + num_picked + tl.cumsum(b_picked, 0) - 1, o_row, mask=b_bits != 0)
+        b_until = num_kept + tl.cumsum(b_picked * b_size, 0)
+        p_entry = p_picked + 3 * (num_picked + tl.cumsum(b_picked, 0) - 1)
+        tl.store(p_entry, b_until, mask=b_bits != 0)
+        tl.store(p_entry + 1, b_start - (b_until - b_size), mask=b_bits != 0)
+        tl.store(p_entry + 2, b_bits, mask=b_bits != 0)
         num_picked += tl.sum(b_picked, 0)
         num_kept += tl.sum(b_picked * b_size, 0)
         num_pairs += tl.sum(tl.sum(tl.where(b_chosen, b_size[None, :], 0), 0), 0)
@@ -185,20 +191,19 @@ def choose_kernel(
     p_blocks = block_table + i_row * stride_row
     # what other threads stored above is read below
     tl.debug_barrier()
-    o_c, o_n = tl.arange(0, PICKED_BLOCK), tl.arange(0, WIDTH)
-    for i_c in range(0, num_picked, PICKED_BLOCK):
-        m_c = i_c + o_c < num_picked
-        b_cluster = tl.load(p_picked + i_c + o_c, mask=m_c, other=0)
-        b_bits = tl.load(p_chosen + b_cluster, mask=m_c, other=0)
-        b_size = tl.load(p_sizes + b_cluster, mask=m_c, other=0)
-        b_start = tl.load(p_starts + b_cluster, mask=m_c, other=0)
-        o_list = (first + tl.cumsum(b_size, 0) - b_size)[:, None] + o_n[None, :]  # [PICKED_BLOCK, WIDTH]
-        o_member = b_start[:, None] + o_n[None, :]
-        b_left = b_size[:, None] - o_n[None, :]
-        for i_n in range(0, tl.max(b_size, 0), WIDTH):
-            m_n = b_left > i_n
-            b_position = tl.load(p_members + i_n + o_member, mask=m_n, other=0)
-            b_block = tl.load(p_blocks + b_position // S, mask=m_n, other=0)
-            tl.store(p_places + i_n + o_list, b_block * S + b_position % S, mask=m_n)
-            tl.store(p_bits + i_n + o_list, tl.broadcast_to(b_bits[:, None], [PICKED_BLOCK, WIDTH]), mask=m_n)
-        first += tl.sum(b_size, 0)
+    o_n = tl.arange(0, LIST_BLOCK)
+    for i_n in range(0, num_kept, LIST_BLOCK):
+        o_key = i_n + o_n
+        m_n = o_key < num_kept
+        # by halves: the first of the chosen clusters that ends beyond the key
+        b_entry, num_left = tl.zeros([LIST_BLOCK], tl.int32), num_picked
+        while num_left > 1:
+            half = num_left // 2
+            b_ended = tl.load(p_picked + 3 * (b_entry + half - 1)) <= o_key
+            b_entry += tl.where(b_ended, half, 0)
+            num_left -= half
+        b_shift = tl.load(p_picked + 3 * b_entry + 1)
+        b_position = tl.load(p_members + o_key + b_shift, mask=m_n, other=0)
+        b_block = tl.load(p_blocks + b_position // S, mask=m_n, other=0)
+        tl.store(p_places + first + o_key, b_block * S + b_position % S, mask=m_n)
+        tl.store(p_bits + first + o_key, tl.load(p_picked + 3 * b_entry + 2), mask=m_n)

@@ -21,14 +21,14 @@ class Tuning:
 
     Attributes:
         score: clusters scored at once, warps, and pipeline stages.
-        choose: clusters chosen from at once, chosen ones listed at once, keys of each, and warps.
+        choose: clusters chosen from at once, keys listed at once, and warps.
         attend: keys attended to at once, clusters of the rest, warps, pipeline stages, and programs for each
             multiprocessor.
         merge: parts merged at once, columns of the output, and warps.
     """
 
     score: tuple[int, int, int]
-    choose: tuple[int, int, int, int]
+    choose: tuple[int, int, int]
     attend: tuple[int, int, int, int, int]
     merge: tuple[int, int, int]
 
@@ -37,11 +37,9 @@ def tuning(head_size: int, element_size: int, tile_rows: int) -> Tuning:
     """The blocks for D = ``head_size``, elements of so many bytes and M = ``tile_rows``."""
     width = padded(head_size) * element_size
     block = min(max(16384 // width, 16), 64)
-    if tile_rows > 64:
-        return Tuning(score=(block, 8, 3), choose=(64, 16, 32, 4), attend=(block, 64, 8, 3, 1), merge=(64, 64, 2))
     if tile_rows > 32:
-        return Tuning(score=(block, 4, 3), choose=(64, 16, 32, 4), attend=(block, 64, 4, 3, 2), merge=(64, 64, 2))
-    return Tuning(score=(32, 2, 3), choose=(128, 16, 32, 4), attend=(32, 32, 2, 4, 4), merge=(64, 32, 2))
+        return Tuning(score=(block // 2, 4, 3), choose=(32, 512, 4), attend=(block, 64, 4, 3, 2), merge=(64, 64, 2))
+    return Tuning(score=(32, 2, 3), choose=(128, 256, 4), attend=(32, 32, 2, 4, 4), merge=(64, 32, 2))
 
 
 def squeezed_attention(
@@ -128,14 +126,14 @@ def squeezed_attention(
                 SPLITS=splits, BLOCK=block, STAGES=stages, SOFT_CAP=soft_cap > 0, num_warps=warps,
                 **tile, **head, **launch,
             )  # fmt: skip
-            block, picked_block, width, warps = tuned.choose
+            block, list_block, warps = tuned.choose
             choose_kernel[(splits, num_kv_heads, tiles_now)](
                 queries.tiles, prefixes.log_threshold, table.starts, table.sizes, table.members, block_table,
                 queries.always_places, workspace.logits, workspace.masses, workspace.chosen, workspace.picked,
                 workspace.list_places, workspace.list_bits, workspace.listed, workspace.kept, workspace.kept_pairs,
                 first_tile, table.sizes.stride(0), table.members.stride(0), block_table.stride(0),
                 queries.always_places.stride(0), max_centroids, max_keys,
-                SPLITS=splits, BLOCK=block, PICKED_BLOCK=picked_block, WIDTH=width, S=page_size, num_warps=warps,
+                SPLITS=splits, BLOCK=block, LIST_BLOCK=list_block, S=page_size, num_warps=warps,
                 **tile, **launch,
             )  # fmt: skip
         attend_kernel[(programs,)](
