@@ -101,6 +101,14 @@ def test_a_clustered_prefix_is_attended_to_exactly_for_a_while(exact, clustered,
         assert residency.prefixes.slots.tolist() == written
 
 
+def test_a_clustered_prefix_that_was_placed_to_be_exact_is_so_always(clustered, reside):
+    residency = reside(clustered)
+    residency.load_layer(LAYER_NAMES[0], NUM_HEADS, HEAD_SIZE, torch.float32)
+    options = SimpleNamespace(**{**vars(OPTIONS), "mode": "exact"})
+    residency.activate({0: place(clustered, 0, options, {0: 8}, 4)})
+    assert residency.prefixes.slots.tolist() == [[0, 0, 40]]
+
+
 @pytest.mark.parametrize(
     ("name", "num_heads", "head_size", "active"),
     [

@@ -90,6 +90,10 @@ def test_the_fastest_is_picked(model, prefix, rows):
 
 @MODELS
 def test_long_questions_are_left_to_vllm(model):
+    # bound by products, of keys and of values
+    assert model.stock_us(LLAMA, 2**17, Work(0, 1, 512)) == pytest.approx(
+        2 * 2 * 512 * 2**17 * 32 * 128 / model.tflops / 1e6
+    )
     policy = Policy(model, LLAMA, 0.125, "value_centroids")
     assert policy(placed(2**17), Work(0, 1, 512)) is Arm.STOCK
     assert policy(placed(2**17), decoding(1)) is Arm.SQUEEZED

@@ -279,6 +279,22 @@ def test_a_row_left_to_vllm_that_grows_into_a_longer_prefix_stays_there():
     assert slots.tolist() == [DENSE_SLOT, 1]
 
 
+def test_a_row_left_to_vllm_whose_drafts_were_rejected_stays_there():
+    """The scheduler reckons with drafts, of which the worker then keeps fewer: it finds fewer computed tokens."""
+    prefix = [token % 97 for token in range(150)]
+    matcher, _ = make_matcher([prefix[:70], prefix], {0: 16})
+    live = LiveRequests(matcher, {0: 16}, lambda placement, work: (Arm.SQUEEZED, Arm.STOCK)[placement.slot])
+    shared = list(range(10, 14))
+    for name, tokens in (("short", prefix[:80]), ("long", prefix + [1])):
+        live.add(make_request(name, tokens))
+    new = [("short", ([*shared, 20, 21],), 81, 1), ("long", ([*shared, *range(30, 37)],), 155, 4)]
+    blocks, _ = live.step(make_step(new))
+    rows = torch.tensor([(block.slot, block.index, block.block, block.context) for block in blocks])
+    table = torch.tensor([[*shared, 20, 21, *[0] * 5], [*shared, *range(30, 37)]])
+    slots, _ = match_rows(table, torch.tensor([82, 152 + 4]), torch.tensor([0, 1, 5]), rows)
+    assert slots.tolist() == [0, DENSE_SLOT]
+
+
 @pytest.mark.parametrize(("context", "slot"), [(31, -1), (32, 4), (47, 4), (48, -1), (49, 4), (64, 9), (80, 9)])
 def test_the_longest_prefix_wins_and_a_row_still_computing_its_own_is_dense(context, slot):
     """Slot 4 ends with block 7 after 32 tokens, slot 9 with block 5 after 64; a row at token 48 fills block 6."""
