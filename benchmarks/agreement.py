@@ -34,7 +34,7 @@ def answer(arguments: argparse.Namespace) -> dict[str, Any]:
 
     engine_args = dict(arguments.engine_args)
     if arguments.arm != "dense":
-        settings = {"index": str(arguments.index), "budget": float(arguments.arm)}
+        settings = {"index": str(arguments.index), "budget": float(arguments.arm), "mode": "squeezed"}
         engine_args |= {"attention_backend": "squeeze", "additional_config": {"squeeze": settings}}
     started = time.monotonic()
     llm = LLM(str(arguments.model), disable_log_stats=False, logprobs_mode="raw_logits", **engine_args)

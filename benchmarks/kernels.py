@@ -419,7 +419,10 @@ def main() -> None:
         lines = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
         if child.returncode or not lines:
             sys.exit(f"{arm} failed:\n{child.stderr[-3000:]}")
-        machine, rows = lines[0] | {"date": str(date.today()), "command": " ".join(sys.argv)}, rows + lines[1:]
+        run = {"date": str(date.today()), "command": " ".join(sys.argv)}
+        run |= {"kv_heads": arguments.heads[0], "group": arguments.heads[1], "head_size": arguments.head_size}
+        run |= {"kept": arguments.kept, "centroids": 1 / KEYS_PER_CENTROID}
+        machine, rows = lines[0] | run, rows + lines[1:]
     print(
         f"{machine['gpu']}, torch {machine['torch']}, {machine['date']}; copy {machine['bytes_per_s'] / 1e12:.2f} TB/s"
     )

@@ -48,7 +48,7 @@ def main() -> None:
     run(*command, "--out", str(index), "--engine-args", f'{{"dtype": "{dtype}"}}')
 
     common = ["--dtype", dtype, "--gpu-memory-utilization", "0.5"] + ([] if on_gpu() else ["--enforce-eager"])
-    squeeze = f'{{"squeeze": {{"index": "{index}", "budget": {budget}}}}}'
+    squeeze = f'{{"squeeze": {{"index": "{index}", "budget": {budget}, "mode": "squeezed"}}}}'
     say(f"Asking the squeezed server, budget {budget}")
     with server(model, *common, "--attention-backend", "squeeze", "--additional-config", squeeze) as url:
         squeezed = answers(url, document)

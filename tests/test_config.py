@@ -30,7 +30,7 @@ def test_nothing_is_squeezed_by_default(additional_config):
         ({"budget": None}, ["squeeze.budget", "None", "(0, 1]"]),
         ({"budget": [0.1]}, ["squeeze.budget", "[0.1]", "(0, 1]"]),
         ({"rest": "keep"}, ["squeeze.rest", "'keep'", "value_centroids, drop"]),
-        ({"mode": "auto"}, ["squeeze.mode", "'auto'", "squeezed, exact"]),
+        ({"mode": "dense"}, ["squeeze.mode", "'dense'", "auto, squeezed, exact"]),
         ({"rest": None}, ["squeeze.rest", "None", "value_centroids, drop"]),
         ({"rest": ["drop"]}, ["squeeze.rest", "['drop']", "value_centroids, drop"]),
         ({"memory_limit_gib": -0.1}, ["squeeze.memory_limit_gib", "-0.1", "at least 0"]),

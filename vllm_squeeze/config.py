@@ -8,7 +8,7 @@ from typing import Any
 
 INDEX_VARIABLE = "SQUEEZE_INDEX"
 REST_MODES = ("value_centroids", "drop")
-MODES = ("squeezed", "exact")
+MODES = ("auto", "squeezed", "exact")
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,9 @@ class SqueezeConfig:
             1 attends to every key, exactly.
         rest: what clusters that are not chosen contribute: "value_centroids", their mean value with the weight that
             their centroid predicts, or "drop", nothing (the paper's way).
-        mode: "squeezed", or "exact": all keys of an indexed prefix are attended to, each loaded once for all rows
-            that share the prefix, whatever the budget.
+        mode: "auto": in each step what is fastest for the rows on a prefix, of "squeezed", "exact", and vLLM's own
+            attention; on the CPU "squeezed". Or always "squeezed". Or always "exact": all keys of an indexed prefix
+            are attended to, each loaded once for all rows that share the prefix, whatever the budget.
         memory_limit_gib: device memory that the indexes may take on each GPU (or on the CPU), in GiB. An index
             that does not fit stays on disk, and its prefix is served densely.
     """
@@ -30,7 +31,7 @@ class SqueezeConfig:
     index: tuple[str, ...] = ()
     budget: float = 0.125
     rest: str = "value_centroids"
-    mode: str = "squeezed"
+    mode: str = "auto"
     memory_limit_gib: float = 4.0
 
     def __post_init__(self) -> None:

@@ -91,6 +91,24 @@ def test_beside_clusters_it_has_none(exact, clustered, reside):
     assert residency.prefixes.slots.tolist() == [[0, 7, 4], [7, 0, 40], [7, 7, 4]]
 
 
+def test_a_clustered_prefix_is_attended_to_exactly_for_a_while(exact, clustered, reside):
+    residency = reside(clustered, exact, clustered)
+    residency.load_layer(LAYER_NAMES[0], NUM_HEADS, HEAD_SIZE, torch.float32)
+    residency.activate({slot: place(index, slot, OPTIONS, {0: 8}, 4) for slot, index in ((0, clustered), (1, exact))})
+    choosing, exactly = [[0, 7, 4], [7, 0, 40], [0, 0, 0]], [[0, 0, 40], [7, 0, 40], [0, 0, 0]]
+    for slots, written in (({0}, exactly), ({0, 1, 2}, exactly), ({1}, choosing), ({0}, exactly), (set(), choosing)):
+        residency.attend_exactly(frozenset(slots))
+        assert residency.prefixes.slots.tolist() == written
+
+
+def test_a_clustered_prefix_that_was_placed_to_be_exact_is_so_always(clustered, reside):
+    residency = reside(clustered)
+    residency.load_layer(LAYER_NAMES[0], NUM_HEADS, HEAD_SIZE, torch.float32)
+    options = SimpleNamespace(**{**vars(OPTIONS), "mode": "exact"})
+    residency.activate({0: place(clustered, 0, options, {0: 8}, 4)})
+    assert residency.prefixes.slots.tolist() == [[0, 0, 40]]
+
+
 @pytest.mark.parametrize(
     ("name", "num_heads", "head_size", "active"),
     [

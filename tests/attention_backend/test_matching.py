@@ -7,14 +7,18 @@ from vllm_squeeze.attention_backend.matching import (
     CACHE_SALT,
     DENSE_SLOT,
     EMBEDDINGS,
+    EXACT,
+    FASTER,
     LORA,
     MULTIMODAL,
     NO_INDEX,
     NOT_COMPUTED,
     SQUEEZED,
+    STOCK_SLOT,
     LiveBlock,
     LiveRequests,
 )
+from vllm_squeeze.attention_backend.policy import Arm, Work
 
 SIZE = 16
 LONG = list(range(100, 200))
@@ -160,6 +164,62 @@ def test_requests_that_share_blocks_need_one_entry(live):
     assert found == [LiveBlock(0, 1, 4, 14, 80)] and num_tokens == 27
     found, _ = live.step(make_step(new=[("twin", blocks(60, 7), 96, 6)], cached=[("long", None, 101, 1)]))
     assert found == [LiveBlock(0, 1, 4, 14, 80), LiveBlock(0, 1, 4, 64, 80)]
+
+
+@pytest.fixture
+def choosing():
+    """Follows requests on prefixes 0 and 1, each of which gets the arm in ``arms``; what was asked is in ``asked``."""
+    matcher, _ = make_matcher(PREFIXES, {1: SIZE})
+
+    def choose(placement, work):
+        requests.asked[placement.slot] = work
+        return requests.arms[placement.slot]
+
+    requests = LiveRequests(matcher, {1: SIZE}, choose)
+    requests.arms, requests.asked = {0: Arm.SQUEEZED, 1: Arm.SQUEEZED}, {}
+    for id, tokens in {"long": LONG + [1], "twin": LONG + [2], "short": LONG[:60] + [1] * 40}.items():
+        requests.add(make_request(id, tokens))
+    return requests
+
+
+# "long" and "twin" on prefix 0, of which the second has a question of 6 tokens; "short" on 1, which 0 begins with.
+NESTED = make_step(
+    new=[
+        ("long", ([0] * 7, [20, 21, 22, 40, 41, 42, 43]), 100, 1),
+        ("twin", ([0] * 7, [20, 21, 22, 40, 41, 52, 53]), 96, 6),
+        ("short", ([0] * 7, [20, 21, 22, 33, 34, 35, 36]), 99, 1),
+    ]
+)
+LONG_BLOCK, SHORT_BLOCK = LiveBlock(0, 1, 4, 41, 80), LiveBlock(1, 1, 2, 22, 48)
+
+
+def test_the_choice_is_for_all_rows_on_a_prefix(choosing):
+    assert choosing.step(NESTED) == ([LONG_BLOCK, SHORT_BLOCK], 8)
+    assert choosing.asked == {0: Work(decoding=1, prefilling=1, tokens=7), 1: Work(1, 0, 1)}
+    assert taken(choosing) == {SQUEEZED: 3}
+
+
+def test_rows_that_attend_exactly(choosing):
+    choosing.arms[0] = Arm.EXACT
+    assert choosing.step(NESTED) == ([LONG_BLOCK._replace(exact=True), SHORT_BLOCK], 8)
+    assert taken(choosing) == {EXACT: 2, SQUEEZED: 1}
+
+
+def test_rows_that_are_left_to_vllm_are_kept_from_a_shorter_prefix(choosing):
+    choosing.arms[0] = Arm.STOCK
+    blocks, num_tokens = choosing.step(NESTED)
+    assert blocks == [
+        LiveBlock(STOCK_SLOT, 1, 4, 41, 80), LiveBlock(DENSE_SLOT, 1, 6, 43, 100), LiveBlock(DENSE_SLOT, 1, 6, 53, 96),
+        SHORT_BLOCK,
+    ]  # fmt: skip
+    assert num_tokens == 1
+    assert taken(choosing) == {FASTER: 2, SQUEEZED: 1}
+
+
+def test_a_step_that_is_left_to_vllm_has_nothing_for_the_worker(choosing):
+    choosing.arms = {0: Arm.STOCK, 1: Arm.STOCK}
+    assert choosing.step(NESTED) == ([], 0)
+    assert taken(choosing) == {FASTER: 3}
 
 
 @pytest.mark.parametrize("sent_as", ["new", "resumed"])

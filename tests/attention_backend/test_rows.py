@@ -13,11 +13,15 @@ from tests.attention_backend.world import KVCache, Sequence, make_matcher, make_
 from vllm_squeeze.attention_backend.matching import (
     CACHE_SALT,
     DENSE_SLOT,
+    EXACT,
+    FASTER,
     NO_INDEX,
     NOT_COMPUTED,
     SQUEEZED,
+    STOCK_SLOT,
     LiveRequests,
 )
+from vllm_squeeze.attention_backend.policy import Arm
 from vllm_squeeze.attention_backend.rows import RowGroup, match_rows
 
 MAX_ROWS, MAX_BLOCKS, NUM_GROUPS = 9, 40, 3
@@ -37,9 +41,10 @@ class Server:
         block_sizes: of the full-attention groups.
         kernel_block_size: of the attention kernel, which divides the block sizes.
         caching: whether blocks are shared.
+        choosing: whether each prefix gets one of the arms in each step, else all are squeezed.
     """
 
-    def __init__(self, random, block_sizes, kernel_block_size, caching):
+    def __init__(self, random, block_sizes, kernel_block_size, caching, choosing=False):
         self.random, self.block_sizes, self.kernel_block_size = random, block_sizes, kernel_block_size
         main, other = ([random.randrange(3) for _ in range(240)] for _ in range(2))
         fork = random.randrange(SHORTEST, 150)
@@ -47,7 +52,8 @@ class Server:
         # Nested ones, forked ones, and one of another text.
         self.prefixes = [text[: random.randrange(SHORTEST, 200)] for text in (main, main, main, *self.texts[1:])]
         matcher, self.placements = make_matcher(self.prefixes, block_sizes)
-        self.live = LiveRequests(matcher, block_sizes)
+        self.live = LiveRequests(matcher, block_sizes, lambda placement, work: self.arms[placement.slot])
+        self.choosing = choosing
         self.cache = KVCache(block_sizes, caching, random)
         self.sequences, self.preempted, self.num_requests = [], set(), 0
         # What earlier batches left: any blocks, live ones too.
@@ -107,21 +113,26 @@ class Server:
         """One step: what was squeezed has to be what should have been."""
         while len(self.sequences) < MAX_ROWS - 1 and self.random.random() < 0.5:
             self.arrive()
+        self.arms = [self.random.choice(list(Arm)) if self.choosing else Arm.SQUEEZED for _ in self.prefixes]
         scheduled, rows = self.schedule()
         live, num_tokens = self.live.step(scheduled)
-        expected = [self.expected(sequence) for sequence, _ in rows]
+        ready = [self.expected(sequence) for sequence, _ in rows]
+        expected = [p if p is not None and self.arms[p.slot] is not Arm.STOCK else None for p in ready]
         for group, found in self.find_rows(rows, live, num_tokens).items():
             wanted = [(DENSE_SLOT, 0) if p is None else (p.slot, p.prefix_lens[group]) for p in expected]
             assert found == wanted + [(DENSE_SLOT, 0)] * (len(found) - len(wanted))
         assert num_tokens == sum(count for (_, count), p in zip(rows, expected) if p is not None)
         assert sum(self.live.rows.values()) == len(rows)
-        assert self.live.rows[SQUEEZED] == sum(p is not None for p in expected)
+        chosen = Counter(self.arms[p.slot] for p in ready if p is not None)
+        for arm, outcome in ((Arm.SQUEEZED, SQUEEZED), (Arm.EXACT, EXACT), (Arm.STOCK, FASTER)):
+            assert self.live.rows[outcome] == chosen[arm]
+        assert all(block.exact == (self.arms[block.slot] is Arm.EXACT) for block in live if block.slot >= 0)
         self.seen = dict(+self.live.rows)
         self.live.rows.clear()
         self.go_on(rows)
 
     def expected(self, sequence):
-        """The placement that a row is to be squeezed by, or None."""
+        """The placement of the prefix that a row has computed, the longest that its request begins with, or None."""
         if sequence.request.cache_salt:
             return None
         prompt = sequence.request.prompt_token_ids
@@ -201,6 +212,23 @@ def test_no_row_is_mistaken(block_sizes, kernel_block_size, caching):
     assert outcomes.keys() >= {SQUEEZED, NOT_COMPUTED, NO_INDEX, CACHE_SALT}, "the worlds are too simple"
 
 
+@GROUPS
+def test_no_row_left_to_vllm_is_taken_for_one_on_another_prefix(block_sizes, kernel_block_size):
+    """In each step prefixes get any arms: one may be squeezed while another, which begins with it, is not."""
+    outcomes = Counter()
+
+    @WORLDS
+    @given(st.integers(0, 2**32))
+    def serve(seed):
+        server = Server(Random(seed), block_sizes, kernel_block_size, caching=True, choosing=True)
+        for _ in range(12):
+            server.step()
+            outcomes.update(server.seen)
+
+    serve()
+    assert outcomes.keys() >= {SQUEEZED, EXACT, FASTER, NOT_COMPUTED}, "the worlds are too simple"
+
+
 def test_rows_that_grow_into_a_prefix_are_counted():
     """A prompt that stops just short of a prefix may be answered with the rest of it.
 
@@ -233,6 +261,40 @@ def test_rows_that_grow_into_a_prefix_are_counted():
     assert num_tokens == sum(count for count, slot in zip((1, 7), slots) if slot >= 0)
 
 
+def test_a_row_left_to_vllm_that_grows_into_a_longer_prefix_stays_there():
+    """Its prompt begins with a short prefix and its answer goes on with a longer one, which another row is on."""
+    prefix = [token % 97 for token in range(150)]
+    matcher, placements = make_matcher([prefix[:70], prefix], {0: 16})
+    live = LiveRequests(matcher, {0: 16}, lambda placement, work: (Arm.STOCK, Arm.SQUEEZED)[placement.slot])
+    shared = list(range(10, 19))
+    for name, tokens in (("short", prefix[:80]), ("long", prefix + [1])):
+        live.add(make_request(name, tokens))
+    new = [("short", ([*shared, 20],), 150, 1), ("long", ([*shared, 30],), 144, 7)]
+    blocks, num_tokens = live.step(make_step(new))
+    assert [placement.covered for placement in placements] == [64, 144]
+    assert num_tokens == 7 and live.rows == {FASTER: 1, SQUEEZED: 1}
+    rows = torch.tensor([(block.slot, block.index, block.block, block.context) for block in blocks])
+    table = torch.tensor([[*shared, 20], [*shared, 30]])
+    slots, _ = match_rows(table, torch.tensor([151, 151]), torch.tensor([0, 1, 8]), rows)
+    assert slots.tolist() == [DENSE_SLOT, 1]
+
+
+def test_a_row_left_to_vllm_whose_drafts_were_rejected_stays_there():
+    """The scheduler reckons with drafts, of which the worker then keeps fewer: it finds fewer computed tokens."""
+    prefix = [token % 97 for token in range(150)]
+    matcher, _ = make_matcher([prefix[:70], prefix], {0: 16})
+    live = LiveRequests(matcher, {0: 16}, lambda placement, work: (Arm.SQUEEZED, Arm.STOCK)[placement.slot])
+    shared = list(range(10, 14))
+    for name, tokens in (("short", prefix[:80]), ("long", prefix + [1])):
+        live.add(make_request(name, tokens))
+    new = [("short", ([*shared, 20, 21],), 81, 1), ("long", ([*shared, *range(30, 37)],), 155, 4)]
+    blocks, _ = live.step(make_step(new))
+    rows = torch.tensor([(block.slot, block.index, block.block, block.context) for block in blocks])
+    table = torch.tensor([[*shared, 20, 21, *[0] * 5], [*shared, *range(30, 37)]])
+    slots, _ = match_rows(table, torch.tensor([82, 152 + 4]), torch.tensor([0, 1, 5]), rows)
+    assert slots.tolist() == [0, DENSE_SLOT]
+
+
 @pytest.mark.parametrize(("context", "slot"), [(31, -1), (32, 4), (47, 4), (48, -1), (49, 4), (64, 9), (80, 9)])
 def test_the_longest_prefix_wins_and_a_row_still_computing_its_own_is_dense(context, slot):
     """Slot 4 ends with block 7 after 32 tokens, slot 9 with block 5 after 64; a row at token 48 fills block 6."""
@@ -245,6 +307,19 @@ def test_the_longest_prefix_wins_and_a_row_still_computing_its_own_is_dense(cont
     )
     assert row_slot.tolist() == [slot]
     assert prefix_len.tolist() == [{-1: 0, 4: 32, 9: 64}[slot]]
+
+
+@pytest.mark.parametrize(("context", "slot"), [(31, -1), (32, 4), (63, 4), (64, -1), (70, -1), (96, 9)])
+def test_rows_on_a_prefix_left_to_vllm_are_dense_from_its_end_on(context, slot):
+    """Slot 4 ends with block 7, slot 9 with block 2; between them ends a prefix, with block 5, that is not squeezed."""
+    live = torch.tensor([[STOCK_SLOT, 3, 5, 64], [4, 1, 7, 32], [9, 5, 2, 96]])
+    row_slot, _ = match_rows(
+        torch.tensor([[3, 7, 6, 5, 8, 2]], dtype=torch.int32),
+        torch.tensor([context + 5]),
+        torch.tensor([0, 5], dtype=torch.int32),
+        live,
+    )
+    assert row_slot.tolist() == [slot]
 
 
 def test_a_prefix_that_is_longer_than_a_block_table_matches_no_row():

@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm_squeeze.attention_backend import compat
 from vllm_squeeze.attention_backend.matching import LiveBlock, LiveRequests, PrefixMatcher
 from vllm_squeeze.attention_backend.placement import Options, full_attention_groups, open_indexes, place_all
+from vllm_squeeze.attention_backend.policy import arms_of
 from vllm_squeeze.attention_backend.stats import SqueezePromMetrics, SqueezeStats
 from vllm_squeeze.attention_backend.wiring import SERVE, options_of
 
@@ -81,7 +82,7 @@ class SqueezeConnector(PassiveConnector):
             )
         tokens = {slot: indexes[slot].token_ids.tolist() for slot in placements}
         matcher = PrefixMatcher(placements.values(), tokens)
-        return LiveRequests(matcher, full_attention_groups(self._kv_cache_config))
+        return LiveRequests(matcher, full_attention_groups(self._kv_cache_config), arms_of(options, vllm_config))
 
     # scheduler's side
 

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from vllm_squeeze.attention_backend.placement import Placement
+from vllm_squeeze.attention_backend.policy import Arm, ChooseArm, Work, always_squeezed
 
 SQUEEZED = "squeezed"
+EXACT = "exact"
+FASTER = "dense: faster"
 NO_INDEX = "dense: no index"
 NOT_COMPUTED = "dense: prefix not in the KV cache yet"
 LORA = "dense: LoRA adapter"
@@ -15,7 +18,10 @@ CACHE_SALT = "dense: cache salt"
 EMBEDDINGS = "dense: prompt embeddings"
 MULTIMODAL = "dense: multimodal item in the prefix"
 
+OUTCOMES = {Arm.SQUEEZED: SQUEEZED, Arm.EXACT: EXACT, Arm.STOCK: FASTER}
+
 DENSE_SLOT = -1
+STOCK_SLOT = -2
 _FIRST = 16
 
 
@@ -23,11 +29,14 @@ class LiveBlock(NamedTuple):
     """Tells the worker what a row is: one whose block table holds ``block`` at ``index``.
 
     Attributes:
-        slot: the row's prefix, or DENSE_SLOT for a row that must stay dense.
+        slot: the row's prefix. STOCK_SLOT for rows on a prefix that vLLM's own attention serves in this step, and
+            DENSE_SLOT for a row that must stay dense.
         group: KV cache group.
         index: position in the block table.
         block: physical block id.
-        context: tokens that a row must have computed for this to hold of it; of several, the most wins.
+        context: tokens that a row must have computed for this to hold of it; for DENSE_SLOT, so many and no more. Of
+            several, the most wins.
+        exact: whether rows on the prefix attend to all of its keys in this step.
     """
 
     slot: int
@@ -35,6 +44,7 @@ class LiveBlock(NamedTuple):
     index: int
     block: int
     context: int
+    exact: bool = False
 
 
 class PrefixMatcher:
@@ -85,12 +95,18 @@ class _Live:
 class LiveRequests:
     """The requests that begin with an indexed prefix, from arrival to end, and what they are in each step.
 
+    Args:
+        matcher: of the indexed prefixes.
+        block_sizes: by KV cache group.
+        choose: how the rows of a step on one prefix attend to it.
+
     Attributes:
         rows: rows scheduled since they were last taken, by what became of them.
     """
 
-    def __init__(self, matcher: PrefixMatcher, block_sizes: dict[int, int]):
+    def __init__(self, matcher: PrefixMatcher, block_sizes: dict[int, int], choose: ChooseArm = always_squeezed):
         self.rows: Counter[str] = Counter()
+        self._choose = choose
         self._matcher = matcher
         self._block_sizes = block_sizes
         self._live: dict[str, _Live] = {}
@@ -114,31 +130,42 @@ class LiveRequests:
             scheduled: vLLM's SchedulerOutput.
 
         Returns:
-            the live blocks, sorted, none if no row is squeezed; and the number of tokens of squeezed rows.
+            the live blocks, sorted, none if our kernels have no rows; and the number of tokens of rows that they have.
         """
         num_rows = len(scheduled.num_scheduled_tokens)
         if not self._live and not self._refused:
             self.rows += Counter({NO_INDEX: num_rows})
             return [], 0
         reasons = Counter(self._refused[id] for id in self._refused.keys() & scheduled.num_scheduled_tokens.keys())
-        ready, waiting, num_tokens = [], [], 0
+        ready, dense = defaultdict(list), []
         for request_id, computed in self._update(scheduled):
             live = self._live[request_id]
             if live.begins_with_prefix and computed >= live.placement.covered and self._knows_prefix(live):
-                ready.append(live)
-                num_tokens += scheduled.num_scheduled_tokens[request_id]
+                ready[live.placement.slot].append((live, computed, scheduled.num_scheduled_tokens[request_id]))
             else:
-                waiting.append((live, computed))
-        not_computed = sum(live.begins_with_prefix for live, _ in waiting)
-        reasons += Counter({SQUEEZED: len(ready), NOT_COMPUTED: not_computed})
+                reasons[NOT_COMPUTED] += live.begins_with_prefix
+                dense.append((live, computed))
+
+        blocks, stock, num_tokens = set(), set(), 0
+        for rows in ready.values():
+            work = Work.of([count for *_, count in rows])
+            arm = self._choose(rows[0][0].placement, work)
+            reasons[OUTCOMES[arm]] += len(rows)
+            marks = {block for live, *_ in rows for block in self._prefix_blocks(live, arm)}
+            if arm is Arm.STOCK:
+                stock |= marks
+                dense += [(live, computed) for live, computed, _ in rows]
+            else:
+                blocks |= marks
+                num_tokens += work.tokens
         self.rows += reasons + Counter({NO_INDEX: num_rows - reasons.total()})
 
-        blocks = {block for live in ready for block in self._prefix_blocks(live)}
         if blocks:
             shortest = min(block.context for block in blocks)
+            blocks |= stock
             blocks |= {
                 block
-                for live, computed in waiting
+                for live, computed in dense
                 if computed >= shortest
                 for block in self._dense_blocks(live, computed)
             }
@@ -167,15 +194,17 @@ class LiveRequests:
         prefix_lens = live.placement.prefix_lens.items()
         return all(len(live.blocks[group]) * self._block_sizes[group] >= length for group, length in prefix_lens)
 
-    def _prefix_blocks(self, live: _Live) -> Iterable[LiveBlock]:
+    def _prefix_blocks(self, live: _Live, arm: Arm) -> Iterable[LiveBlock]:
         """The last block of the request's prefix, in each group: it stands for all before it."""
+        slot = STOCK_SLOT if arm is Arm.STOCK else live.placement.slot
         for group, prefix_len in live.placement.prefix_lens.items():
             last = prefix_len // self._block_sizes[group] - 1
-            yield LiveBlock(live.placement.slot, group, last, live.blocks[group][last], prefix_len)
+            yield LiveBlock(slot, group, last, live.blocks[group][last], prefix_len, arm is Arm.EXACT)
 
     def _dense_blocks(self, live: _Live, computed: int) -> Iterable[LiveBlock]:
-        """Keeps a request that is still computing its prefix from being taken for one on a shorter indexed prefix.
+        """Keeps a request from being taken for one on another indexed prefix that it has computed too.
 
+        That may be a shorter one, while it is still computing its own, or a longer one that its answer goes on with.
         Of the rows that hold the block which it is about to fill, only its own has computed as many tokens.
         """
         for group in live.placement.prefix_lens:

@@ -52,6 +52,7 @@ class Residency:
         # The scheduler's side, which verifies the layers too, is the one that warns.
         self._indexes = open_indexes(options, vllm_config, verify=False, on_refusal=logger.debug)
         self._failed: set[int] = set()
+        self._exact: frozenset[int] = frozenset()
         self._tables: list[ClusterTable] = []
         self._shared: Any = None
 
@@ -147,14 +148,31 @@ class Residency:
         for slot, place in self.active.items():
             span = self._spans[slot]
             self.prefixes.log_threshold[slot] = place.log_threshold
-            count = 0 if place.exact else span.num_centroids
-            self.prefixes.slots[slot] = torch.tensor([span.first_centroid, count, place.num_sinks])
             for table in self._tables:
                 covered = table.members[:, span.members] < min(place.prefix_lens.values())
                 before = torch.nn.functional.pad(covered.cumsum(1), (1, 0))
                 starts = (table.starts[:, span.centroids] - span.first_member).long()
                 ends = starts + table.sizes[:, span.centroids]
                 table.sizes[:, span.centroids] = (before.gather(1, ends) - before.gather(1, starts)).int()
+        self._write_slots()
+
+    def attend_exactly(self, slots: frozenset[int]) -> None:
+        """Says to which prefixes rows attend exactly from here on. The device gets it in stream order, without a wait.
+
+        Prefixes that were placed to be exact are so always.
+        """
+        if slots != self._exact:
+            self._exact = slots
+            self._write_slots()
+
+    def _write_slots(self) -> None:
+        facts = torch.zeros(self.prefixes.slots.shape, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        for slot, place in self.active.items():
+            span = self._spans[slot]
+            exact = place.exact or slot in self._exact
+            count, num_always = (0, place.covered) if exact else (span.num_centroids, place.num_sinks)
+            facts[slot] = torch.tensor([span.first_centroid, count, num_always])
+        self.prefixes.slots.copy_(facts, non_blocking=True)
 
     @property
     def indexes(self) -> dict[int, PrefixIndex]:

@@ -29,10 +29,10 @@ def match_rows(
     slot, index, block, needed = live.unbind(1)
     found = block_table[:, index.clamp(max=block_table.shape[1] - 1)] == block  # [B, A]
     # Rows that hit the block which a dense row is filling in this very step have computed more than that row.
-    enough = torch.where(slot < 0, context[:, None] == needed, context[:, None] >= needed)
+    enough = torch.where(slot == DENSE_SLOT, context[:, None] == needed, context[:, None] >= needed)
     found &= enough & (index < block_table.shape[1])
     length, best = torch.where(found, needed, -1).max(1)
-    row_slot = torch.where(length >= 0, slot[best], DENSE_SLOT)
+    row_slot = torch.where(length >= 0, slot[best], DENSE_SLOT).clamp(min=DENSE_SLOT)
     return row_slot, torch.where(row_slot >= 0, length, 0)
 
 

@@ -10,8 +10,9 @@ ROWS, BYTES_READ, BYTES_ALONE, BYTES_DENSE = "rows", "bytes_read", "bytes_alone"
 class SqueezeStats(KVConnectorStats):
     """Counts since the last report: rows by what became of them, and bytes of prefixes.
 
-    A row is one request in one step. Bytes are those of squeezed rows' prefixes: really read, each once for the rows
-    that share it; read if each row were alone, which is what the budget bounds; and read by a dense pass for each row.
+    A row is one request in one step. Bytes are those of the prefixes of squeezed and exact rows: really read, each once
+    for the rows that share it; read if each row were alone, which is what the budget bounds; and read by a dense pass
+    for each row.
     """
 
     def add_rows(self, rows: dict[str, int]) -> None:
@@ -51,12 +52,12 @@ class SqueezePromMetrics(KVConnectorPromMetrics):
         self._labels = per_engine_labelvalues
         self._rows = self._counter_cls(
             name="vllm:squeeze_rows",
-            documentation="Rows (requests in a step) by what became of them: squeezed, or dense and why.",
+            documentation="Rows (requests in a step) by what became of them: squeezed, exact, or dense and why.",
             labelnames=[*labelnames, "outcome"],
         )
         self._read = self._counter_cls(
             name="vllm:squeeze_prefix_bytes_read",
-            documentation="Bytes read of the indexed prefixes of squeezed rows, centroids included.",
+            documentation="Bytes read of the indexed prefixes of squeezed and exact rows, centroids included.",
             labelnames=labelnames,
         )
         self._alone = self._counter_cls(

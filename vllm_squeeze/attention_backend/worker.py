@@ -69,6 +69,7 @@ class SqueezeWorker:
         self.expect(live)
         if not self.squeezing:
             return
+        self._residency.attend_exactly(frozenset(block.slot for block in live if block.exact))
         for group, rows in self._groups.items():
             of_group = [b for b in live if b.group == group and (b.slot < 0 or b.slot in self._residency.active)]
             if of_group:

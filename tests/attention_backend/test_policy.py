@@ -1,0 +1,213 @@
+"""Which arm a step's rows get, and that the shipped times are fit to say so."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from vllm.platforms import current_platform
+
+from tests.attention_backend.world import OPTIONS, make_placement
+from tests.logs import warnings_of_squeeze
+from vllm_squeeze.attention_backend.policy import (
+    DEFAULT_GPU,
+    Arm,
+    CostModel,
+    Policy,
+    Shape,
+    Times,
+    Work,
+    always_squeezed,
+    arms_of,
+    measured_times,
+    union,
+)
+
+COMMAND = Path(__file__).parents[2] / "benchmarks" / "policy.py"
+LLAMA = Shape(kv_heads=8, group=4, head_size=128, element_size=2)
+PREFIXES = (1000, 8192, 30000, 2**17, 2**20)
+ROWS = (1, 2, 5, 16, 17, 64, 300)
+MODELS = pytest.mark.parametrize(
+    "model", [CostModel.of(times) for times in measured_times().values()], ids=measured_times()
+)
+
+
+def decoding(rows: int) -> Work:
+    return Work.of([1] * rows)
+
+
+def placed(num_tokens: int, exact: bool = False, kept: float = 0.1, centroids: float = 0.05) -> SimpleNamespace:
+    """What the policy reads of a placement."""
+    cost = SimpleNamespace(
+        kept_share=lambda budget: kept, num_centroids=round(centroids * num_tokens), num_tokens=num_tokens
+    )
+    return SimpleNamespace(covered=num_tokens, exact=exact, cost=cost)
+
+
+def test_work_is_counted_by_rows_and_tokens():
+    assert Work.of([1, 5, 1, 2]) == Work(decoding=2, prefilling=2, tokens=9)
+
+
+def test_times_between_and_beyond_what_was_measured():
+    times = Times({"100": {"1": 10.0, "4": 40.0}, "400": {"1": 20.0, "4": 20.0, "16": 80.0}})
+    assert [times.us(100, rows) for rows in (1, 2, 4, 40)] == pytest.approx([10, 20, 40, 400])
+    assert [times.us(400, rows) for rows in (1, 3, 8)] == pytest.approx([20, 20, 40])
+    assert [times.us(prefix, 1) for prefix in (25, 200, 4000)] == pytest.approx([5, 200**0.5, 200])
+    assert times.us(200, 2) == pytest.approx(20)
+
+
+@MODELS
+def test_more_takes_longer(model):
+    for cost in (model.stock_us, model.exact_us):
+        us = [[cost(LLAMA, prefix, decoding(rows)) for rows in ROWS] for prefix in PREFIXES]
+        assert all(sorted(line) == line for line in (*us, *map(list, zip(*us))))
+    longer = [[model.stock_us(LLAMA, prefix, Work(0, 1, n)) for n in (2, 64, 512, 4096)] for prefix in PREFIXES]
+    assert all(sorted(line) == line for line in longer)
+    kept = [model.squeezed_us(LLAMA, 2**17, decoding(4), kept, 0.05, "drop") for kept in (0.02, 0.1, 0.5, 1.0)]
+    assert sorted(set(kept)) == kept
+    more = model.squeezed_us(LLAMA, 2**17, decoding(4), 0.1, 0.1, "drop")
+    assert kept[1] < more < model.squeezed_us(LLAMA, 2**17, decoding(4), 0.1, 0.15, "drop")
+
+
+@MODELS
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_the_fastest_is_picked(model, prefix, rows):
+    work, policy = decoding(rows), Policy(model, LLAMA, 0.125, "drop")
+    stock, exact = model.stock_us(LLAMA, prefix, work), model.exact_us(LLAMA, prefix, work)
+    squeezed = model.squeezed_us(LLAMA, prefix, work, 0.1, 0.05, "drop")
+    fastest = {stock: Arm.STOCK, exact: Arm.EXACT}
+    assert policy(placed(prefix, exact=True), work) is fastest[min(fastest)]
+    # as many centroids as the model reckons with, but for rounding
+    assert (
+        policy(placed(prefix, centroids=0.05), work)
+        is (fastest | {squeezed: Arm.SQUEEZED})[min(stock, exact, squeezed)]
+    )
+    assert policy(placed(prefix, kept=1.0), work) is not Arm.SQUEEZED, "reads all keys, and centroids"
+
+
+@MODELS
+def test_long_questions_are_left_to_vllm(model):
+    # bound by products, of keys and of values
+    assert model.stock_us(LLAMA, 2**17, Work(0, 1, 512)) == pytest.approx(
+        2 * 2 * 512 * 2**17 * 32 * 128 / model.tflops / 1e6
+    )
+    policy = Policy(model, LLAMA, 0.125, "value_centroids")
+    assert policy(placed(2**17), Work(0, 1, 512)) is Arm.STOCK
+    assert policy(placed(2**17), decoding(1)) is Arm.SQUEEZED
+
+
+@MODELS
+def test_other_shapes_are_reckoned_by_bytes_and_tiles(model):
+    half = Shape(kv_heads=4, group=4, head_size=128, element_size=2)
+    wide = Shape(kv_heads=8, group=7, head_size=128, element_size=2)
+    for cost in (model.stock_us, model.exact_us):
+        assert cost(half, 2**17, decoding(8)) == pytest.approx(cost(LLAMA, 2**16, decoding(8)))
+    assert model.exact_us(wide, 2**17, decoding(8)) == pytest.approx(model.exact_us(LLAMA, 2**17, decoding(16)))
+    assert model.stock_us(wide, 2**17, decoding(8)) == model.stock_us(LLAMA, 2**17, decoding(8))
+
+
+@pytest.mark.parametrize(("kept", "tokens", "measured"), [
+    (0.1, 2, 0.20), (0.1, 4, 0.29), (0.1, 8, 0.38), (0.1, 16, 0.48), (0.1, 32, 0.56), (0.05, 16, 0.27), (0.05, 32, 0.35)
+])  # fmt: skip
+def test_choices_overlap_as_measured(kept, tokens, measured):
+    assert union(kept, tokens) == pytest.approx(measured, abs=0.08)
+    assert union(kept, 1) == pytest.approx(kept) and union(1.0, tokens) == 1
+
+
+@pytest.fixture
+def vllm_config():
+    import torch
+
+    heads = {"get_num_kv_heads": lambda parallel: 2, "get_num_attention_heads": lambda parallel: 14}
+    model = SimpleNamespace(**heads, get_head_size=lambda: 64, dtype=torch.float16)
+    return SimpleNamespace(model_config=model, parallel_config=None)
+
+
+def options(mode: str) -> SimpleNamespace:
+    return SimpleNamespace(**{**vars(OPTIONS), "mode": mode})
+
+
+def on_gpu(monkeypatch, name: str) -> None:
+    monkeypatch.setattr(type(current_platform), "get_device_name", lambda *args: name)
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda *args: True)
+
+
+@pytest.mark.parametrize(("mode", "gpu"), [("squeezed", DEFAULT_GPU), ("exact", DEFAULT_GPU), ("auto", None)])
+def test_nothing_is_chosen_where_a_mode_is_forced_or_without_a_gpu(monkeypatch, vllm_config, mode, gpu):
+    if gpu:
+        on_gpu(monkeypatch, gpu)
+    choose = arms_of(options(mode), vllm_config)
+    assert choose is always_squeezed
+    placement = make_placement(0, 100, {0: 16})
+    assert choose(placement, decoding(1)) is Arm.SQUEEZED
+    assert choose(placed(96, exact=True), decoding(1)) is Arm.EXACT
+
+
+def test_a_gpu_without_times_gets_those_of_another_and_a_warning(monkeypatch, vllm_config):
+    on_gpu(monkeypatch, DEFAULT_GPU)
+    with warnings_of_squeeze() as warnings:
+        known = arms_of(options("auto"), vllm_config)
+    assert not warnings and known.shape == Shape(2, 7, 64, 2) and known.budget == OPTIONS.budget
+    on_gpu(monkeypatch, "Imaginary 9000")
+    with warnings_of_squeeze() as warnings:
+        unknown = arms_of(options("auto"), vllm_config)
+    (warning,) = warnings
+    assert "Imaginary 9000" in warning and DEFAULT_GPU in warning and "benchmarks/policy.py" in warning
+    step = placed(2**18), decoding(1)
+    assert unknown(*step) is known(*step) is Arm.SQUEEZED
+
+
+def measurements(slow_stock: float = 1.0) -> dict:
+    """What ``benchmarks/kernels.py`` might have written of a GPU whose times are in proportion to bytes."""
+    rows = []
+    for prefix in (8, 32):
+        for batch in (1, 4, 16):
+            us = {
+                "stock": prefix * batch * slow_stock,
+                "exact": 10 + prefix,
+                "drop": 15 + prefix,
+                "squeezed": 20 + prefix,
+            }
+            rows += [{"arm": arm, "prefix": prefix, "batch": batch, "us": value} for arm, value in us.items()]
+    machine = {"gpu": "Imaginary 9000", "torch": "2", "date": "2026-01-02", "kv_heads": 8, "group": 4}
+    return {"machine": machine | {"head_size": 128, "kept": 0.1, "centroids": 0.05}, "rows": rows}
+
+
+def make_times(folder: Path, *arguments: str, **files: dict) -> subprocess.CompletedProcess:
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    command = [sys.executable, COMMAND, "grid.json", "--tflops", "500", "--out", "times.json", *arguments]
+    return subprocess.run(command, check=False, cwd=folder, capture_output=True, text=True)
+
+
+def test_the_command_adds_a_gpu(tmp_path):
+    (tmp_path / "times.json").write_text(json.dumps({"another": {}}))
+    result = make_times(tmp_path, grid=measurements())
+    assert result.returncode == 0, result.stderr
+    assert "0 of 12 picks" in result.stdout and "left out" in result.stdout
+    times = json.loads((tmp_path / "times.json").read_text())
+    assert times.keys() == {"another", "Imaginary 9000"}
+    model = CostModel.of(times["Imaginary 9000"])
+    assert model.shape == LLAMA and model.kept == 0.1 and model.tflops == 500
+    assert model.stock_us(LLAMA, 32768, decoding(16)) == pytest.approx(512)
+    assert model.squeezed_us(LLAMA, 8192, decoding(1), 0.1, 0.05, "value_centroids") == pytest.approx(28)
+
+
+def test_the_command_fails_where_picks_are_too_slow(tmp_path):
+    """The other measurements say that vLLM's attention is far faster than the times by which arms are picked."""
+    files = {"grid": measurements(), "other": measurements(slow_stock=0.01)}
+    result = make_times(tmp_path, "--check", "other.json", **files)
+    assert result.returncode == 1
+    assert sum(line.endswith("SLOW") for line in result.stdout.splitlines()) > 3
+
+
+def test_the_command_refuses_what_nothing_can_be_interpolated_between(tmp_path):
+    grid = measurements()
+    grid["rows"] = [row for row in grid["rows"] if row["prefix"] == 8]
+    result = make_times(tmp_path, grid=grid)
+    assert result.returncode == 1 and "two prefixes" in result.stderr and not (tmp_path / "times.json").exists()
+    grid["rows"] = [row for row in grid["rows"] if row["arm"] != "stock"]
+    assert "grid.json: no case with times of all of stock, exact" in make_times(tmp_path, grid=grid).stderr

@@ -1,0 +1,251 @@
+"""Which attention the rows of a step on one prefix get: the fastest, by times that were measured on this GPU.
+
+The times of a layer lie in ``measured_times.json``, which ``benchmarks/policy.py`` writes. They are of one shape of
+attention and one share of kept keys. Others are reckoned by the bytes that they read and the query rows they have.
+"""
+
+import functools
+import json
+import math
+from bisect import bisect
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vllm_squeeze.attention_backend.compat import logger
+from vllm_squeeze.attention_backend.placement import Options, Placement
+
+MEASURED_TIMES = Path(__file__).with_name("measured_times.json")
+DEFAULT_GPU = "NVIDIA H100 80GB HBM3"
+_UNION_EXPONENT = 0.65
+
+
+class Arm(Enum):
+    """How rows attend to their prefix.
+
+    SQUEEZED: to the keys that each chooses.
+    EXACT: to all keys, each loaded once for a tile of rows.
+    STOCK: by vLLM's own attention.
+    """
+
+    SQUEEZED = "squeezed"
+    EXACT = "exact"
+    STOCK = "stock"
+
+
+class Work(NamedTuple):
+    """A step's rows on one prefix.
+
+    Attributes:
+        decoding: rows of one query token.
+        prefilling: rows of several.
+        tokens: query tokens of all.
+    """
+
+    decoding: int
+    prefilling: int
+    tokens: int
+
+    @classmethod
+    def of(cls, tokens: list[int]) -> "Work":
+        """Of rows with so many query tokens each."""
+        decoding = tokens.count(1)
+        return cls(decoding, len(tokens) - decoding, sum(tokens))
+
+
+ChooseArm = Callable[[Placement, Work], Arm]
+
+
+def always_squeezed(placement: Placement, work: Work) -> Arm:
+    """Squeezed, whatever it costs; exact where the placement is."""
+    return Arm.EXACT if placement.exact else Arm.SQUEEZED
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The attention of a layer on one rank: KV heads, query heads of each, head size, bytes of an element."""
+
+    kv_heads: int
+    group: int
+    head_size: int
+    element_size: int
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's key and value."""
+        return self.kv_heads * 2 * self.head_size * self.element_size
+
+    @functools.cached_property
+    def tile_tokens(self) -> int:
+        """Query tokens that fit into a tile."""
+        # needs Triton, which a machine without a GPU may lack
+        from vllm_squeeze.kernels.tiles import MAX_TILE_ROWS, tokens_per_tile
+
+        return tokens_per_tile(MAX_TILE_ROWS, self.group)
+
+
+class Times:
+    """Microseconds of a layer, interpolated between measurements on logarithmic scales.
+
+    Args:
+        measured: by tokens of the prefix, of which there are at least two, and rows, of which the first is 1.
+    """
+
+    def __init__(self, measured: dict[str, dict[str, float]]):
+        def logs(times: dict[str, float]) -> list[tuple[float, float]]:
+            return sorted((math.log(int(rows)), math.log(us)) for rows, us in times.items())
+
+        self._curves = sorted((math.log(int(prefix)), logs(times)) for prefix, times in measured.items())
+        self._prefixes = [prefix for prefix, _ in self._curves]
+
+    def us(self, prefix: float, rows: float) -> float:
+        """The time of so many rows, at least 1, over so many tokens."""
+        prefix, rows = math.log(prefix), math.log(rows)
+        first = min(max(bisect(self._prefixes, prefix) - 1, 0), len(self._prefixes) - 2)
+        ends = [(at, _interpolate(curve, rows)) for at, curve in self._curves[first : first + 2]]
+        return math.exp(_interpolate(ends, prefix))
+
+
+def _interpolate(points: list[tuple[float, float]], x: float) -> float:
+    """On the line through the points around ``x``; below the first, that of the first two. In proportion above all."""
+    if x >= points[-1][0]:
+        return points[-1][1] + x - points[-1][0]
+    right = max(bisect(points, (x, math.inf)), 1)
+    (x0, y0), (x1, y1) = points[right - 1 : right + 1]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+def union(kept: float, tokens: int) -> float:
+    """The share of a prefix's keys that any of ``tokens`` query tokens chooses, each of them the share ``kept``.
+
+    Choices overlap. Of 2, 8, 16, 32 questions on a text, 0.1 kept, .20, .38, .48, .56 were measured together; this
+    gives .15, .33, .47, .63.
+    """
+    return 1 - (1 - kept) ** (tokens**_UNION_EXPONENT)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What a layer's attention costs on one GPU.
+
+    Attributes:
+        shape: that was measured.
+        kept: share of the keys that each row kept in what was measured.
+        centroids: per token of the prefix.
+        tflops: of vLLM's attention where there are many query tokens.
+        stock, exact: times of these arms.
+        squeezed: times, by what becomes of the clusters that were not chosen.
+    """
+
+    shape: Shape
+    kept: float
+    centroids: float
+    tflops: float
+    stock: Times
+    exact: Times
+    squeezed: dict[str, Times]
+
+    @classmethod
+    def of(cls, measured: dict[str, Any]) -> "CostModel":
+        """From a GPU's entry in ``measured_times.json``."""
+        times = {arm: Times(by_prefix) for arm, by_prefix in measured["us"].items()}
+        shape = Shape(**measured["shape"])
+        stock, exact = times.pop("stock"), times.pop("exact")
+        return cls(shape, measured["kept"], measured["centroids"], measured["tflops"], stock, exact, times)
+
+    def stock_us(self, shape: Shape, num_tokens: int, work: Work) -> float:
+        """Microseconds of vLLM's own attention: each row reads the prefix; many tokens of one are bound by products."""
+        prefix = self._equal_prefix(shape, num_tokens)
+        us = self.stock.us(prefix, work.decoding) if work.decoding else 0.0
+        if work.prefilling:
+            products = (work.tokens - work.decoding) * num_tokens * shape.kv_heads * shape.group * shape.head_size
+            us += max(self.stock.us(prefix, work.prefilling), 4 * products / self.tflops / 1e6)
+        return us
+
+    def exact_us(self, shape: Shape, num_tokens: int, work: Work) -> float:
+        """Microseconds where each tile reads the prefix once."""
+        return self.exact.us(self._equal_prefix(shape, num_tokens), self._equal_rows(shape, work))
+
+    def squeezed_us(self, shape: Shape, num_tokens: int, work: Work, kept: float, centroids: float, rest: str) -> float:
+        """Microseconds where each tile reads centroids and the keys that its tokens chose.
+
+        What is read beyond the measured share costs as much as exact attention to it, and less saves as much.
+
+        Args:
+            shape: of the layer.
+            num_tokens: of the prefix.
+            work: of the step.
+            kept: share of the keys that each token keeps.
+            centroids: per token of the prefix.
+            rest: what becomes of the others, as in SqueezeConfig.
+        """
+        prefix, rows = self._equal_prefix(shape, num_tokens), self._equal_rows(shape, work)
+        shared = min(work.tokens, shape.tile_tokens)
+        # a centroid is a key, and with the value's a token
+        tokens_of_centroid = 1.0 if rest == "value_centroids" else 0.5
+        more = union(kept, shared) - union(self.kept, shared) + (centroids - self.centroids) * tokens_of_centroid
+        return self.squeezed[rest].us(prefix, rows) + more * self.exact.us(prefix, rows)
+
+    def _equal_prefix(self, shape: Shape, num_tokens: int) -> float:
+        """Tokens of a prefix of the measured shape with as many bytes."""
+        return num_tokens * shape.token_bytes / self.shape.token_bytes
+
+    def _equal_rows(self, shape: Shape, work: Work) -> float:
+        """Tokens of the measured shape that take as many tiles."""
+        return max(work.tokens * self.shape.tile_tokens / shape.tile_tokens, 1.0)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Chooses the arm that costs least. Of equal ones it takes the more exact."""
+
+    model: CostModel
+    shape: Shape
+    budget: float
+    rest: str
+
+    def __call__(self, placement: Placement, work: Work) -> Arm:
+        step = self.shape, placement.covered, work
+        us = {Arm.STOCK: self.model.stock_us(*step), Arm.EXACT: self.model.exact_us(*step)}
+        if not placement.exact:
+            cost = placement.cost
+            shares = cost.kept_share(self.budget), cost.num_centroids / cost.num_tokens
+            us[Arm.SQUEEZED] = self.model.squeezed_us(*step, *shares, self.rest)
+        return min(us, key=us.__getitem__)
+
+
+@functools.cache
+def measured_times() -> dict[str, Any]:
+    """Entries of ``measured_times.json``, by the GPU's name."""
+    return json.loads(MEASURED_TIMES.read_text(encoding="utf-8"))
+
+
+def arms_of(options: Options, vllm_config: Any) -> ChooseArm:
+    """How an engine chooses between arms: by cost on a GPU if ``mode`` is "auto", else it does not."""
+    from vllm.platforms import current_platform
+
+    if options.mode != "auto":
+        return always_squeezed
+    gpu, measured = current_platform.get_device_name(), measured_times()
+    if gpu not in measured:
+        if not current_platform.is_cuda():
+            return always_squeezed
+        logger.warning(
+            "squeeze: there are no times of attention on %s to choose by; those of %s are taken. "
+            "benchmarks/policy.py makes them.",
+            gpu,
+            DEFAULT_GPU,
+        )
+        gpu = DEFAULT_GPU
+    logger.info("squeeze: choosing between squeezed, exact and vLLM's attention by times on %s.", gpu)
+    return Policy(CostModel.of(measured[gpu]), shape_of(vllm_config), options.budget, options.rest)
+
+
+def shape_of(vllm_config: Any) -> Shape:
+    """The attention of an engine's layers on one rank."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    kv_heads = model.get_num_kv_heads(parallel)
+    group = model.get_num_attention_heads(parallel) // kv_heads
+    return Shape(kv_heads, group, model.get_head_size(), model.dtype.itemsize)
