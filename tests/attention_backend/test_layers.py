@@ -1,27 +1,37 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from vllm_squeeze.attention_backend.layers import why_dense
+from vllm_squeeze.attention_backend.layers import FLOAT8, why_dense
 
 
-def layer(**facts):
+def layer(scale=1.0, **facts):
     """What is asked of a vLLM attention layer, for a plain decoder."""
     plain = {
         "attn_type": "decoder",
         "sliding_window": None,
         "alibi_slopes": None,
-        "logits_soft_cap": 0,
         "sinks": None,
         "kv_sharing_target_layer_name": None,
         "kv_cache_dtype": "auto",
     }
-    return SimpleNamespace(**(plain | facts))
+    scale = torch.tensor(scale)
+    return SimpleNamespace(impl=SimpleNamespace(**(plain | facts)), _k_scale=scale, _v_scale=scale)
 
 
 @pytest.mark.parametrize("window", [None, -1, (-1, -1)])
 def test_a_plain_decoder_layer_is_squeezed(window):
     assert why_dense(layer(sliding_window=window)) is None
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{"logits_soft_cap": 30.0}, {"kv_cache_dtype": "bfloat16"}, *({"kv_cache_dtype": name} for name in FLOAT8)],
+    ids=str,
+)
+def test_what_does_not_keep_a_layer_dense(facts):
+    assert why_dense(layer(**facts)) is None
 
 
 @pytest.mark.parametrize(
@@ -31,10 +41,11 @@ def test_a_plain_decoder_layer_is_squeezed(window):
         ({"sliding_window": (511, 0)}, "sliding window"),
         ({"sliding_window": 512}, "sliding window"),
         ({"alibi_slopes": [0.5]}, "ALiBi"),
-        ({"logits_soft_cap": 30.0}, "soft cap"),
         ({"sinks": object()}, "sinks"),
         ({"kv_sharing_target_layer_name": "model.layers.1"}, "shared"),
-        ({"kv_cache_dtype": "fp8_e4m3"}, "fp8_e4m3"),
+        ({"kv_cache_dtype": "fp8_per_token_head"}, "fp8_per_token_head"),
+        ({"kv_cache_dtype": "nvfp4"}, "nvfp4"),
+        ({"kv_cache_dtype": "fp8", "scale": [0.5, 0.25]}, "a scale for each KV head"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -49,4 +60,4 @@ def test_vllms_layers_have_these_attributes():
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
     source = inspect.getsource(CPUAttentionBackendImpl.__init__)
-    assert [name for name in vars(layer()) if f"self.{name} =" not in source] == []
+    assert [name for name in vars(layer().impl) if f"self.{name} =" not in source] == []

@@ -74,7 +74,7 @@ def test_histograms_add_up(split, memory_bytes):
     query, centroids, sizes = case()
     whole = score_histogram(query, centroids, sizes, SCALE)
     parts = [
-        score_histogram(query[rows], centroids[rows], sizes[rows], SCALE, memory_bytes)
+        score_histogram(query[rows], centroids[rows], sizes[rows], SCALE, memory_bytes=memory_bytes)
         for rows in (slice(None, split), slice(split, None))
     ]
     assert torch.equal(whole, parts[0] + parts[1])
