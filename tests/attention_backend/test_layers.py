@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_squeeze.attention_backend.layers import FLOAT8, why_dense
+from vllm_squeeze.attention_backend.layers import FLOAT8, as_stored, cache_scales, in_model_dtype, why_dense
 
 
 def layer(scale=1.0, **facts):
@@ -17,7 +17,7 @@ def layer(scale=1.0, **facts):
         "kv_cache_dtype": "auto",
     }
     scale = torch.tensor(scale)
-    return SimpleNamespace(impl=SimpleNamespace(**(plain | facts)), _k_scale=scale, _v_scale=scale)
+    return SimpleNamespace(impl=SimpleNamespace(**(plain | facts)), _q_scale=scale, _k_scale=scale, _v_scale=scale)
 
 
 @pytest.mark.parametrize("window", [None, -1, (-1, -1)])
@@ -53,6 +53,27 @@ def test_what_keeps_a_layer_dense(facts, reason):
     assert reason in why_dense(layer(**facts))
 
 
+def test_a_cache_in_the_models_dtype_is_read_as_it_is():
+    cache = torch.randn(3, 4).bfloat16()
+    assert as_stored(layer(), cache) is cache and cache_scales(layer()) == (None, None)
+    assert in_model_dtype(cache, layer(), torch.bfloat16) is cache
+
+
+@pytest.mark.parametrize("name", FLOAT8)
+def test_a_cache_in_8_bits_is_bytes_and_scales(name):
+    stored = torch.randn(3, 4).to(FLOAT8[name])
+    quantised = layer(scale=0.3, kv_cache_dtype=name)
+    assert torch.equal(as_stored(quantised, stored.view(torch.uint8)).float(), stored.float())
+    assert cache_scales(quantised) == (quantised._k_scale, quantised._v_scale)
+
+
+def test_queries_in_8_bits_are_scaled_before_they_are_rounded():
+    query = torch.randn(50, 4).to(torch.float8_e4m3fn)
+    scaled = in_model_dtype(query, layer(scale=0.3, kv_cache_dtype="fp8"), torch.bfloat16)
+    assert torch.equal(scaled, (query.float() * 0.3).bfloat16())
+    assert not torch.equal(scaled, query.bfloat16() * torch.tensor(0.3).bfloat16())
+
+
 def test_vllms_layers_have_these_attributes():
     """Fails when vLLM renames what is asked."""
     import inspect
@@ -60,4 +81,5 @@ def test_vllms_layers_have_these_attributes():
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
     source = inspect.getsource(CPUAttentionBackendImpl.__init__)
-    assert [name for name in vars(layer().impl) if f"self.{name} =" not in source] == []
+    needed = [*vars(layer().impl), "logits_soft_cap"]
+    assert [name for name in needed if f"self.{name} =" not in source] == []

@@ -41,9 +41,7 @@ def indexes(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     made: dict[tuple, Path] = {}
 
-    def make(
-        model: Path, ids: list[int], exact: bool = False, kv_cache_dtype: str = "auto", **parameters: Any
-    ) -> Path:
+    def make(model: Path, ids: list[int], exact: bool = False, kv_cache_dtype: str = "auto", **parameters: Any) -> Path:
         known = (model, tuple(ids), exact, kv_cache_dtype, *sorted(parameters.items()))
         if known not in made:
             folder = tmp_path_factory.mktemp("index")
