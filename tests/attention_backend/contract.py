@@ -172,6 +172,15 @@ def check_scheduler_output() -> None:
     assert needed <= used, needed - used
 
 
+def check_attention() -> None:
+    """What our layers read of vLLM's."""
+    impl = source_of("vllm.v1.attention.backends.flash_attn")["FlashAttentionImpl"]
+    needed = {"logits_soft_cap", "kv_cache_dtype", "supports_quant_query_input", "vllm_flash_attn_version"}
+    assert needed <= attributes(impl), needed - attributes(impl)
+    for name in ("q", "k", "v"):
+        assert f"layer._{name}_scale.expand(descale_shape)" in ast.unparse(impl), name
+
+
 def check_connector_hooks() -> None:
     """What vLLM calls us by, and what we call of it."""
     from vllm.distributed.kv_transfer.kv_connector.v1 import base
@@ -193,6 +202,7 @@ def main() -> None:
     check_connector_hooks()
     check_scheduler_output()
     check_graphs()
+    check_attention()
     with tempfile.TemporaryDirectory() as folder:
         check_wiring(Path(folder))
     from importlib.metadata import version

@@ -32,20 +32,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="session")
 def indexes(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Indexes token ids once for a model: indexes(model, ids) -> the folder of the index; exact=True clusters nothing."""
+    """Indexes token ids once for a model: indexes(model, ids) -> the folder of the index; exact=True clusters nothing.
+
+    ``kv_cache_dtype`` is vLLM's argument, other keywords are the index's parameters.
+    """
     from vllm_squeeze.offline_tools.index import index
     from vllm_squeeze.prefix_index.manifest import IndexParameters
 
     made: dict[tuple, Path] = {}
 
-    def make(model: Path, ids: list[int], exact: bool = False, **parameters: Any) -> Path:
-        known = (model, tuple(ids), exact, *sorted(parameters.items()))
+    def make(model: Path, ids: list[int], exact: bool = False, kv_cache_dtype: str = "auto", **parameters: Any) -> Path:
+        known = (model, tuple(ids), exact, kv_cache_dtype, *sorted(parameters.items()))
         if known not in made:
             folder = tmp_path_factory.mktemp("index")
             tokens = folder / "tokens.json"
             tokens.write_text(str(list(ids)))
             chosen = None if exact else IndexParameters(**parameters)
-            made[known] = index(str(model), None, tokens, None, folder / "store", chosen, ENGINE_ARGS)
+            arguments = {**ENGINE_ARGS, "kv_cache_dtype": kv_cache_dtype}
+            made[known] = index(str(model), None, tokens, None, folder / "store", chosen, arguments)
         return made[known]
 
     return make

@@ -9,8 +9,8 @@ PREFIX = tokens(seed=1, count=600)
 
 @pytest.mark.parametrize(
     ("family", "group", "head_size"),
-    [("llama", 3, 64), ("llama", 7, 64), ("llama", 1, 128), ("gemma3", 4, 64)],
-    ids=["llama-G3", "llama-G7", "llama-G1-D128", "gemma3-hybrid"],
+    [("llama", 3, 64), ("llama", 7, 64), ("llama", 1, 128), ("gemma3", 4, 64), ("gemma2", 3, 64)],
+    ids=["llama-G3", "llama-G7", "llama-G1-D128", "gemma3-hybrid", "gemma2-soft-cap"],
 )
 def test_answers_are_the_dense_ones(models, indexes, family, group, head_size):
     model = models(family, group=group, head_size=head_size)
@@ -25,3 +25,15 @@ def test_answers_are_the_dense_ones(models, indexes, family, group, head_size):
     assert len(set(dense)) > 10, "the model answers alike whatever it is asked"
     # One row per request and answered token; the first request of all computes the prefix.
     assert rows == {"squeezed": 20 * 8, "dense: prefix not in the KV cache yet": 1}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_budget_is_about_what_is_read(models, indexes, family):
+    """The threshold is calibrated on the very scores that choose clusters, also where a soft cap bounds them."""
+    model = models(family)
+    with engine(model, indexes(model, PREFIX), budget=0.5) as llm:
+        generate(llm, [PREFIX + [5]], num_tokens=1)
+        generate(llm, [PREFIX + tokens(seed, 3 + seed) for seed in range(8)])
+        counted = {metric.name: metric.value for metric in llm.get_metrics() if "prefix_bytes" in metric.name}
+    used = counted["vllm:squeeze_prefix_bytes_alone"] / counted["vllm:squeeze_prefix_bytes_dense"]
+    assert used == pytest.approx(0.5, abs=0.1)

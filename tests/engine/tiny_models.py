@@ -11,14 +11,15 @@ def make_model(folder: Path, family: str, group: int = 3, head_size: int = 64, s
 
     Args:
         folder: to write into.
-        family: "llama", or "gemma3": a hybrid of sliding-window and full-attention layers.
+        family: "llama"; "gemma2": every second layer with a sliding window, all with a logit soft cap that binds; or
+            "gemma3": a hybrid of sliding-window and full-attention layers.
         group: query heads per KV head.
         head_size: of keys.
         seed: of the weights.
         config: more settings of the model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
+    from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, LlamaConfig
 
     shape = {
         "vocab_size": VOCABULARY,
@@ -34,13 +35,19 @@ def make_model(folder: Path, family: str, group: int = 3, head_size: int = 64, s
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    if family == "gemma3":
+    if family == "gemma2":
+        cap = {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 1}
+        model_config = Gemma2Config(**{**shape, **cap, "sliding_window": 64, **config})
+    elif family == "gemma3":
         window = {"sliding_window": 64, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
         model_config = Gemma3TextConfig(**{**shape, "query_pre_attn_scalar": head_size, **window, **config})
     else:
         model_config = LlamaConfig(**{**shape, **config})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    if family != "llama":
+        # Gemma's output embeddings are those of the input: at full size, each answer would repeat the last token.
+        model.get_input_embeddings().weight.data *= 0.1
     model.save_pretrained(folder)
     write_tokenizer(folder)
     return folder

@@ -42,6 +42,7 @@ class Scene:
         values: per slot, [H, T, D].
         suffix: [N, 2, H, L, D], keys and values of each token's suffix.
         suffix_output: [N, H * G, D], attention over the suffix.
+        cache_scales: key_scale and value_scale where the cache is in 8-bit floats; else empty.
     """
 
     query: torch.Tensor
@@ -58,6 +59,7 @@ class Scene:
     values: tuple[torch.Tensor, ...]
     suffix: torch.Tensor
     suffix_output: torch.Tensor
+    cache_scales: dict[str, torch.Tensor]
 
     @property
     def num_kv_heads(self) -> int:
@@ -76,7 +78,7 @@ class Scene:
         """Calls the kernels or the reference with ``arguments`` after the scale; gives the merged output."""
         output = self.suffix_output.clone()
         self.prefixes.counters.zero_()
-        op(self.query, output, *self.operands(), *arguments)
+        op(self.query, output, *self.operands(), *arguments, **self.cache_scales)
         return output
 
     def log_p(self, token: int) -> torch.Tensor:
@@ -158,12 +160,14 @@ def build_scene(
     slot_of: tuple[int, ...] = (0, 0),
     num_sinks: int = 16,
     dtype: torch.dtype = torch.float32,
+    cache_dtype: torch.dtype | None = None,
     seed: int = 42,
 ) -> Scene:
     """A step of N tokens, one of each request. ``sizes`` holds the sizes of the clusters of each prefix.
 
     Pages in use are scattered over the cache, which is NaN elsewhere, as are the centroids between two prefixes;
-    rows of query, block table and log-sum-exp are padded with NaN or numbers of pages that do not exist.
+    rows of query, block table and log-sum-exp are padded with NaN or numbers of pages that do not exist. With an 8-bit
+    float as ``cache_dtype`` the prefixes' keys and values are what the cache and its scales make of them.
     """
     random = torch.Generator().manual_seed(seed)
 
@@ -173,8 +177,14 @@ def build_scene(
     def rounded(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(dtype).float()
 
+    # no powers of two, so that scaling rounds
+    key_scale, value_scale = (0.03, 0.07) if cache_dtype else (1.0, 1.0)
+
+    def stored(tensor: torch.Tensor, scale: float) -> torch.Tensor:
+        return (tensor / scale).to(cache_dtype or dtype).float()
+
     num_tokens, num_heads = len(slot_of), num_kv_heads * group
-    keys, values, prefix_pages, slots = [], [], [], []
+    keys, values, in_pages, prefix_pages, slots = [], [], [], [], []
     centroids, value_centroids, starts, all_sizes, members = ([] for _ in range(5))
     num_members = num_pages = 0
     for prefix_sizes in sizes:
@@ -189,7 +199,9 @@ def build_scene(
             order = order[torch.argsort(cluster_of * length + order)]
             head_members.append(order)
             prefix_keys[head, order] = centres[head, cluster_of] + 0.5 * prefix_keys[head, order]
-        prefix_keys, prefix_values = rounded(prefix_keys), rounded(prefix_values)
+        stored_rows = torch.cat([stored(prefix_keys, key_scale), stored(prefix_values, value_scale)], -1)
+        prefix_keys, prefix_values = stored_rows.split(head_size, -1)
+        prefix_keys, prefix_values = prefix_keys * key_scale, prefix_values * value_scale
         for source, means in ((prefix_keys, centroids), (prefix_values, value_centroids)):
             in_order = torch.stack([source[head, head_members[head]] for head in range(num_kv_heads)])
             total = torch.zeros_like(centres).index_add_(1, cluster_of, in_order)
@@ -203,15 +215,15 @@ def build_scene(
         num_members += int(count.sum()) + 2
         keys.append(prefix_keys)
         values.append(prefix_values)
+        in_pages.append(stored_rows.transpose(0, 1))
         prefix_pages.append(range(num_pages, num_pages + -(-length // page_size)))
         num_pages = prefix_pages[-1].stop
 
     cache = torch.full((2 * num_pages + 4, page_size, num_kv_heads, 2 * head_size), torch.nan)
     physical = torch.randperm(len(cache), generator=random)
     block_table = torch.full((num_tokens, num_pages + 3), 10**6, dtype=torch.int32)
-    for pages, prefix_keys, prefix_values in zip(prefix_pages, keys, values, strict=True):
-        token = torch.arange(prefix_keys.shape[1])
-        rows = torch.cat([prefix_keys, prefix_values], -1).transpose(0, 1)
+    for pages, rows in zip(prefix_pages, in_pages, strict=True):
+        token = torch.arange(len(rows))
         cache[physical[pages.start + token // page_size], token % page_size] = rows
     for token, slot in enumerate(slot_of):
         if slot >= 0:
@@ -228,7 +240,8 @@ def build_scene(
 
     sizes_per_head = torch.cat(all_sizes).int().expand(num_kv_heads, -1).contiguous()
     starts_per_head = torch.cat(starts).int().expand(num_kv_heads, -1).contiguous()
-    cache = cache.to(device, dtype)
+    cache = cache.to(device, cache_dtype or dtype)
+    scales = {"key_scale": key_scale, "value_scale": value_scale} if cache_dtype else {}
     wide_query = torch.full((num_tokens, num_heads, head_size + 8), torch.nan)
     wide_query[..., :head_size] = query
     table = ClusterTable(
@@ -258,6 +271,7 @@ def build_scene(
         values=tuple(tensor.to(device) for tensor in values),
         suffix=suffix.to(device),
         suffix_output=suffix_output.to(device, dtype),
+        cache_scales={name: torch.tensor(scale, device=device) for name, scale in scales.items()},
     )
     return scene.tile(slot_of)
 

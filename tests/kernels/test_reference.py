@@ -7,13 +7,28 @@ import pytest
 import torch
 
 from tests.kernels.conftest import Scene
-from vllm_squeeze.kernels.reference import attend_prefix, choose_clusters, squeezed_attention_reference
+from vllm_squeeze.kernels.reference import (
+    attend_causal,
+    attend_prefix,
+    choose_clusters,
+    merge,
+    squeezed_attention_reference,
+)
 
 SIZES = ((5, 1, 9, 0, 30, 2, 17, 8, 24), (40, 3, 3))
 
 
 def test_everything_chosen_is_dense_attention(make_scene, assert_close):
     scene = make_scene(sizes=SIZES, slot_of=(0, 1, 0))
+    expected = torch.stack([scene.dense(token) for token in range(3)])
+    assert_close(scene.apply(squeezed_attention_reference, True), expected)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=["e4m3", "e5m2"])
+def test_keys_and_values_in_8_bits(make_scene, assert_close, cache_dtype: torch.dtype):
+    """Attention over a prefix in 8-bit floats is that over what they stand for."""
+    scene = make_scene(sizes=SIZES, slot_of=(0, 1, 0), cache_dtype=cache_dtype)
+    assert scene.key_cache.dtype == scene.value_cache.dtype == cache_dtype
     expected = torch.stack([scene.dense(token) for token in range(3)])
     assert_close(scene.apply(squeezed_attention_reference, True), expected)
 
@@ -69,7 +84,9 @@ def test_a_needle_is_always_chosen(make_scene):
     assert chosen[0, :, 5].all() and chosen.sum() == scene.num_kv_heads
 
 
-def attend_all(scene: Scene, query: torch.Tensor, num_sinks: int, rest: bool) -> tuple[torch.Tensor, ...]:
+def attend_all(
+    scene: Scene, query: torch.Tensor, num_sinks: int, rest: bool, soft_cap: float = 0.0
+) -> tuple[torch.Tensor, ...]:
     """``attend_prefix`` of queries [R, H * G, D] over the first prefix."""
     heads = torch.arange(scene.num_kv_heads, device=query.device)[:, None]
 
@@ -79,7 +96,32 @@ def attend_all(scene: Scene, query: torch.Tensor, num_sinks: int, rest: bool) ->
     query = query.reshape(len(query), scene.num_kv_heads, scene.group, -1)
     table = scene.table.prefix(0, len(SIZES[0]))
     log_threshold = float(scene.prefixes.log_threshold[0])
-    return attend_prefix(query, table, read_tokens, log_threshold, num_sinks, scene.scale, rest)
+    return attend_prefix(query, table, read_tokens, log_threshold, num_sinks, scene.scale, rest, soft_cap)
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 0.7], ids=["no cap", "a cap"])
+def test_a_logit_soft_cap_bounds_the_logits_of_prefix_and_suffix(make_scene, assert_close, soft_cap: float):
+    scene = make_scene(sizes=SIZES, slot_of=(0,))
+    suffix_keys, suffix_values = scene.suffix[0]
+    query = scene.query.view(1, scene.num_kv_heads, scene.group, -1)
+    prefix_output, prefix_lse, *_ = attend_all(scene, scene.query, 16, True, soft_cap)
+    output, lse = attend_causal(query, suffix_keys, suffix_values, scene.scale, soft_cap)
+    keys = torch.cat([scene.keys[0], suffix_keys], 1).double()
+    logits = query[0].double() @ keys.mT * scene.scale
+    if soft_cap:
+        logits = soft_cap * (logits / soft_cap).tanh()
+    expected = logits.softmax(-1) @ torch.cat([scene.values[0], suffix_values], 1).double()
+    assert_close(merge(output, lse, prefix_output, prefix_lse)[0], expected)
+
+
+def test_a_logit_soft_cap_bounds_predicted_probabilities(make_scene):
+    """As it bounds the logits of the keys that they stand for."""
+    scene = make_scene(sizes=SIZES, slot_of=(0,))
+    table = scene.table.prefix(0, len(SIZES[0]))
+    query = 30 * scene.query.view(1, scene.num_kv_heads, scene.group, -1)
+    scores, _ = choose_clusters(query, table, 0.0, scene.scale)
+    bound, _ = choose_clusters(query, table, 0.0, scene.scale, 0.7)
+    assert scores.abs().max() > 0.7 and torch.allclose(bound, 0.7 * (scores / 0.7).tanh())
 
 
 def test_queries_together_as_one_by_one(make_scene, assert_close):

@@ -1,6 +1,7 @@
 """The Triton kernels against the oracle, over shapes and clusters that do not fit their tiles."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 
 import pytest
@@ -79,6 +80,35 @@ def test_agrees_with_the_reference(make_scene, assert_close, shape: tuple[int, i
     )
     scene.set_threshold(0.3)
     check_against_reference(scene, True, assert_close)
+
+
+takes_8_bits = pytest.mark.skipif(
+    "key_scale" not in inspect.signature(kernels.squeezed_attention).parameters,
+    reason="the kernels do not read 8-bit floats",
+)
+
+
+@takes_8_bits
+@pytest.mark.parametrize("rest", [True, False], ids=["rest", "drop"])
+@pytest.mark.parametrize("shape", [(2, 4, 128, 16), (1, 1, 64, 64)], ids=lambda shape: "H{}-G{}-D{}-S{}".format(*shape))
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=needs_gpu)], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=["e4m3", "e5m2"])
+def test_keys_and_values_in_8_bits(make_scene, assert_close, cache_dtype, dtype, shape, rest: bool):
+    num_kv_heads, group, head_size, page_size = shape
+    scene = make_scene(
+        num_kv_heads=num_kv_heads,
+        group=group,
+        head_size=head_size,
+        page_size=page_size,
+        sizes=(UNEVEN[0], UNEVEN[0][:7]),
+        slot_of=(0, 1, 0),
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+    )
+    scene.set_threshold(0.4)
+    scene = scene.make_exact(1)
+    check_against_reference(scene, rest, assert_close)
+    assert_close(run(scene)[1], scene.dense(1))
 
 
 @pytest.mark.parametrize("num_sinks", [0, 16])

@@ -12,6 +12,7 @@ COST = ReadCost(
     num_centroids=50,
     head_size=64,
     element_size=2,
+    centroid_element_size=2,
     rest=True,
 )
 
@@ -23,6 +24,14 @@ def test_bytes_counted_by_hand():
     assert COST.read_bytes(0) == COST.fixed_bytes
     assert COST.read_bytes(10.5) == COST.fixed_bytes + 10.5 * 260
     assert COST.budget_used(100) == (42_896 + 26_000) / 256_000
+
+
+def test_keys_in_8_bits_beside_centroids_in_16():
+    halved = dataclasses.replace(COST, element_size=1)
+    assert halved.dense_bytes == 1000 * (64 + 64)
+    assert halved.bytes_per_key == 64 + 64 + 4
+    assert halved.fixed_bytes == 116 * (64 + 64) + 50 * (128 + 128 + 4 + 4)
+    assert halved.kept_share(0.5) < COST.kept_share(0.5)
 
 
 def test_value_centroids_are_not_read_without_the_rest():

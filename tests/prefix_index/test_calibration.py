@@ -37,8 +37,8 @@ def table(centroids: torch.Tensor, sizes: torch.Tensor) -> ClusterTable:
     return ClusterTable(centroids, torch.zeros_like(centroids), starts, sizes, sizes.new_zeros(len(sizes), 0))
 
 
-def kept_share(query, centroids, sizes, threshold: float) -> float:
-    _, chosen = choose_clusters(query.transpose(0, 1), table(centroids, sizes), threshold, SCALE)
+def kept_share(query, centroids, sizes, threshold: float, soft_cap: float = 0.0) -> float:
+    _, chosen = choose_clusters(query.transpose(0, 1), table(centroids, sizes), threshold, SCALE, soft_cap)
     return float((chosen * sizes).sum() / (query.shape[1] * sizes.sum()))
 
 
@@ -53,16 +53,19 @@ def test_threshold_keeps_its_share(share):
     )
 
 
-def test_histogram_counts_what_the_oracle_chooses():
+@pytest.mark.parametrize(
+    ("soft_cap", "edges"), [(0.0, (3000, 3300, 3600, 3800)), (2.0, (3200, 3300, 3400, 3420))], ids=["no cap", "a cap"]
+)
+def test_histogram_counts_what_the_oracle_chooses(soft_cap, edges):
     query, centroids, sizes = case()
-    histogram = score_histogram(query, centroids, sizes, SCALE)
+    histogram = score_histogram(query, centroids, sizes, SCALE, soft_cap)
     total = int(query.shape[1] * sizes.sum())
     assert histogram.dtype == torch.int64
     assert histogram.shape == (NUM_BINS,)
     assert int(histogram.sum()) == total
-    for edge in (3000, 3300, 3600, 3800):
+    for edge in edges:
         log_p = LOWEST_LOG_P + edge * BIN_WIDTH
-        share = kept_share(query, centroids, sizes, log_p)
+        share = kept_share(query, centroids, sizes, log_p, soft_cap)
         assert 0 < share < 1
         # a key may fall on the other side of an edge by rounding
         assert float(histogram[edge:].sum() / total) == pytest.approx(share, abs=1e-3)
@@ -74,7 +77,7 @@ def test_histograms_add_up(split, memory_bytes):
     query, centroids, sizes = case()
     whole = score_histogram(query, centroids, sizes, SCALE)
     parts = [
-        score_histogram(query[rows], centroids[rows], sizes[rows], SCALE, memory_bytes)
+        score_histogram(query[rows], centroids[rows], sizes[rows], SCALE, memory_bytes=memory_bytes)
         for rows in (slice(None, split), slice(split, None))
     ]
     assert torch.equal(whole, parts[0] + parts[1])

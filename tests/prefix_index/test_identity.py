@@ -38,6 +38,15 @@ def test_a_model_may_have_many_names():
     assert make_identity().difference(make_identity(model="/models/tiny")) is None
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kv_cache_dtype", "num_bytes"),
+    [("float32", "auto", 4), ("bfloat16", "auto", 2), ("float32", "bfloat16", 2), ("bfloat16", "fp8_e4m3", 1)],
+)
+def test_bytes_of_numbers(dtype, kv_cache_dtype, num_bytes):
+    model = make_identity(dtype=dtype, kv_cache_dtype=kv_cache_dtype)
+    assert (model.element_size, model.cache_element_size) == ({"float32": 4, "bfloat16": 2}[dtype], num_bytes)
+
+
 @pytest.mark.parametrize("changes", [dict(dtype="float64"), dict(num_layers=0), dict(head_size=-1)], ids=str)
 def test_an_impossible_model_is_refused(changes):
     with pytest.raises(ValueError, match=f"^{next(iter(changes))} is "):

@@ -14,11 +14,11 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from vllm_squeeze.attention_backend.layers import NotesRows, SqueezeLayer, mode_of_engine
+from vllm_squeeze.attention_backend.layers import NotesRows, SqueezeLayer, as_stored, cache_scales, mode_of_engine
 from vllm_squeeze.attention_backend.recorder import ObservesQueries
 from vllm_squeeze.attention_backend.rows import RowGroup
 from vllm_squeeze.attention_backend.wiring import RECORD, SERVE
-from vllm_squeeze.kernels.reference import attend_causal, attend_prefix, count_reads, merge
+from vllm_squeeze.kernels.reference import attend_causal, attend_prefix, count_reads, dequantised, merge
 
 # Query tokens scored at once. Bounds the memory of a long question over a long prefix.
 QUERY_CHUNK = 256
@@ -45,20 +45,24 @@ class KVPages:
     Args:
         impl: vLLM's attention layer implementation.
         layer: the layer that holds it.
-        kv_cache: [num_blocks, H, S, 2 * D].
+        kv_cache: [num_blocks, H, S, 2 * D], as vLLM keeps it.
+        dtype: of the model.
     """
 
-    def __init__(self, impl: CPUAttentionBackendImpl, layer: Any, kv_cache: torch.Tensor):
+    def __init__(self, impl: CPUAttentionBackendImpl, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype):
         self.block_size = kv_cache.shape[2]
-        self._offsets = _page_layout(impl, layer, self.block_size, kv_cache.shape[3] // 2, kv_cache.dtype)
-        self._kv_cache = kv_cache
+        self._kv_cache, self._scales = as_stored(layer, kv_cache), cache_scales(layer)
+        self._offsets = _page_layout(impl, layer, kv_cache, dtype)
         self._heads = torch.arange(kv_cache.shape[1])[:, None]
 
     def read(self, blocks: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads keys and values, [H, M, D] each, of tokens at positions [H, M] or [M] of a row with these blocks."""
         positions = positions.expand(len(self._heads), -1)
         pages, within = blocks[positions // self.block_size], positions % self.block_size
-        return tuple(self._gather(offsets, pages, within) for offsets in self._offsets)
+        return tuple(
+            dequantised(self._gather(offsets, pages, within), scale)
+            for offsets, scale in zip(self._offsets, self._scales, strict=True)
+        )
 
     def _gather(self, offsets: torch.Tensor, pages: torch.Tensor, within: torch.Tensor) -> torch.Tensor:
         """Elements at ``offsets`` [S, D] of pages [H, M], for the tokens ``within`` [H, M] them: [H, M, D]."""
@@ -79,25 +83,29 @@ _LAYOUTS: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
 
 def _page_layout(
-    impl: CPUAttentionBackendImpl, layer: Any, block_size: int, head_size: int, dtype: torch.dtype
+    impl: CPUAttentionBackendImpl, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Offsets of key and value elements in a page of one block and head: [S, D] int64 each."""
+    _, heads, block_size, width = kv_cache.shape
+    head_size, stored = width // 2, as_stored(layer, kv_cache).dtype
     isa = getattr(layer, "isa", None) or impl.isa
-    known = (isa, block_size, head_size, dtype)
+    known = (isa, block_size, head_size, dtype, stored)
     if known in _LAYOUTS:
         return _LAYOUTS[known]
-    heads, count = impl.num_kv_heads, block_size * head_size
-    number = torch.arange(count).view(block_size, 1, head_size)
+    count = block_size * head_size
+    number = torch.arange(count).view(block_size, 1, head_size).expand(-1, heads, -1)
     slots = torch.arange(block_size)
+    # vLLM divides by the scales what it writes
+    key_scale, value_scale = (1.0 if scale is None else scale for scale in cache_scales(layer))
     keys, values = torch.zeros(2, 2 * count, dtype=torch.int64)
-    # Digits of the numbers, small enough to be exact in any dtype.
-    for power in (1, 128, 128**2):
-        digit = (number // power % 128).to(dtype).expand(-1, heads, -1).contiguous()
+    # Octal digits of the numbers, which even 8-bit floats hold exactly.
+    for power in 8 ** torch.arange(7):
+        digit = number // power % 8
         nothing = torch.full_like(digit, -1)
         for numbers, key, value in ((keys, digit, nothing), (values, nothing, digit)):
-            page = torch.full((1, heads, block_size, 2 * head_size), -1, dtype=dtype)
-            impl.do_kv_cache_update(layer, key, value, page, slots)
-            numbers += page[0, 0].flatten().long() * power
+            page = torch.full((1, heads, block_size, width), -1.0).to(stored).view(kv_cache.dtype)
+            impl.do_kv_cache_update(layer, (key * key_scale).to(dtype), (value * value_scale).to(dtype), page, slots)
+            numbers += as_stored(layer, page)[0, 0].flatten().float().long() * power
 
     def offsets(numbers: torch.Tensor) -> torch.Tensor:
         written = (numbers >= 0).nonzero().flatten()
@@ -129,7 +137,7 @@ class SqueezeCPUImpl(SqueezeLayer, CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         if attn_metadata is not None and self.rows is not None and self.rows.squeezing:
-            self._squeeze(KVPages(self, layer, kv_cache), query, output)
+            self._squeeze(KVPages(self, layer, kv_cache, query.dtype), query, output)
         return output
 
     def _squeeze(self, pages: KVPages, query: torch.Tensor, output: torch.Tensor) -> None:
@@ -147,7 +155,10 @@ class SqueezeCPUImpl(SqueezeLayer, CPUAttentionBackendImpl):
             tokens = torch.cat([torch.arange(start, end) for *_, start, end in rows])
             suffix = [
                 attend_causal(
-                    query[start:end], *pages.read(blocks[index], torch.arange(prefix_len, seq_len)), self.scale
+                    query[start:end],
+                    *pages.read(blocks[index], torch.arange(prefix_len, seq_len)),
+                    self.scale,
+                    self.logits_soft_cap,
                 )
                 for index, _, prefix_len, seq_len, start, end in rows
             ]
@@ -169,6 +180,7 @@ class SqueezeCPUImpl(SqueezeLayer, CPUAttentionBackendImpl):
             num_sinks,
             self.scale,
             self.residency.options.rest == "value_centroids",
+            self.logits_soft_cap,
         )
         count_reads(prefixes.counters[slot], count > 0, kept, loaded)
         return output, lse
@@ -182,7 +194,7 @@ class RecordingCPUImpl(ObservesQueries, CPUAttentionBackendImpl):
     """vLLM's attention that remembers the last queries."""
 
     def read_tokens(self, layer: Any, kv_cache: torch.Tensor, blocks: torch.Tensor, num_tokens: int) -> Any:
-        return KVPages(self, layer, kv_cache).read(blocks, torch.arange(num_tokens))
+        return KVPages(self, layer, kv_cache, self._dtype).read(blocks, torch.arange(num_tokens))
 
 
 class SqueezeCPUBackend(CPUAttentionBackend):

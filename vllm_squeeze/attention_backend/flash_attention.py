@@ -12,11 +12,19 @@ from vllm.v1.attention.backends.flash_attn import (
     flash_attn_varlen_func,
 )
 
-from vllm_squeeze.attention_backend.layers import NotesRows, SqueezeLayer, mode_of_engine
+from vllm_squeeze.attention_backend.layers import (
+    NotesRows,
+    SqueezeLayer,
+    as_stored,
+    cache_scales,
+    in_model_dtype,
+    mode_of_engine,
+)
 from vllm_squeeze.attention_backend.recorder import ObservesQueries
 from vllm_squeeze.attention_backend.residency import Residency
 from vllm_squeeze.attention_backend.rows import RowGroup
 from vllm_squeeze.attention_backend.wiring import RECORD, SERVE, options_of
+from vllm_squeeze.kernels.reference import dequantised
 from vllm_squeeze.kernels.squeezed_attention import squeezed_attention
 from vllm_squeeze.kernels.tiles import QueryTiles
 from vllm_squeeze.kernels.workspace import Workspace
@@ -130,8 +138,11 @@ class SqueezeImpl(SqueezeLayer, FlashAttentionImpl):
         num_tokens, num_rows = attn_metadata.num_actual_tokens, len(attn_metadata.seq_lens)
         # FlashAttention's loads want canonical strides where there is one KV head.
         key_cache, value_cache = map(
-            canonicalize_singleton_dim_strides, kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+            canonicalize_singleton_dim_strides,
+            as_stored(layer, kv_cache).transpose(1, 2).split(self.head_size, dim=-1),
         )
+        key_scale, value_scale = cache_scales(layer)
+        per_row_and_head = (num_rows, self.num_kv_heads)
         # beside the look-up, which needs nothing of it
         rows.begun.record()
         with torch.cuda.stream(rows.side):
@@ -147,14 +158,19 @@ class SqueezeImpl(SqueezeLayer, FlashAttentionImpl):
                 max_seqlen_k=attn_metadata.max_seq_len,
                 softmax_scale=self.scale,
                 causal=True,
+                softcap=self.logits_soft_cap,
                 block_table=rows.suffix_blocks[:num_rows],
+                # FlashAttention wants queries in 8 bits where keys are, as vLLM hands them over.
+                q_descale=layer._q_scale.expand(per_row_and_head) if self.supports_quant_query_input else None,
+                k_descale=layer._k_scale.expand(per_row_and_head),
+                v_descale=layer._v_scale.expand(per_row_and_head),
                 fa_version=self.vllm_flash_attn_version,
                 num_splits=attn_metadata.max_num_splits,
                 return_softmax_lse=True,
             )
             rows.suffix_done.record()
         squeezed_attention(
-            query,
+            in_model_dtype(query, layer, output.dtype),
             output,
             suffix_lse,
             key_cache,
@@ -166,6 +182,9 @@ class SqueezeImpl(SqueezeLayer, FlashAttentionImpl):
             self.scale,
             self.residency.options.rest == "value_centroids",
             self._workspace,
+            soft_cap=self.logits_soft_cap,
+            key_scale=key_scale,
+            value_scale=value_scale,
             suffix_done=rows.suffix_done,
         )
         return output
@@ -194,8 +213,9 @@ class RecordingImpl(ObservesQueries, FlashAttentionImpl):
     """vLLM's attention that remembers the last queries."""
 
     def read_tokens(self, layer: Any, kv_cache: torch.Tensor, blocks: torch.Tensor, num_tokens: int) -> Any:
-        pages = kv_cache[blocks.to(kv_cache.device)].transpose(0, 1).flatten(1, 2)[:, :num_tokens]  # [H, T, 2 * D]
-        return pages.split(self.head_size, dim=-1)
+        pages = as_stored(layer, kv_cache)[blocks.to(kv_cache.device)]
+        both = pages.transpose(0, 1).flatten(1, 2)[:, :num_tokens].split(self.head_size, dim=-1)  # [H, T, D] each
+        return tuple(map(dequantised, both, cache_scales(layer)))
 
 
 class SqueezeBackend(FlashAttentionBackend):

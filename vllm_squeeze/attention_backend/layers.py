@@ -12,6 +12,9 @@ from vllm_squeeze.attention_backend.wiring import RECORD, SERVE, options_of
 from vllm_squeeze.attention_backend.worker import layers_of
 from vllm_squeeze.kernels.tables import ClusterTable
 
+FLOAT8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+"""The 8-bit floats of a KV cache by vLLM's names for them."""
+
 
 def mode_of_engine() -> str | None:
     """Which of our connectors the engine being built uses: that to serve, that to record, or None."""
@@ -21,23 +24,42 @@ def mode_of_engine() -> str | None:
     return next((name for name in (SERVE, RECORD) if options_of(vllm_config, name) is not None), None)
 
 
-def why_dense(impl: Any) -> str | None:
+def why_dense(layer: Any) -> str | None:
     """What keeps an attention layer from being squeezed, in a word or two; None if nothing does."""
+    impl = layer.impl
     if impl.attn_type != "decoder":
         return f"{impl.attn_type} attention"
     if impl.sliding_window not in (None, -1, (-1, -1)):
         return "a sliding window"
     if impl.alibi_slopes is not None:
         return "ALiBi"
-    if impl.logits_soft_cap:
-        return "a logit soft cap"
     if impl.sinks is not None:
         return "learned attention sinks"
     if impl.kv_sharing_target_layer_name is not None:
         return "KV shared between layers"
-    if impl.kv_cache_dtype not in ("auto", "float16", "bfloat16"):
+    if impl.kv_cache_dtype not in ("auto", "float16", "bfloat16", *FLOAT8):
         return f"a KV cache in {impl.kv_cache_dtype}"
+    if layer._k_scale.numel() > 1 or layer._v_scale.numel() > 1:
+        return "a scale for each KV head"
     return None
+
+
+def as_stored(layer: Any, kv_cache: torch.Tensor) -> torch.Tensor:
+    """A layer's KV cache as a view in the dtype that its keys have; vLLM keeps 8-bit floats as bytes."""
+    float8 = FLOAT8.get(layer.impl.kv_cache_dtype)
+    return kv_cache if float8 is None else kv_cache.view(float8)
+
+
+def cache_scales(layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What the keys and the values in a layer's KV cache are multiplied by, one float32 each; None without a scale."""
+    return (layer._k_scale, layer._v_scale) if layer.impl.kv_cache_dtype in FLOAT8 else (None, None)
+
+
+def in_model_dtype(query: torch.Tensor, layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Queries in the model's dtype. vLLM hands those of some layers over in 8-bit floats, as it does their KV cache."""
+    if query.dtype == dtype:
+        return query
+    return torch.mul(query.float(), layer._q_scale, out=torch.empty_like(query, dtype=dtype))
 
 
 class SqueezeLayer:
@@ -70,10 +92,10 @@ class SqueezeLayer:
         self.residency = next((r for r in others if r is not None), None)
         if self.residency is None:
             self.residency = Residency(self._vllm_config, Options(**options_of(self._vllm_config, SERVE)))
-        if reason := why_dense(self):
+        name = next(name for name, layer in layers.items() if getattr(layer, "impl", None) is self)
+        if reason := why_dense(layers[name]):
             logger.warning_once("squeeze: layers with %s stay dense.", reason)
             return
-        name = next(name for name, layer in layers.items() if getattr(layer, "impl", None) is self)
         self.table = self.residency.load_layer(name, self.num_kv_heads, self.head_size, act_dtype)
 
 

@@ -20,14 +20,15 @@ def model_identity(vllm_config: Any) -> ModelIdentity:
     rope = {field: getattr(text, field) for field in ROPE_FIELDS if getattr(text, field, None) is not None}
     parallel = vllm_config.parallel_config
     dtype = str(model.dtype).removeprefix("torch.")
+    # Versions of vLLM differ in whether they resolve "auto".
+    other_names = {dtype: "auto", "fp8": "fp8_e4m3"}
     kv_cache_dtype = str(vllm_config.cache_config.cache_dtype)
     return ModelIdentity(
         model=model.model,
         architecture=",".join(model.hf_config.architectures or [model.hf_config.model_type]),
         weights=weights_of(vllm_config),
         dtype=dtype,
-        # Versions of vLLM differ in whether they resolve "auto".
-        kv_cache_dtype="auto" if kv_cache_dtype == dtype else kv_cache_dtype,
+        kv_cache_dtype=other_names.get(kv_cache_dtype, kv_cache_dtype),
         quantization=str(model.quantization or "none"),
         rope=json.dumps(rope, sort_keys=True, default=str),
         num_layers=text.num_hidden_layers,

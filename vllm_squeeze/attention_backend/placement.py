@@ -174,6 +174,7 @@ def place(index: PrefixIndex, slot: int, options: Options, block_sizes: dict[int
         num_centroids=0 if exact else num_centroids(manifest),
         head_size=manifest.model.head_size,
         element_size=element_size,
+        centroid_element_size=manifest.model.element_size,
         rest=options.rest == "value_centroids",
     )
     threshold = math.inf
@@ -197,7 +198,7 @@ def place_all(
     placements = {}
     for slot, index in indexes.items():
         try:
-            placements[slot] = place(index, slot, options, groups, vllm_config.model_config.dtype.itemsize)
+            placements[slot] = place(index, slot, options, groups, index.manifest.model.cache_element_size)
         except InvalidIndex as error:
             on_refusal(str(error))
     return placements

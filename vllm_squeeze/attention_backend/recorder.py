@@ -18,7 +18,7 @@ from tqdm import tqdm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
 
 from vllm_squeeze.attention_backend.connector import PassiveConnector
-from vllm_squeeze.attention_backend.layers import why_dense
+from vllm_squeeze.attention_backend.layers import in_model_dtype, why_dense
 from vllm_squeeze.attention_backend.placement import full_attention_groups
 from vllm_squeeze.attention_backend.wiring import RECORD, options_of
 from vllm_squeeze.attention_backend.worker import layers_of
@@ -94,7 +94,9 @@ class ObservesQueries:
         from vllm.config import get_current_vllm_config
 
         super().__init__(*args, **kwargs)
-        options = RecordOptions(**options_of(get_current_vllm_config(), RECORD))
+        vllm_config = get_current_vllm_config()
+        options = RecordOptions(**options_of(vllm_config, RECORD))
+        self._dtype = vllm_config.model_config.dtype
         self._window = options.parameters["observation_window"]
 
     def forward(
@@ -109,7 +111,7 @@ class ObservesQueries:
         **kwargs: Any,
     ) -> torch.Tensor:
         if attn_metadata is not None:
-            new = query[: attn_metadata.num_actual_tokens][-self._window :]
+            new = in_model_dtype(query[: attn_metadata.num_actual_tokens][-self._window :], layer, self._dtype)
             seen = new if self.observed is None else torch.cat([self.observed, new])
             self.observed = seen[-self._window :].clone()
         return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
@@ -172,7 +174,7 @@ class SqueezeRecorder(PassiveConnector):
             (name, group)
             for group in self._groups
             for name in self._layers_by_group[group]
-            if isinstance(getattr(layers.get(name), "impl", None), ObservesQueries) and not why_dense(layers[name].impl)
+            if isinstance(getattr(layers.get(name), "impl", None), ObservesQueries) and not why_dense(layers[name])
         ]
         names.sort(key=lambda named: layer_order(named[0]))
         with tqdm(total=len(names), desc="Clustering", unit="layer", disable=rank > 0) as progress:
@@ -205,8 +207,8 @@ class SqueezeRecorder(PassiveConnector):
         if batch:
             yield batch
 
-    def _read(self, layer: Any, blocks: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
-        """Keys and values [H, T, D], queries of the observation window [H, W, G, D], and the softmax scale."""
+    def _read(self, layer: Any, blocks: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, float]:
+        """Keys and values [H, T, D], queries of the observation window [H, W, G, D], softmax scale and soft cap."""
         impl, cache = layer.impl, self._kv_caches[layer.layer_name]
         group = next(g for g in self._groups if layer.layer_name in self._layers_by_group[g])
         # A block of the scheduler may be several of the attention kernel's.
@@ -214,10 +216,12 @@ class SqueezeRecorder(PassiveConnector):
         table = (torch.tensor(blocks)[:, None] * pages + torch.arange(pages)).flatten()
         keys, values = impl.read_tokens(layer, cache, table, self._options.num_tokens)
         queries = impl.observed.view(-1, impl.num_kv_heads, impl.num_queries_per_kv, impl.head_size)
-        return keys, values, queries.transpose(0, 1), impl.scale
+        return keys, values, queries.transpose(0, 1), impl.scale, impl.logits_soft_cap
 
-    def _cluster(self, keys: Any, values: Any, queries: Any, scales: Any) -> Iterator[tuple[dict, float]]:
-        num_heads, dtype = len(keys[0]), keys[0].dtype
+    def _cluster(
+        self, keys: Any, values: Any, queries: Any, scales: Any, soft_caps: Any
+    ) -> Iterator[tuple[dict, float]]:
+        num_heads, dtype = len(keys[0]), self._vllm_config.model_config.dtype
         all_keys = torch.cat(keys).float()
         clusters = cluster_keys(all_keys, torch.cat(values).float(), IndexParameters(**self._options.parameters))
         for layer, query in enumerate(queries):
@@ -236,5 +240,7 @@ class SqueezeRecorder(PassiveConnector):
                 "sizes": of_layer.sizes,
                 "members": of_layer.members,
             }
-            tensors["scores"] = score_histogram(query.float(), tensors["centroids"], tensors["sizes"], scales[layer])
+            tensors["scores"] = score_histogram(
+                query.float(), tensors["centroids"], tensors["sizes"], scales[layer], soft_caps[layer]
+            )
             yield {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, cosine

@@ -87,7 +87,7 @@ class Residency:
             name: of the layer, in vLLM.
             num_kv_heads: of the layer on this rank.
             head_size: of the layer.
-            dtype: of the layer's KV cache.
+            dtype: of the model, as queries have it.
         """
         indexes = self._indexes.values()
         if not any(index.manifest.exact or layer_number(index, name) is not None for index in indexes):

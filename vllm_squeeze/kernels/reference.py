@@ -106,18 +106,18 @@ def attend_prefix(
 
 
 def attend_causal(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, soft_cap: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense attention of the last R of L tokens over all L, each up to itself.
 
     Args:
-        query: [R, H, G, D]; keys, values: [H, L, D]; scale: softmax scale.
+        query: [R, H, G, D]; keys, values: [H, L, D]; scale: softmax scale; soft_cap: bound on the logits, 0 for none.
 
     Returns:
         output [R, H, G, D] float32 and log-sum-exp [R, H, G] float32.
     """
     num_queries, length = len(query), keys.shape[1]
-    logits = torch.einsum("rhgd,hld->rhgl", query.float(), keys.float()) * scale
+    logits = capped(torch.einsum("rhgd,hld->rhgl", query.float(), keys.float()) * scale, soft_cap)
     token = torch.arange(length, device=query.device)
     unseen = token > token[length - num_queries :, None]  # [R, L]
     return softmax_weighted(logits.masked_fill(unseen[:, None, None], -torch.inf), values.float())
@@ -126,6 +126,11 @@ def attend_causal(
 def capped(logits: torch.Tensor, soft_cap: float) -> torch.Tensor:
     """Logits bound to plus and minus ``soft_cap``, or as they are where it is 0."""
     return soft_cap * torch.tanh(logits / soft_cap) if soft_cap else logits
+
+
+def dequantised(vectors: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """Keys or values read from a cache: float32 and scaled where they are 8-bit floats, or as they are without scale."""
+    return vectors if scale is None else vectors.float() * scale
 
 
 def softmax_weighted(logits: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,6 +159,8 @@ def squeezed_attention_reference(
     scale: float,
     rest: bool,
     soft_cap: float = 0.0,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> None:
     """The oracle of ``squeezed_attention``, with its arguments and its effect on ``output`` and ``counters``."""
     num_kv_heads = len(table.centroids)
@@ -167,8 +174,8 @@ def squeezed_attention_reference(
             blocks = block_table[row].long()[positions // block_size]
             heads = torch.arange(num_kv_heads, device=positions.device)[:, None]
             return (
-                key_cache[blocks, positions % block_size, heads],
-                value_cache[blocks, positions % block_size, heads],
+                dequantised(key_cache[blocks, positions % block_size, heads], key_scale),
+                dequantised(value_cache[blocks, positions % block_size, heads], value_scale),
             )
 
         prefix_output, prefix_lse, kept, loaded = attend_prefix(

@@ -325,7 +325,8 @@ def clustered_facts(manifest: Manifest, size: int, cosine: float) -> dict[str, s
         num_clustered=manifest.num_members,
         num_centroids=max(layer.num_centroids for layer in manifest.layers),
         head_size=model.head_size,
-        element_size=getattr(torch, model.dtype).itemsize,
+        element_size=model.cache_element_size,
+        centroid_element_size=model.element_size,
         rest=True,
     )
     kv = len(manifest.layers) * model.num_kv_heads * cost.dense_bytes

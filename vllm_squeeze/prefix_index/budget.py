@@ -23,7 +23,8 @@ class ReadCost:
         num_clustered: tokens in clusters.
         num_centroids: clusters.
         head_size: elements of a key, and of a value.
-        element_size: bytes of an element.
+        element_size: bytes of an element of the KV cache.
+        centroid_element_size: bytes of an element of a centroid, of keys or of values.
         rest: whether the values' centroids are read, for the clusters that were not chosen.
     """
 
@@ -33,6 +34,7 @@ class ReadCost:
     num_centroids: int
     head_size: int
     element_size: int
+    centroid_element_size: int
     rest: bool
 
     @property
@@ -43,7 +45,8 @@ class ReadCost:
     @property
     def fixed_bytes(self) -> int:
         """Bytes read even if no cluster is kept."""
-        bytes_per_cluster = self._vector_bytes * (2 if self.rest else 1) + BYTES_PER_CLUSTER
+        centroid_bytes = self.head_size * self.centroid_element_size
+        bytes_per_cluster = centroid_bytes * (2 if self.rest else 1) + BYTES_PER_CLUSTER
         return self.num_always * 2 * self._vector_bytes + self.num_centroids * bytes_per_cluster
 
     @property

@@ -11,6 +11,8 @@ import math
 import numpy as np
 import torch
 
+from vllm_squeeze.kernels.reference import capped
+
 NUM_BINS = 4096
 LOWEST_LOG_P = -40.0
 LEAST_SHARE = 0.002
@@ -22,7 +24,12 @@ Curve = tuple[tuple[float, float], ...]
 
 
 def score_histogram(
-    query: torch.Tensor, centroids: torch.Tensor, sizes: torch.Tensor, scale: float, memory_bytes: int = 1 << 28
+    query: torch.Tensor,
+    centroids: torch.Tensor,
+    sizes: torch.Tensor,
+    scale: float,
+    soft_cap: float = 0.0,
+    memory_bytes: int = 1 << 28,
 ) -> torch.Tensor:
     """Counts clustered keys by the log p of their cluster, the largest over the query heads of a KV head.
 
@@ -32,6 +39,7 @@ def score_histogram(
         centroids: [B, C, D].
         sizes: [B, C], keys of each cluster.
         scale: softmax scale.
+        soft_cap: bound on the logits; 0 for none.
         memory_bytes: bound on temporary memory, as far as one row fits into it.
 
     Returns:
@@ -44,7 +52,8 @@ def score_histogram(
     bytes_per_row = num_queries * num_centroids * (12 * group + 32)
     for rows in torch.arange(num_rows, device=query.device).split(max(memory_bytes // max(bytes_per_row, 1), 1)):
         weights = sizes[rows].long()[:, None].expand(-1, num_queries, -1)
-        scores = torch.einsum("bwgd,bcd->bwgc", query[rows].float(), centroids[rows].float()) * scale
+        logits = torch.einsum("bwgd,bcd->bwgc", query[rows].float(), centroids[rows].float()) * scale
+        scores = capped(logits, soft_cap)
         mass = (scores + sizes[rows].log()[:, None, None]).logsumexp(-1, keepdim=True)
         log_p = (scores - mass).amax(2)  # [B, W, C]
         bins = ((log_p / -LOWEST_LOG_P + 1) * NUM_BINS).clamp(0, NUM_BINS - 1).long()

@@ -50,6 +50,16 @@ class ModelIdentity:
             raise ValueError(f"dtype is {self.dtype!r}, must be one of {', '.join(DTYPE_BYTES)}")
         check_ranges(self, num_layers=(1, 2**16), num_heads=(1, 2**16), num_kv_heads=(1, 2**16), head_size=(1, 2**16))
 
+    @property
+    def element_size(self) -> int:
+        """Bytes of one number in the model's dtype, as centroids have it."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def cache_element_size(self) -> int:
+        """Bytes of one number in the KV cache."""
+        return 1 if self.kv_cache_dtype.startswith("fp8") else DTYPE_BYTES.get(self.kv_cache_dtype, self.element_size)
+
     def compared(self) -> dict[str, str | int]:
         """The fields that have to agree, in the order in which they are compared."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "model"}
