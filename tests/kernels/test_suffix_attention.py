@@ -7,7 +7,7 @@ from tests.kernels.conftest import ON_GPU, check_close, poisoned
 from vllm_squeeze.kernels.reference import attend_causal
 from vllm_squeeze.kernels.suffix_attention import Suffixes, attend_suffix, why_unsupported
 
-pytest.importorskip("xformers")
+pytestmark = pytest.mark.usefixtures("torch_kernel")
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.float16, torch.bfloat16]
@@ -35,11 +35,11 @@ def efficient_attention(
     return output, lse, None, None, max_seqlen_q, max_seqlen_k
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def torch_kernel(monkeypatch):
+    """Puts a stand-in in place of torch's kernel where there is no GPU."""
+    fmha = pytest.importorskip("xformers.ops.fmha")
     if not ON_GPU:
-        from xformers.ops import fmha
-
         monkeypatch.setattr(fmha.cutlass.FwOp, "OPERATOR", staticmethod(efficient_attention))
         monkeypatch.setattr(fmha.common.AttentionOpBase, "not_supported_reasons", classmethod(lambda cls, inputs: []))
 

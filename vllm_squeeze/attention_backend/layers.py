@@ -60,6 +60,10 @@ class SqueezeLayer:
         super().__init__(*args, **kwargs)
         self._vllm_config = get_current_vllm_config()
 
+    def why_dense(self, dtype: torch.dtype) -> str | None:
+        """What keeps this layer, with keys of this dtype, from being squeezed, in a line; None if nothing does."""
+        return why_dense(self)
+
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Loads this layer's tables while vLLM loads weights, so that its memory profiling counts them."""
         super().process_weights_after_loading(act_dtype)
@@ -70,7 +74,7 @@ class SqueezeLayer:
         self.residency = next((r for r in others if r is not None), None)
         if self.residency is None:
             self.residency = Residency(self._vllm_config, Options(**options_of(self._vllm_config, SERVE)))
-        if reason := why_dense(self):
+        if reason := self.why_dense(act_dtype):
             logger.warning_once("squeeze: layers with %s stay dense.", reason)
             return
         name = next(name for name, layer in layers.items() if getattr(layer, "impl", None) is self)
