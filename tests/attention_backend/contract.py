@@ -181,6 +181,24 @@ def check_attention() -> None:
         assert f"layer._{name}_scale.expand(descale_shape)" in ast.unparse(impl), name
 
 
+def check_without_flash_attention() -> None:
+    """How vLLM says that it has no FlashAttention, and its attention in place of it."""
+    from vllm.v1.attention.backends import fa_utils
+
+    parameters = inspect.signature(fa_utils.get_flash_attn_version).parameters.values()
+    assert all(parameter.default is not parameter.empty for parameter in parameters)
+    classes = source_of("vllm.v1.attention.backends.triton_attn")
+    declared = {node.target.id for node in classes["TritonAttentionMetadata"].body if isinstance(node, ast.AnnAssign)}
+    needed = {"num_actual_tokens", "max_query_len", "query_start_loc", "max_seq_len", "seq_lens", "block_table"}
+    assert needed <= declared, needed - declared
+    impl = classes["TritonAttentionImpl"]
+    assert "fused_output_quant_supported" in attributes(impl)
+    forward = ast.unparse(method(impl, "forward"))
+    # each row's tokens, which we shorten, and where keys and values lie
+    assert "seqused_k = attn_metadata.seq_lens" in forward and "block_table = attn_metadata.block_table" in forward
+    assert "kv_cache.transpose(1, 2)" in forward and "kv_cache.split(hs, dim=-1)" in forward
+
+
 def check_connector_hooks() -> None:
     """What vLLM calls us by, and what we call of it."""
     from vllm.distributed.kv_transfer.kv_connector.v1 import base
@@ -203,6 +221,7 @@ def main() -> None:
     check_scheduler_output()
     check_graphs()
     check_attention()
+    check_without_flash_attention()
     with tempfile.TemporaryDirectory() as folder:
         check_wiring(Path(folder))
     from importlib.metadata import version

@@ -1,7 +1,6 @@
 """The Triton kernels against the oracle, over shapes and clusters that do not fit their tiles."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 
 import pytest
@@ -82,13 +81,6 @@ def test_agrees_with_the_reference(make_scene, assert_close, shape: tuple[int, i
     check_against_reference(scene, True, assert_close)
 
 
-takes_8_bits = pytest.mark.skipif(
-    "key_scale" not in inspect.signature(kernels.squeezed_attention).parameters,
-    reason="the kernels do not read 8-bit floats",
-)
-
-
-@takes_8_bits
 @pytest.mark.parametrize("rest", [True, False], ids=["rest", "drop"])
 @pytest.mark.parametrize("shape", [(2, 4, 128, 16), (1, 1, 64, 64)], ids=lambda shape: "H{}-G{}-D{}-S{}".format(*shape))
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=needs_gpu)], ids=["fp16", "bf16"])

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 BACKEND = "SQUEEZE"
-BACKEND_PATH = "vllm_squeeze.attention_backend.flash_attention.SqueezeBackend"
+BACKEND_PATH = "vllm_squeeze.attention_backend.gpu_attention.SqueezeBackend"
 CPU_BACKEND_PATH = "vllm_squeeze.attention_backend.cpu_attention.SqueezeCPUBackend"
 CONNECTORS = {
     "SqueezeConnector": "vllm_squeeze.attention_backend.connector",
@@ -50,6 +50,15 @@ def register_cpu_backend() -> None:
 
     if current_platform.is_cpu():
         register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND_PATH)
+
+
+def has_flash_attention() -> bool:
+    """Whether vLLM has FlashAttention, in its build and for the GPU."""
+    try:
+        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+    except ImportError:
+        return False
+    return get_flash_attn_version() is not None
 
 
 def register_connectors() -> None:

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
-from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
@@ -12,70 +11,37 @@ from vllm.v1.attention.backends.flash_attn import (
     flash_attn_varlen_func,
 )
 
-from vllm_squeeze.attention_backend.layers import (
-    NotesRows,
-    SqueezeLayer,
-    as_stored,
-    cache_scales,
-    in_model_dtype,
-    mode_of_engine,
-)
-from vllm_squeeze.attention_backend.recorder import ObservesQueries
+from vllm_squeeze.attention_backend.device_layers import DeviceBuilder, DeviceLayer, DeviceRows, RecordingLayer
+from vllm_squeeze.attention_backend.layers import as_stored, cache_scales, in_model_dtype, mode_of_engine
 from vllm_squeeze.attention_backend.residency import Residency
-from vllm_squeeze.attention_backend.rows import RowGroup
-from vllm_squeeze.attention_backend.wiring import RECORD, SERVE, options_of
-from vllm_squeeze.kernels.reference import dequantised
+from vllm_squeeze.attention_backend.wiring import RECORD, SERVE
 from vllm_squeeze.kernels.squeezed_attention import squeezed_attention
-from vllm_squeeze.kernels.tiles import QueryTiles
 from vllm_squeeze.kernels.workspace import Workspace
 
-# Tiles of queries that the prefix kernels take at once.
-MAX_TILES = 8
 
-
-class DeviceRows(RowGroup):
-    """The rows of a step in tensors that stay where they are, as captured CUDA graphs need it.
+class SuffixRows(DeviceRows):
+    """The rows of a step as FlashAttention needs them, which attends to what follows the prefixes of squeezed rows.
 
     Attributes:
         suffix_lens: [max rows] int32, tokens of each row that FlashAttention attends to.
         suffix_blocks: [max rows, max blocks] int32, their block tables.
-        queries: the query tokens of squeezed rows, in tiles.
-        num_queries: how many of them there may be.
         side: the stream that attends to the suffixes, between the events ``begun`` and ``suffix_done``.
     """
 
     def __init__(self, block_size: int, vllm_config: Any, residency: Residency):
         super().__init__(block_size, vllm_config, residency)
-        scheduler = vllm_config.scheduler_config
-        self._max_rows, self._max_tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
         self.suffix_lens = torch.zeros(self._max_rows, dtype=torch.int32, device=self._device)
         self.suffix_blocks = torch.zeros(0, dtype=torch.int32, device=self._device)
-        self.num_queries = 0
-        self._capturing = False
 
     def prepare(self, group: int) -> None:
-        """Makes room for the tiles of layers with ``group`` query heads per KV head."""
-        self._group = group
+        super().prepare(group)
         self.side, self.begun, self.suffix_done = torch.cuda.Stream(), torch.cuda.Event(), torch.cuda.Event()
-        slots = len(self._residency.prefixes.slots)
-        self.queries = QueryTiles.allocate(self._max_tokens, slots, self._residency.longest_prefix, group, self._device)
 
     def note(self, metadata: Any, kernel_block_size: int) -> None:
         super().note(metadata, kernel_block_size)
         if not self.suffix_blocks.numel():
             width = metadata.block_table.shape[1]
             self.suffix_blocks = torch.zeros(self._max_rows, width, dtype=torch.int32, device=self._device)
-        if self._capturing:
-            # Any token of a later step that replays this graph may be a squeezed row's.
-            self.num_queries = metadata.num_actual_tokens
-
-    def begin_capture(self) -> None:
-        self._capturing = self.squeezing = True
-        self.queries.clear()
-
-    def end_step(self) -> None:
-        super().end_step()
-        self._capturing = False
 
     def set_rows(self, row_slot: torch.Tensor, prefix_len: torch.Tensor, num_tokens: int) -> None:
         rows = len(row_slot)
@@ -85,38 +51,19 @@ class DeviceRows(RowGroup):
         column = torch.arange(width, device=self._device) + shift[:, None]
         column.clamp_(max=self.block_table.shape[1] - 1)
         self.suffix_blocks[:rows, :width] = self.block_table[:rows].gather(1, column)
-
-        self.queries.fill(
-            row_slot,
-            self.query_start_loc[: rows + 1],
-            self.block_table,
-            self._residency.prefixes,
-            num_tokens,
-            self._group,
-            self._kernel_block_size,
-        )
-        self.num_queries = num_tokens
+        super().set_rows(row_slot, prefix_len, num_tokens)
 
 
-class SqueezeImpl(SqueezeLayer, FlashAttentionImpl):
+class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
     """Attention of one layer: vLLM's own in steps without squeezed rows."""
 
-    rows_class = DeviceRows
+    rows_class = SuffixRows
     _workspace: Workspace | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         super().process_weights_after_loading(act_dtype)
         if self.table is not None:
-            self._workspace = self.residency.shared(
-                lambda: Workspace.allocate(
-                    MAX_TILES,
-                    self.num_kv_heads,
-                    self.head_size,
-                    self.residency.most_centroids,
-                    self.residency.longest_prefix,
-                    self.residency.device,
-                )
-            )
+            self._workspace = self.residency.shared(self.make_workspace)
 
     def forward(
         self,
@@ -190,16 +137,8 @@ class SqueezeImpl(SqueezeLayer, FlashAttentionImpl):
         return output
 
 
-class SqueezeBuilder(NotesRows, FlashAttentionMetadataBuilder):
+class SqueezeBuilder(DeviceBuilder, FlashAttentionMetadataBuilder):
     """vLLM's builder that also tells our layers of the rows of each step."""
-
-    @classmethod
-    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
-        if options_of(vllm_config, SERVE) is None:
-            return support
-        # Full graphs of mixed batches would need room for every token of a batch to be squeezed.
-        return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda level: level.value)
 
     def update_block_table(self, *args: Any, **kwargs: Any) -> Any:
         return self._noted(super().update_block_table(*args, **kwargs))
@@ -209,13 +148,8 @@ class SqueezeBuilder(NotesRows, FlashAttentionMetadataBuilder):
         return not self._serving and super().use_cascade_attention(*args, **kwargs)
 
 
-class RecordingImpl(ObservesQueries, FlashAttentionImpl):
+class RecordingImpl(RecordingLayer, FlashAttentionImpl):
     """vLLM's attention that remembers the last queries."""
-
-    def read_tokens(self, layer: Any, kv_cache: torch.Tensor, blocks: torch.Tensor, num_tokens: int) -> Any:
-        pages = as_stored(layer, kv_cache)[blocks.to(kv_cache.device)]
-        both = pages.transpose(0, 1).flatten(1, 2)[:, :num_tokens].split(self.head_size, dim=-1)  # [H, T, D] each
-        return tuple(map(dequantised, both, cache_scales(layer)))
 
 
 class SqueezeBackend(FlashAttentionBackend):

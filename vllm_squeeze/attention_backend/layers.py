@@ -82,6 +82,10 @@ class SqueezeLayer:
         super().__init__(*args, **kwargs)
         self._vllm_config = get_current_vllm_config()
 
+    def why_dense(self, layer: Any, dtype: torch.dtype) -> str | None:
+        """What keeps vLLM's layer with this impl, and queries of this dtype, from being squeezed; None if nothing."""
+        return why_dense(layer)
+
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Loads this layer's tables while vLLM loads weights, so that its memory profiling counts them."""
         super().process_weights_after_loading(act_dtype)
@@ -93,7 +97,7 @@ class SqueezeLayer:
         if self.residency is None:
             self.residency = Residency(self._vllm_config, Options(**options_of(self._vllm_config, SERVE)))
         name = next(name for name, layer in layers.items() if getattr(layer, "impl", None) is self)
-        if reason := why_dense(layers[name]):
+        if reason := self.why_dense(layers[name], act_dtype):
             logger.warning_once("squeeze: layers with %s stay dense.", reason)
             return
         self.table = self.residency.load_layer(name, self.num_kv_heads, self.head_size, act_dtype)

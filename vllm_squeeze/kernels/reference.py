@@ -129,7 +129,7 @@ def capped(logits: torch.Tensor, soft_cap: float) -> torch.Tensor:
 
 
 def dequantised(vectors: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """Keys or values read from a cache: float32 and scaled where they are 8-bit floats, or as they are without scale."""
+    """Keys or values read from a cache: float32 and scaled where they are 8-bit floats, else as they are."""
     return vectors if scale is None else vectors.float() * scale
 
 

@@ -38,8 +38,11 @@ def tuning(head_size: int, element_size: int, tile_rows: int) -> Tuning:
     width = padded(head_size) * element_size
     block = min(max(16384 // width, 16), 64)
     if tile_rows > 32:
-        return Tuning(score=(block // 2, 4, 3), choose=(32, 512, 4), attend=(block, 64, 4, 3, 2), merge=(64, 64, 2))
-    return Tuning(score=(32, 2, 3), choose=(128, 256, 4), attend=(32, 32, 2, 4, 4), merge=(64, 32, 2))
+        return Tuning(
+            score=(min(block, 32), 4, 3), choose=(32, 512, 4), attend=(block, block, 4, 3, 2), merge=(64, 64, 2)
+        )
+    block = min(block, 32)
+    return Tuning(score=(block, 2, 3), choose=(128, 256, 4), attend=(block, block, 2, 4, 4), merge=(64, 32, 2))
 
 
 def squeezed_attention(
@@ -91,6 +94,8 @@ def squeezed_attention(
     assert table.centroids.dtype == table.value_centroids.dtype == query.dtype
     assert key_cache.dtype == value_cache.dtype and (key_cache.dtype == query.dtype or key_cache.itemsize == 1)
     assert key_cache.stride() == value_cache.stride() and all(s % head_size == 0 for s in key_cache.stride()[:2])
+    # where a key lies is told in 32 bits, in units of D elements
+    assert key_cache.shape[0] * key_cache.stride(0) < 2**31 * head_size
     assert table.starts.stride() == table.sizes.stride()
     assert table.centroids.stride() == table.value_centroids.stride()
     contiguous = (queries.tokens, queries.tiles, prefixes.log_threshold, prefixes.counters)

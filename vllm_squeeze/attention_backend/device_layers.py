@@ -1,0 +1,102 @@
+"""What our layers on GPUs share, whatever attention of vLLM's they extend."""
+
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionCGSupport
+
+from vllm_squeeze.attention_backend.layers import NotesRows, SqueezeLayer, as_stored, cache_scales
+from vllm_squeeze.attention_backend.recorder import ObservesQueries
+from vllm_squeeze.attention_backend.residency import Residency
+from vllm_squeeze.attention_backend.rows import RowGroup
+from vllm_squeeze.attention_backend.wiring import SERVE, options_of
+from vllm_squeeze.kernels.reference import dequantised
+from vllm_squeeze.kernels.tiles import QueryTiles
+from vllm_squeeze.kernels.workspace import Workspace
+
+# Tiles of queries that the prefix kernels take at once.
+MAX_TILES = 8
+
+
+class DeviceRows(RowGroup):
+    """The rows of a step in tensors that stay where they are, as captured CUDA graphs need it.
+
+    Attributes:
+        queries: the query tokens of squeezed rows, in tiles.
+        num_queries: how many of them there may be.
+    """
+
+    def __init__(self, block_size: int, vllm_config: Any, residency: Residency):
+        super().__init__(block_size, vllm_config, residency)
+        scheduler = vllm_config.scheduler_config
+        self._max_rows, self._max_tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+        self.num_queries = 0
+        self._capturing = False
+
+    def prepare(self, group: int) -> None:
+        """Makes room for the tiles of layers with ``group`` query heads per KV head."""
+        self._group = group
+        slots = len(self._residency.prefixes.slots)
+        self.queries = QueryTiles.allocate(self._max_tokens, slots, self._residency.longest_prefix, group, self._device)
+
+    def note(self, metadata: Any, kernel_block_size: int) -> None:
+        super().note(metadata, kernel_block_size)
+        if self._capturing:
+            # Any token of a later step that replays this graph may be a squeezed row's.
+            self.num_queries = metadata.num_actual_tokens
+
+    def begin_capture(self) -> None:
+        self._capturing = self.squeezing = True
+        self.queries.clear()
+
+    def end_step(self) -> None:
+        super().end_step()
+        self._capturing = False
+
+    def set_rows(self, row_slot: torch.Tensor, prefix_len: torch.Tensor, num_tokens: int) -> None:
+        self.queries.fill(
+            row_slot,
+            self.query_start_loc[: len(row_slot) + 1],
+            self.block_table,
+            self._residency.prefixes,
+            num_tokens,
+            self._group,
+            self._kernel_block_size,
+        )
+        self.num_queries = num_tokens
+
+
+class DeviceLayer(SqueezeLayer):
+    """Mixed into vLLM's attention layers (impls) on GPUs of engines that serve indexes."""
+
+    def make_workspace(self) -> Workspace:
+        """What the prefix kernels need beside their operands."""
+        return Workspace.allocate(
+            MAX_TILES,
+            self.num_kv_heads,
+            self.head_size,
+            self.residency.most_centroids,
+            self.residency.longest_prefix,
+            self.residency.device,
+        )
+
+
+class DeviceBuilder(NotesRows):
+    """Mixed into vLLM's metadata builders on GPUs."""
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+        if options_of(vllm_config, SERVE) is None:
+            return support
+        # Full graphs of mixed batches would need room for every token of a batch to be squeezed.
+        return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda level: level.value)
+
+
+class RecordingLayer(ObservesQueries):
+    """Mixed into vLLM's attention layers on GPUs of engines that make an index."""
+
+    def read_tokens(self, layer: Any, kv_cache: torch.Tensor, blocks: torch.Tensor, num_tokens: int) -> Any:
+        pages = as_stored(layer, kv_cache)[blocks.to(kv_cache.device)]
+        both = pages.transpose(0, 1).flatten(1, 2)[:, :num_tokens].split(self.head_size, dim=-1)  # [H, T, D] each
+        return tuple(map(dequantised, both, cache_scales(layer)))
