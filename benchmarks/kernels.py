@@ -106,12 +106,23 @@ def make_layer(shape: Shape, kept: float, likeness: float) -> Layer:
         log_p.append((scores - mass).amax(1))
     prefixes = Prefixes(
         slots=torch.tensor([[0, num_centroids, NUM_SINKS]], dtype=torch.int32, device=device),
-        log_threshold=torch.quantile(torch.stack(log_p).flatten()[: 2**24], 1 - kept).view(1),
+        log_threshold=threshold(torch.stack(log_p), kept).view(1),
         counters=torch.zeros(1, 6, dtype=torch.int64, device=device),
     )
     queries = tile(shape, block_table, prefixes, shape.batch)
     caches = cache[..., :size], cache[..., size:]
     return Layer(query, torch.empty_like(query), *caches, block_table, table, prefixes, queries)
+
+
+def threshold(log_p: Any, kept: float) -> Any:
+    """What about ``kept`` of the values exceed, in the widest gap thereabouts: rounding must not change a choice."""
+    import torch
+
+    values = log_p.flatten().sort(descending=True).values
+    middle, reach = round(kept * len(values)), max(len(values) // 1000, 1)
+    near = values[max(middle - reach, 0) : middle + reach + 1]
+    widest = torch.argmax(near[:-1] - near[1:])
+    return (near[widest] + near[widest + 1]) / 2
 
 
 def tile(shape: Shape, block_table: Any, prefixes: Any, batch: int) -> Any:

@@ -312,6 +312,8 @@ def run_batch(llm: Any, arguments: argparse.Namespace, prefix: list[int], batch:
     row["growth"] = {name: value - before.get(name, 0) for name, value in metrics(llm).items()}
     block_size = llm.llm_engine.vllm_config.cache_config.block_size
     cached = 0 if ordinary else len(prefix) - block_size
+    tpot = statistics.median(repeat["tpot_ms"] for repeat in row["repeats"])
+    print(f"{arguments.arm}, batch {batch}: tpot {tpot:.2f} ms", flush=True)
     return row | {"problems": problems_of(arguments, row, cached)}
 
 

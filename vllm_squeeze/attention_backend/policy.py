@@ -182,10 +182,15 @@ class CostModel:
             rest: what becomes of the others, as in SqueezeConfig.
         """
         prefix, rows = self._equal_prefix(shape, num_tokens), self._equal_rows(shape, work)
-        shared = min(work.tokens, shape.tile_tokens)
+        full, left = divmod(work.tokens, shape.tile_tokens)
+
+        def loaded(share: float) -> float:
+            tiles = full * union(share, shape.tile_tokens) + (union(share, left) if left else 0.0)
+            return tiles / (full + (left > 0))
+
         # a centroid is a key, and with the value's a token
         tokens_of_centroid = 1.0 if rest == "value_centroids" else 0.5
-        more = union(kept, shared) - union(self.kept, shared) + (centroids - self.centroids) * tokens_of_centroid
+        more = loaded(kept) - loaded(self.kept) + (centroids - self.centroids) * tokens_of_centroid
         return self.squeezed[rest].us(prefix, rows) + more * self.exact.us(prefix, rows)
 
     def _equal_prefix(self, shape: Shape, num_tokens: int) -> float:

@@ -11,7 +11,7 @@ import torch
 from vllm_squeeze.kernels.attend import attend_kernel, merge_kernel
 from vllm_squeeze.kernels.look_up import choose_kernel, score_kernel
 from vllm_squeeze.kernels.tables import ClusterTable, Prefixes
-from vllm_squeeze.kernels.tiles import QueryTiles, most_tiles, padded, tokens_per_tile
+from vllm_squeeze.kernels.tiles import MIN_TILE_ROWS, QueryTiles, most_tiles, padded, tokens_per_tile
 from vllm_squeeze.kernels.workspace import Workspace
 
 
@@ -37,7 +37,7 @@ def tuning(head_size: int, element_size: int, tile_rows: int) -> Tuning:
     """The blocks for D = ``head_size``, elements of so many bytes and M = ``tile_rows``."""
     width = padded(head_size) * element_size
     block = min(max(16384 // width, 16), 64)
-    if tile_rows > 32:
+    if tile_rows > MIN_TILE_ROWS:
         return Tuning(
             score=(min(block, 32), 4, 3), choose=(32, 512, 4), attend=(block, block, 4, 3, 2), merge=(64, 64, 2)
         )

@@ -8,8 +8,9 @@ import triton.language as tl
 
 from vllm_squeeze.kernels.tables import Prefixes
 
-MAX_TILE_ROWS = 64
-"""Query rows of a tile, tokens times padded query heads. Twice as many are no faster: their programs get no company."""
+MIN_TILE_ROWS, MAX_TILE_ROWS = 16, 64
+"""Query rows of a tile, tokens times padded query heads: as few as a product of the tensor cores takes, or as many as
+its fastest form does. 32 rows take longer than 64, and 128 no less than twice as long."""
 
 MAX_TILE_TOKENS = 32
 """Tokens of a tile: each has a bit in an int32."""
@@ -31,7 +32,7 @@ def tokens_per_tile(num_tokens: int, group: int) -> int:
 
     Never more where there are fewer tokens, so that tiles made for some tokens fit kernels launched for more.
     """
-    rows = min(max(padded(max(num_tokens, 1) * padded(group)), 16), MAX_TILE_ROWS)
+    rows = MIN_TILE_ROWS if num_tokens * padded(group) <= MIN_TILE_ROWS else MAX_TILE_ROWS
     return min(rows // padded(group), MAX_TILE_TOKENS)
 
 
