@@ -18,7 +18,8 @@ VENV = Path(os.environ.get("VENV", ROOT / ".venv"))
 PYTHON = VENV / "bin" / "python"
 CPU_VLLM, CPU_TORCH = "0.32.0", "2.13.0"
 CUDA_VLLM = "0.26.0"
-EXTRAS = ["gguf", "accelerate"]
+# For the examples' models; and xformers for tests of what serves without FlashAttention.
+EXTRAS = ["gguf", "accelerate", "xformers==0.0.35"]
 
 
 def run(*command: str | Path, quiet: bool = False) -> bool:

@@ -13,6 +13,8 @@ import triton.language as tl
 from vllm_squeeze.kernels.tiles import padded
 
 _PACK_BLOCK = 64
+# Said where xformers' own binary does not fit torch's version. This kernel needs none of it: it comes with torch.
+_WITHOUT_ITS_BINARY = "xFormers wasn't build with CUDA support"
 
 
 def why_unsupported(head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -22,7 +24,8 @@ def why_unsupported(head_size: int, dtype: torch.dtype, device: torch.device) ->
     except ImportError:
         return "xformers is not installed"
     probe = torch.empty(1, 1, 1, head_size, dtype=dtype, device=device)
-    return next(iter(fmha.cutlass.FwOp.not_supported_reasons(fmha.Inputs(probe, probe, probe))), None)
+    reasons = fmha.cutlass.FwOp.not_supported_reasons(fmha.Inputs(probe, probe, probe))
+    return next((reason for reason in reasons if reason != _WITHOUT_ITS_BINARY), None)
 
 
 @triton.jit
@@ -178,14 +181,16 @@ def attend_suffix(
         # xformers' own loop over KV heads starts a stream for each
         group = slice(head * num_heads // num_kv_heads, (head + 1) * num_heads // num_kv_heads)
         shape = (1, max_keys, group.stop - group.start, head_size)
-        attention, lse = fmha.memory_efficient_attention_forward_requires_grad(
+        inputs = fmha.Inputs(
             query[None, :, group],
             keys[None, :, head, None].expand(shape),
             values[None, :, head, None].expand(shape),
             mask,
             scale=scale,
-            op=fmha.cutlass.FwOp,
         )
+        # not by way of xformers' functions for users, which want its binary; "gradient" is for the log-sum-exp
+        attention, context = fmha.cutlass.FwOp.apply(inputs, needs_gradient=True)
+        lse = context.lse
         output[:, group] = torch.where(attended, attention[0], output[:, group])
         # by rows: [B, G, the most queries, padded]
         suffix_lse[group] = lse[row, :, position.clamp(max=lse.shape[-1] - 1)].T.float()
