@@ -38,9 +38,9 @@ def reside(monkeypatch):
     monkeypatch.setattr("vllm.distributed.get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setattr("vllm.distributed.get_tensor_model_parallel_world_size", lambda: 1)
 
-    def make(*indexes: PrefixIndex) -> Residency:
+    def make(*indexes: PrefixIndex, mode: str = OPTIONS.mode) -> Residency:
         monkeypatch.setattr(residency_module, "open_indexes", lambda *args, **kwargs: dict(enumerate(indexes)))
-        options = SimpleNamespace(**{**vars(OPTIONS), "indexes": list(indexes)})
+        options = SimpleNamespace(**{**vars(OPTIONS), "indexes": list(indexes), "mode": mode})
         return Residency(CONFIG, options)
 
     return make
@@ -101,11 +101,13 @@ def test_a_clustered_prefix_is_attended_to_exactly_for_a_while(exact, clustered,
         assert residency.prefixes.slots.tolist() == written
 
 
-def test_a_clustered_prefix_that_was_placed_to_be_exact_is_so_always(clustered, reside):
-    residency = reside(clustered)
-    residency.load_layer(LAYER_NAMES[0], NUM_HEADS, HEAD_SIZE, torch.float32)
+def test_clusters_are_not_loaded_where_all_attention_is_exact(clustered, reside):
+    residency = reside(clustered, mode="exact")
+    assert residency.load_layer("any.layer", NUM_HEADS, HEAD_SIZE, torch.float32).sizes.shape == (NUM_HEADS, 0)
     options = SimpleNamespace(**{**vars(OPTIONS), "mode": "exact"})
     residency.activate({0: place(clustered, 0, options, {0: 8}, 4)})
+    assert residency.prefixes.slots.tolist() == [[0, 0, 40]] and residency.most_centroids == 0
+    residency.attend_exactly(frozenset())
     assert residency.prefixes.slots.tolist() == [[0, 0, 40]]
 
 

@@ -84,7 +84,8 @@ def open_indexes(
         try:
             index = PrefixIndex.open(Path(folder))
             check_model(index, identity, vllm_config.model_config.max_model_len)
-            if (needed := device_bytes(index.manifest, vllm_config)) > memory_left:
+            needed = 0 if attends_exactly(index.manifest, options) else device_bytes(index.manifest, vllm_config)
+            if needed > memory_left:
                 raise InvalidIndex(
                     f"{index.folder.name}: squeeze.memory_limit_gib is {options.memory_limit_gib}, which leaves "
                     f"{memory_left / 2**20:.1f} MiB; this index needs {needed / 2**20:.1f} MiB"
@@ -114,6 +115,11 @@ def check_model(index: PrefixIndex, identity: ModelIdentity, max_model_len: int)
 def local_kv_heads(manifest: Manifest, tensor_parallel_size: int) -> int:
     """KV heads of one tensor-parallel rank; ranks beyond the number of heads hold copies."""
     return max(1, manifest.model.num_kv_heads // tensor_parallel_size)
+
+
+def attends_exactly(manifest: Manifest, options: Options) -> bool:
+    """Whether all keys of a prefix are always attended to, so that its clusters are not needed."""
+    return manifest.exact or options.mode == "exact"
 
 
 def num_centroids(manifest: Manifest) -> int:
@@ -155,7 +161,7 @@ def place(index: PrefixIndex, slot: int, options: Options, block_sizes: dict[int
     """
     manifest = index.manifest
     parameters = manifest.parameters
-    exact = manifest.exact or options.mode == "exact"
+    exact = attends_exactly(manifest, options)
     first, last = (0, 0) if exact else (parameters.num_sinks, parameters.observation_window)
     # Whole blocks of every group: else a row could match in one group and not in another.
     size = math.lcm(*block_sizes.values())

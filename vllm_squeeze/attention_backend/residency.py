@@ -7,7 +7,14 @@ from typing import Any
 import torch
 
 from vllm_squeeze.attention_backend.compat import logger
-from vllm_squeeze.attention_backend.placement import Options, Placement, local_kv_heads, num_centroids, open_indexes
+from vllm_squeeze.attention_backend.placement import (
+    Options,
+    Placement,
+    attends_exactly,
+    local_kv_heads,
+    num_centroids,
+    open_indexes,
+)
 from vllm_squeeze.kernels.tables import ClusterTable, Prefixes
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
 from vllm_squeeze.prefix_index.manifest import InvalidIndex
@@ -65,7 +72,9 @@ class Residency:
         self._spans: dict[int, _Span] = {}
         first_centroid = first_member = 0
         for slot, index in self._indexes.items():
-            span = _Span(first_centroid, num_centroids(index.manifest), first_member, index.manifest.num_members)
+            exact = attends_exactly(index.manifest, options)
+            clusters = (0, 0) if exact else (num_centroids(index.manifest), index.manifest.num_members)
+            span = _Span(first_centroid, clusters[0], first_member, clusters[1])
             self._spans[slot] = span
             first_centroid, first_member = span.centroids.stop, span.members.stop
         self.num_centroids, self._num_members = first_centroid, first_member
@@ -81,7 +90,7 @@ class Residency:
         return max((index.manifest.num_tokens for index in self._indexes.values()), default=1)
 
     def load_layer(self, name: str, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> ClusterTable | None:
-        """Loads one layer of all indexes that have it; None if none does. Exact indexes have all layers, empty.
+        """Loads one layer of all indexes that have it; None if none does. What is exact has all layers, empty.
 
         Args:
             name: of the layer, in vLLM.
@@ -89,8 +98,8 @@ class Residency:
             head_size: of the layer.
             dtype: of the model, as queries have it.
         """
-        indexes = self._indexes.values()
-        if not any(index.manifest.exact or layer_number(index, name) is not None for index in indexes):
+        exact = {slot for slot, index in self._indexes.items() if attends_exactly(index.manifest, self.options)}
+        if not exact and all(layer_number(index, name) is None for index in self._indexes.values()):
             return None
 
         def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -106,7 +115,7 @@ class Residency:
         for slot, index in self._indexes.items():
             try:
                 heads = self._local_heads(index, name, num_kv_heads, head_size)
-                if not index.manifest.exact:
+                if slot not in exact:
                     self._load(index, layer_number(index, name), heads, self._spans[slot], table)
             except InvalidIndex as error:
                 # The scheduler's side has read the same files, and warned.
