@@ -18,7 +18,8 @@ MAX_TILE_TOKENS = 32
 MAX_TILES_AT_ONCE = 64
 
 TILE_FACTS = 8
-_NO_SLOT = 2**31 - 1
+_ROWS_BLOCK = 256
+_TILES_BLOCK = 128
 _PLACES_BLOCK = 1024
 
 
@@ -40,6 +41,49 @@ def most_tiles(num_tokens: int, num_slots: int, group: int) -> int:
     """The most tiles that up to ``num_tokens`` tokens of up to ``num_slots`` prefixes can come to."""
     size = tokens_per_tile(num_tokens, group)
     return min(num_tokens, (num_tokens + num_slots * (size - 1)) // size)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_slots", "num_tiles", "size"])
+def _group_kernel(
+    row_slot, query_start_loc, slots, tiles, tokens, slot_rows, num_rows, num_slots, num_tiles, size,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, FACTS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    i_slot = tl.program_id(0)
+    o_row, o_t = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    m_row = o_row < num_rows
+    b_slot = tl.load(row_slot + o_row, mask=m_row, other=-1)
+    b_start = tl.load(query_start_loc + o_row, mask=m_row, other=0)
+    b_count = tl.load(query_start_loc + o_row + 1, mask=m_row, other=0) - b_start
+    first_tile = 0
+    for i in range(0, i_slot):
+        first_tile += tl.cdiv(tl.sum(tl.where(b_slot == i, b_count, 0), 0), size)
+    if i_slot == num_slots:
+        # the rest of them are none
+        for i_t in range(first_tile, num_tiles, BLOCK):
+            m_t = i_t + o_t < num_tiles
+            tl.store(tiles + (i_t + o_t) * FACTS, tl.full([BLOCK], -1, tl.int32), mask=m_t)
+        return
+
+    i_row = tl.max(tl.where(b_slot == i_slot, o_row, -1), 0)
+    tl.store(slot_rows + i_slot, i_row)
+    b_count = tl.where(b_slot == i_slot, b_count, 0)
+    b_place = tl.cumsum(b_count, 0) - b_count
+    for i_n in range(0, tl.max(b_count, 0)):
+        b_tile = first_tile + (b_place + i_n) // size
+        tl.store(tokens + b_tile * TOKENS + (b_place + i_n) % size, b_start + i_n, mask=i_n < b_count)
+    total = tl.sum(b_count, 0)
+    first_centroid, count = tl.load(slots + i_slot * 3), tl.load(slots + i_slot * 3 + 1)
+    num_always = tl.load(slots + i_slot * 3 + 2)
+    for i_t in range(0, tl.cdiv(total, size), BLOCK):
+        b_left = total - (i_t + o_t) * size
+        m_t = b_left > 0
+        p_facts = tiles + (first_tile + i_t + o_t) * FACTS
+        tl.store(p_facts, tl.zeros_like(o_t) + i_slot, mask=m_t)
+        tl.store(p_facts + 1, tl.minimum(b_left, size), mask=m_t)
+        tl.store(p_facts + 2, tl.zeros_like(o_t) + i_row, mask=m_t)
+        tl.store(p_facts + 3, tl.zeros_like(o_t) + first_centroid, mask=m_t)
+        tl.store(p_facts + 4, tl.zeros_like(o_t) + count, mask=m_t)
+        tl.store(p_facts + 5, tl.zeros_like(o_t) + num_always, mask=m_t)
 
 
 @triton.jit
@@ -90,8 +134,8 @@ class QueryTiles:
         def full(*shape: int) -> torch.Tensor:
             return torch.full(shape, -1, dtype=torch.int32, device=device)
 
-        # one more, to write what is not a tile to, and what the kernels look at beyond the last
-        tiles, tokens = full(most + 1 + MAX_TILES_AT_ONCE, TILE_FACTS), full(most + 1, MAX_TILE_TOKENS)
+        # and what the kernels look at beyond the last
+        tiles, tokens = full(most + MAX_TILES_AT_ONCE, TILE_FACTS), full(most, MAX_TILE_TOKENS)
         return cls(max_tokens, tiles, tokens, full(num_slots), full(num_slots, max_keys))
 
     def first(self, num_tokens: int) -> "QueryTiles":
@@ -123,35 +167,12 @@ class QueryTiles:
             group: query heads per KV head.
             page_size: tokens of a block of the table.
         """
-        device, size, last = row_slot.device, tokens_per_tile(num_tokens, group), len(self.tokens) - 1
-        # rows by slot, those without one last
-        slot, rows = torch.where(row_slot < 0, _NO_SLOT, row_slot).sort(stable=True)
-        counts = query_start_loc.diff()[rows]
-        until = counts.cumsum(0)  # [B], tokens of a row and of those before it
-        place = torch.arange(num_tokens, device=device)
-        row = torch.searchsorted(until, place, right=True).clamp(max=len(rows) - 1)  # [W]
-        token = (query_start_loc[rows] - (until - counts))[row] + place
-
-        slot = torch.where(place < until[-1], slot[row], _NO_SLOT)  # [W], ascending
-        begin, end = torch.searchsorted(slot, slot), torch.searchsorted(slot, slot, right=True)
-        within = (place - begin) % size
-        found = slot < _NO_SLOT
-        tile = ((within == 0) & found).cumsum(0) - 1
-        tile = torch.where(found, tile, last)
-        self.tiles[:, 0] = -1
-        self.tokens[tile, within] = token.int()
-        facts = torch.stack([slot, (end - place).clamp(max=size), rows[row]], 1).int()
-        facts = torch.cat([facts, prefixes.slots[torch.where(found, slot, 0)]], 1)
-        first = torch.where(within == 0, tile, last)
-        self.tiles[first, : facts.shape[1]] = facts
-        self.tiles[last, 0] = -1
-
-        num_slots, max_keys = self.always_places.shape
-        self.slot_rows.fill_(-1)
-        matched = torch.where(row_slot < 0, num_slots, row_slot)
-        any_row = torch.arange(len(rows), dtype=torch.int32, device=device)
-        padded_rows = torch.nn.functional.pad(self.slot_rows, (0, 1))
-        self.slot_rows.copy_(padded_rows.scatter_reduce(0, matched, any_row, "amax")[:num_slots])
+        num_rows, (num_slots, max_keys) = len(row_slot), self.always_places.shape
+        _group_kernel[(num_slots + 1,)](
+            row_slot, query_start_loc, prefixes.slots, self.tiles, self.tokens, self.slot_rows,
+            num_rows, num_slots, len(self.tiles), tokens_per_tile(num_tokens, group),
+            ROWS=padded(max(num_rows, _ROWS_BLOCK)), BLOCK=_TILES_BLOCK, FACTS=TILE_FACTS, TOKENS=MAX_TILE_TOKENS,
+        )  # fmt: skip
         _list_always_kernel[(num_slots, triton.cdiv(max_keys, _PLACES_BLOCK))](
             self.slot_rows, prefixes.slots, block_table, self.always_places, block_table.stride(0), max_keys,
             S=page_size, BLOCK=_PLACES_BLOCK,
