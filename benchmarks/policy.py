@@ -53,7 +53,7 @@ def read(path: Path) -> tuple[dict[str, Any], Cases]:
     return content["machine"], complete
 
 
-def entry_of(machine: dict[str, Any], cases: Cases, tflops: float) -> dict[str, Any]:
+def entry_of(machine: dict[str, Any], cases: Cases, tflops: float, step_us: float) -> dict[str, Any]:
     """The GPU's entry.
 
     Raises:
@@ -72,6 +72,7 @@ def entry_of(machine: dict[str, Any], cases: Cases, tflops: float) -> dict[str, 
         "kept": machine["kept"],
         "centroids": machine["centroids"],
         "tflops": round(tflops),
+        "step_us": round(step_us),
         "us": times,
     }
 
@@ -143,10 +144,16 @@ def main() -> None:
     parser.add_argument("kernels", type=Path, help="JSON that benchmarks/kernels.py wrote")
     parser.add_argument("--check", type=Path, nargs="+", default=[], help="the same, of other prefixes and batches")
     parser.add_argument("--tflops", type=float, help="of vLLM's attention in a long question's prefill")
+    parser.add_argument(
+        "--step-us",
+        type=float,
+        default=1000,
+        help="that a step with our kernels takes beside them: what is left of the times of serve.py",
+    )
     parser.add_argument("--out", type=Path, default=MEASURED_TIMES, help="file of all GPUs' times to write into")
     arguments = parser.parse_args()
     machine, cases = read(arguments.kernels)
-    entry = entry_of(machine, cases, arguments.tflops or measure_tflops(machine))
+    entry = entry_of(machine, cases, arguments.tflops or measure_tflops(machine), arguments.step_us)
     others = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     arguments.out.write_text(json.dumps(others | {machine["gpu"]: entry}, indent=1) + "\n")
 

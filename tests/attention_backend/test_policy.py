@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,7 +78,7 @@ def test_more_takes_longer(model):
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("rows", ROWS)
 def test_the_fastest_is_picked(model, prefix, rows):
-    work, policy = decoding(rows), Policy(model, LLAMA, 0.125, "drop")
+    work, policy = decoding(rows), Policy(replace(model, step_us=0), LLAMA, 32, 0.125, "drop")
     stock, exact = model.stock_us(LLAMA, prefix, work), model.exact_us(LLAMA, prefix, work)
     squeezed = model.squeezed_us(LLAMA, prefix, work, 0.1, 0.05, "drop")
     us = {Arm.STOCK: stock, Arm.EXACT: exact, Arm.SQUEEZED: squeezed}
@@ -87,13 +88,19 @@ def test_the_fastest_is_picked(model, prefix, rows):
     assert policy(placed(prefix, kept=1.0), work) is not Arm.SQUEEZED, "reads all keys, and centroids"
 
 
+def test_few_layers_are_not_worth_a_step():
+    model = CostModel.of(measured_times()[DEFAULT_GPU])
+    picks = {layers: Policy(model, LLAMA, layers, 0.125, "drop")(placed(2**15), decoding(1)) for layers in (1, 100)}
+    assert picks == {1: Arm.STOCK, 100: Arm.SQUEEZED}
+
+
 @MODELS
 def test_long_questions_are_left_to_vllm(model):
     # bound by products, of keys and of values
     assert model.stock_us(LLAMA, 2**17, Work(0, 1, 512)) == pytest.approx(
         2 * 2 * 512 * 2**17 * 32 * 128 / model.tflops / 1e6
     )
-    policy = Policy(model, LLAMA, 0.125, "value_centroids")
+    policy = Policy(model, LLAMA, 32, 0.125, "value_centroids")
     assert policy(placed(2**17), Work(0, 1, 512)) is Arm.STOCK
     assert policy(placed(2**17), decoding(1)) is Arm.SQUEEZED
 
@@ -138,7 +145,7 @@ def on_gpu(monkeypatch, name: str) -> None:
 def test_nothing_is_chosen_where_a_mode_is_forced_or_without_a_gpu(monkeypatch, vllm_config, mode, gpu):
     if gpu:
         on_gpu(monkeypatch, gpu)
-    choose = arms_of(options(mode), vllm_config)
+    choose = arms_of(options(mode), vllm_config, 24)
     assert choose is always_squeezed
     placement = make_placement(0, 100, {0: 16})
     assert choose(placement, decoding(1)) is Arm.SQUEEZED
@@ -148,14 +155,14 @@ def test_nothing_is_chosen_where_a_mode_is_forced_or_without_a_gpu(monkeypatch, 
 def test_a_gpu_without_times_gets_those_of_another_and_a_warning(monkeypatch, vllm_config):
     on_gpu(monkeypatch, DEFAULT_GPU)
     with warnings_of_squeeze() as warnings:
-        known = arms_of(options("auto"), vllm_config)
+        known = arms_of(options("auto"), vllm_config, 24)
     assert not warnings and known.shape == Shape(2, 7, 64, 2) and known.budget == OPTIONS.budget
     on_gpu(monkeypatch, "Imaginary 9000")
     with warnings_of_squeeze() as warnings:
-        unknown = arms_of(options("auto"), vllm_config)
+        unknown = arms_of(options("auto"), vllm_config, 24)
     (warning,) = warnings
     assert "Imaginary 9000" in warning and DEFAULT_GPU in warning and "benchmarks/policy.py" in warning
-    step = placed(2**18), decoding(1)
+    step = placed(2**21), decoding(1)
     assert unknown(*step) is known(*step) is Arm.SQUEEZED
 
 
@@ -190,7 +197,7 @@ def test_the_command_adds_a_gpu(tmp_path):
     times = json.loads((tmp_path / "times.json").read_text())
     assert times.keys() == {"another", "Imaginary 9000"}
     model = CostModel.of(times["Imaginary 9000"])
-    assert model.shape == LLAMA and model.kept == 0.1 and model.tflops == 500
+    assert model.shape == LLAMA and model.kept == 0.1 and model.tflops == 500 and model.step_us == 1000
     assert model.stock_us(LLAMA, 32768, decoding(16)) == pytest.approx(512)
     assert model.squeezed_us(LLAMA, 8192, decoding(1), 0.1, 0.05, "value_centroids") == pytest.approx(28)
 

@@ -28,6 +28,7 @@ def made_up_times(tmp_path, monkeypatch):
         "kept": 0.35,
         "centroids": 0.05,
         "tflops": 1000,
+        "step_us": 0,
         "us": {arm: {"100": by_rows, "10000": by_rows} for arm, by_rows in us.items()},
     }
     path = tmp_path / "times.json"

@@ -82,7 +82,9 @@ class SqueezeConnector(PassiveConnector):
             )
         tokens = {slot: indexes[slot].token_ids.tolist() for slot in placements}
         matcher = PrefixMatcher(placements.values(), tokens)
-        return LiveRequests(matcher, full_attention_groups(self._kv_cache_config), arms_of(options, vllm_config))
+        groups = full_attention_groups(self._kv_cache_config)
+        num_layers = sum(len(self._kv_cache_config.kv_cache_groups[group].layer_names) for group in groups)
+        return LiveRequests(matcher, groups, arms_of(options, vllm_config, num_layers))
 
     # scheduler's side
 

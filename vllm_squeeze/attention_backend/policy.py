@@ -135,6 +135,7 @@ class CostModel:
         kept: share of the keys that each row kept in what was measured.
         centroids: per token of the prefix.
         tflops: of vLLM's attention where there are many query tokens.
+        step_us: microseconds that a step with our kernels spends beside layers: it finds rows and makes their tiles.
         stock, exact: times of these arms.
         squeezed: times, by what becomes of the clusters that were not chosen.
     """
@@ -143,6 +144,7 @@ class CostModel:
     kept: float
     centroids: float
     tflops: float
+    step_us: float
     stock: Times
     exact: Times
     squeezed: dict[str, Times]
@@ -153,7 +155,8 @@ class CostModel:
         times = {arm: Times(by_prefix) for arm, by_prefix in measured["us"].items()}
         shape = Shape(**measured["shape"])
         stock, exact = times.pop("stock"), times.pop("exact")
-        return cls(shape, measured["kept"], measured["centroids"], measured["tflops"], stock, exact, times)
+        numbers = (measured[name] for name in ("kept", "centroids", "tflops", "step_us"))
+        return cls(shape, *numbers, stock, exact, times)
 
     def stock_us(self, shape: Shape, num_tokens: int, work: Work) -> float:
         """Microseconds of vLLM's own attention: each row reads the prefix; many tokens of one are bound by products."""
@@ -204,20 +207,29 @@ class CostModel:
 
 @dataclass(frozen=True)
 class Policy:
-    """Chooses the arm that costs least. Of equal ones it takes the more exact."""
+    """Chooses the arm that costs least. Of equal ones it takes the more exact.
+
+    Attributes:
+        model: of the GPU.
+        shape: of a layer's attention.
+        num_layers: that share what a step costs.
+        budget, rest: as in SqueezeConfig.
+    """
 
     model: CostModel
     shape: Shape
+    num_layers: int
     budget: float
     rest: str
 
     def __call__(self, placement: Placement, work: Work) -> Arm:
         step = self.shape, placement.covered, work
-        us = {Arm.STOCK: self.model.stock_us(*step), Arm.EXACT: self.model.exact_us(*step)}
+        beside = self.model.step_us / self.num_layers
+        us = {Arm.STOCK: self.model.stock_us(*step), Arm.EXACT: beside + self.model.exact_us(*step)}
         if not placement.exact:
             cost = placement.cost
             shares = cost.kept_share(self.budget), cost.num_centroids / cost.num_tokens
-            us[Arm.SQUEEZED] = self.model.squeezed_us(*step, *shares, self.rest)
+            us[Arm.SQUEEZED] = beside + self.model.squeezed_us(*step, *shares, self.rest)
         return min(us, key=us.__getitem__)
 
 
@@ -227,8 +239,14 @@ def measured_times() -> dict[str, Any]:
     return json.loads(MEASURED_TIMES.read_text(encoding="utf-8"))
 
 
-def arms_of(options: Options, vllm_config: Any) -> ChooseArm:
-    """How an engine chooses between arms: by cost on a GPU if ``mode`` is "auto", else it does not."""
+def arms_of(options: Options, vllm_config: Any, num_layers: int) -> ChooseArm:
+    """How an engine chooses between arms: by cost on a GPU if ``mode`` is "auto", else it does not.
+
+    Args:
+        options: of the connector.
+        vllm_config: of the engine.
+        num_layers: that attend to the whole context.
+    """
     from vllm.platforms import current_platform
 
     if options.mode != "auto":
@@ -245,7 +263,7 @@ def arms_of(options: Options, vllm_config: Any) -> ChooseArm:
         )
         gpu = DEFAULT_GPU
     logger.info("squeeze: choosing between squeezed, exact and vLLM's attention by times on %s.", gpu)
-    return Policy(CostModel.of(measured[gpu]), shape_of(vllm_config), options.budget, options.rest)
+    return Policy(CostModel.of(measured[gpu]), shape_of(vllm_config), num_layers, options.budget, options.rest)
 
 
 def shape_of(vllm_config: Any) -> Shape:
