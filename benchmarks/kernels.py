@@ -105,7 +105,7 @@ def make_layer(shape: Shape, kept: float, likeness: float) -> Layer:
         mass = (scores + sizes.log()[:, None]).logsumexp(-1, keepdim=True)
         log_p.append((scores - mass).amax(1))
     prefixes = Prefixes(
-        slots=torch.tensor([[0, num_centroids, NUM_SINKS]], dtype=torch.int32, device=device),
+        slots=torch.tensor([[0, num_centroids, NUM_SINKS, 0]], dtype=torch.int32, device=device),
         log_threshold=threshold(torch.stack(log_p), kept).view(1),
         counters=torch.zeros(1, 6, dtype=torch.int64, device=device),
     )
@@ -140,7 +140,7 @@ def tile(shape: Shape, block_table: Any, prefixes: Any, batch: int) -> Any:
 
 def exact(layer: Layer, shape: Shape) -> Layer:
     """The same, as of a prefix that is not in clusters."""
-    slots = layer.prefixes.slots.new_tensor([[0, 0, shape.prefix]])
+    slots = layer.prefixes.slots.new_tensor([[0, 0, shape.prefix, 0]])
     prefixes = type(layer.prefixes)(slots, layer.prefixes.log_threshold, layer.prefixes.counters)
     return layer._replace(
         table=layer.table.prefix(0, 0), prefixes=prefixes, queries=tile(shape, layer.block_table, prefixes, shape.batch)

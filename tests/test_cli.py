@@ -92,6 +92,7 @@ def test_token_ids_that_are_none(capsys, model, tmp_path, content, message):
         (["--centroids", "nan"], "centroids is nan"),
         (["--window", "0"], "window is 0"),
         (["--seed", "-1"], "seed is -1"),
+        (["--join", "median"], "join is 'median', must be one of max, mean"),
     ],
     ids=lambda value: "".join(value) if isinstance(value, list) else None,
 )
@@ -100,7 +101,9 @@ def test_parameters_out_of_range(capsys, model, tmp_path, flags, message):
     assert message in refused(capsys, *arguments, *flags)
 
 
-@pytest.mark.parametrize("flags", [["--centroids", "0.05"], ["--window", "8192"], ["--seed", "0"]], ids=lambda f: f[0])
+@pytest.mark.parametrize(
+    "flags", [["--centroids", "0.05"], ["--window", "8192"], ["--seed", "0"], ["--join", "max"]], ids=lambda f: f[0]
+)
 def test_an_exact_index_has_no_clustering_to_set(capsys, model, tmp_path, flags):
     arguments = ["--model", model, "--prefix", "-", "--out", tmp_path / "store", "--exact", *flags]
     assert refused(capsys, *arguments) == f"{flags[0]}: not together with --exact, which clusters nothing"

@@ -77,7 +77,7 @@ def test_alone_it_has_empty_tables_of_every_layer(exact, reside):
         assert table.centroids.shape == (NUM_HEADS, 0, HEAD_SIZE) and table.members.shape == (NUM_HEADS, 0)
     residency.activate({0: place(exact, 0, OPTIONS, {0: 16}, 4)})
     assert residency.active.keys() == {0} and residency.most_centroids == 0
-    assert residency.prefixes.slots.tolist() == [[0, 0, 32]]
+    assert residency.prefixes.slots.tolist() == [[0, 0, 32, 0]]
     assert residency.prefixes.log_threshold.tolist() == [math.inf]
 
 
@@ -88,14 +88,15 @@ def test_beside_clusters_it_has_none(exact, clustered, reside):
     residency.activate(
         {slot: place(index, slot, OPTIONS, {0: 8}, 4) for slot, index in enumerate((clustered, exact, clustered))}
     )
-    assert residency.prefixes.slots.tolist() == [[0, 7, 4], [7, 0, 40], [7, 7, 4]]
+    assert residency.prefixes.slots.tolist() == [[0, 7, 4, 0], [7, 0, 40, 0], [7, 7, 4, 0]]
 
 
 def test_a_clustered_prefix_is_attended_to_exactly_for_a_while(exact, clustered, reside):
     residency = reside(clustered, exact, clustered)
     residency.load_layer(LAYER_NAMES[0], NUM_HEADS, HEAD_SIZE, torch.float32)
     residency.activate({slot: place(index, slot, OPTIONS, {0: 8}, 4) for slot, index in ((0, clustered), (1, exact))})
-    choosing, exactly = [[0, 7, 4], [7, 0, 40], [0, 0, 0]], [[0, 0, 40], [7, 0, 40], [0, 0, 0]]
+    choosing = [[0, 7, 4, 0], [7, 0, 40, 0], [0, 0, 0, 0]]
+    exactly = [[0, 0, 40, 0], [7, 0, 40, 0], [0, 0, 0, 0]]
     for slots, written in (({0}, exactly), ({0, 1, 2}, exactly), ({1}, choosing), ({0}, exactly), (set(), choosing)):
         residency.attend_exactly(frozenset(slots))
         assert residency.prefixes.slots.tolist() == written
@@ -106,9 +107,9 @@ def test_clusters_are_not_loaded_where_all_attention_is_exact(clustered, reside)
     assert residency.load_layer("any.layer", NUM_HEADS, HEAD_SIZE, torch.float32).sizes.shape == (NUM_HEADS, 0)
     options = SimpleNamespace(**{**vars(OPTIONS), "mode": "exact"})
     residency.activate({0: place(clustered, 0, options, {0: 8}, 4)})
-    assert residency.prefixes.slots.tolist() == [[0, 0, 40]] and residency.most_centroids == 0
+    assert residency.prefixes.slots.tolist() == [[0, 0, 40, 0]] and residency.most_centroids == 0
     residency.attend_exactly(frozenset())
-    assert residency.prefixes.slots.tolist() == [[0, 0, 40]]
+    assert residency.prefixes.slots.tolist() == [[0, 0, 40, 0]]
 
 
 @pytest.mark.parametrize(

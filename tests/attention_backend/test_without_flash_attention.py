@@ -65,7 +65,7 @@ def rows(monkeypatch):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(triton_attention, "MAX_SUFFIX_KEYS", 64)
     prefixes = Prefixes(
-        slots=torch.tensor([[0, 0, 32]], dtype=torch.int32, device=device),
+        slots=torch.tensor([[0, 0, 32, 0]], dtype=torch.int32, device=device),
         log_threshold=torch.zeros(1, device=device),
         counters=torch.zeros(1, 6, dtype=torch.int64, device=device),
     )

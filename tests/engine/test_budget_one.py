@@ -27,11 +27,11 @@ def test_answers_are_the_dense_ones(models, indexes, family, group, head_size):
     assert rows == {"squeezed": 20 * 8, "dense: prefix not in the KV cache yet": 1}
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_budget_is_about_what_is_read(models, indexes, family):
+@pytest.mark.parametrize(("family", "join"), [("llama", "max"), ("gemma2", "max"), ("llama", "mean")])
+def test_a_budget_is_about_what_is_read(models, indexes, family, join):
     """The threshold is calibrated on the very scores that choose clusters, also where a soft cap bounds them."""
     model = models(family)
-    with engine(model, indexes(model, PREFIX), budget=0.5) as llm:
+    with engine(model, indexes(model, PREFIX, join=join), budget=0.5) as llm:
         generate(llm, [PREFIX + [5]], num_tokens=1)
         generate(llm, [PREFIX + tokens(seed, 3 + seed) for seed in range(8)])
         counted = {metric.name: metric.value for metric in llm.get_metrics() if "prefix_bytes" in metric.name}

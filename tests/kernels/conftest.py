@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vllm_squeeze.kernels.reference import attend_causal
-from vllm_squeeze.kernels.tables import ClusterTable, Prefixes
+from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes
 from vllm_squeeze.kernels.tiles import QueryTiles
 
 ON_GPU = torch.cuda.is_available()
@@ -82,13 +82,14 @@ class Scene:
         return output
 
     def log_p(self, token: int) -> torch.Tensor:
-        """Log of the predicted probability of the clusters of a token's prefix, [H, C], largest of the group."""
-        first, count, _ = self.prefixes.slots[self.slot_of[token]].tolist()
+        """Log of the predicted probability of the clusters of a token's prefix, [H, C], joined over the group."""
+        first, count, _, join = self.prefixes.slots[self.slot_of[token]].tolist()
         table = self.table.prefix(first, count)
         query = self.query[token].view(self.num_kv_heads, self.group, -1).double()
         scores = query @ table.centroids.double().mT * self.scale
         mass = (table.sizes[:, None] * scores.exp()).sum(-1, keepdim=True).log()
-        return (scores - mass).amax(1)
+        log_p = scores - mass
+        return log_p.exp().mean(1).log() if JOINS[join] == "mean" else log_p.amax(1)
 
     def set_threshold(self, share: float) -> None:
         """Lets about ``share`` of each prefix's clusters be chosen; 0 and 1 are none and all.
@@ -104,7 +105,7 @@ class Scene:
 
     def make_exact(self, slot: int) -> "Scene":
         """The same, with all tokens of a prefix attended to whatever the choice."""
-        self.prefixes.slots[slot, 1:] = torch.tensor([0, self.keys[slot].shape[1]])
+        self.prefixes.slots[slot, 1:3] = torch.tensor([0, self.keys[slot].shape[1]])
         return self.tile(self.slot_of)
 
     def tile(self, row_slot: tuple[int, ...], counts: tuple[int, ...] = (), room: int | None = None) -> "Scene":
@@ -136,7 +137,7 @@ class Scene:
         slot = self.slot_of[token]
         keys, values = self.keys[slot].double(), self.values[slot].double()
         if replaced is not None:
-            first, count, _ = self.prefixes.slots[slot].tolist()
+            first, count, *_ = self.prefixes.slots[slot].tolist()
             table = self.table.prefix(first, count)
             for head, cluster in replaced.nonzero().tolist():
                 start, size = int(table.starts[head, cluster]), int(table.sizes[head, cluster])
@@ -161,6 +162,7 @@ def build_scene(
     num_sinks: int = 16,
     dtype: torch.dtype = torch.float32,
     cache_dtype: torch.dtype | None = None,
+    join: str = "max",
     seed: int = 42,
 ) -> Scene:
     """A step of N tokens, one of each request. ``sizes`` holds the sizes of the clusters of each prefix.
@@ -207,7 +209,7 @@ def build_scene(
             total = torch.zeros_like(centres).index_add_(1, cluster_of, in_order)
             means += [total / count.clamp(min=1)[:, None], torch.full((num_kv_heads, 3, head_size), torch.nan)]
         first = sum(len(part) for part in all_sizes)
-        slots.append((first, len(prefix_sizes), num_sinks))
+        slots.append((first, len(prefix_sizes), num_sinks, JOINS.index(join)))
         # three clusters and two members that belong to nobody, before the next prefix
         starts += [num_members + count.cumsum(0) - count, torch.full((3,), num_members + int(count.sum()))]
         all_sizes += [count, torch.full((3,), 2)]

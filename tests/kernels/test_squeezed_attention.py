@@ -129,6 +129,19 @@ def test_everything_chosen_is_dense_attention(make_scene, assert_close, dtype: t
     assert_close(run(scene), torch.stack([scene.dense(0), scene.dense(1)]))
 
 
+@pytest.mark.parametrize("group", [1, 3, 4])
+def test_query_heads_joined_by_their_mean(make_scene, assert_close, group: int):
+    """Beside a prefix whose query heads are joined by the largest."""
+    scene = make_scene(num_kv_heads=1, group=group, sizes=(UNEVEN[0], UNEVEN[0]), slot_of=(0, 1, 0), join="mean")
+    scene.prefixes.slots[1, 3] = 0
+    scene = scene.tile(scene.slot_of)
+    scene.set_threshold(0.3)
+    check_against_reference(scene, True, assert_close)
+    by_mean = run(scene)
+    scene.prefixes.slots[0, 3] = 0
+    assert torch.equal(run(scene.tile(scene.slot_of)), by_mean) == (group == 1)
+
+
 def test_nothing_to_attend_leaves_the_suffix(make_scene):
     scene = make_scene(num_sinks=0)
     scene.set_threshold(0.0)

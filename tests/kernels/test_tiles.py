@@ -10,7 +10,7 @@ from vllm_squeeze.kernels.tiles import QueryTiles, tokens_per_tile
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 PAGE_SIZE, NUM_SLOTS = 16, 3
-FACTS = [[0, 7, 16], [7, 0, 40], [7, 3, 0]]
+FACTS = [[0, 7, 16, 0], [7, 0, 40, 0], [7, 3, 0, 1]]
 
 
 def expected_tiles(row_slot, counts, size):
@@ -49,12 +49,12 @@ def test_tokens_are_grouped_by_prefix(rows, group, spare):
     queries.fill(slots, starts, block_table, prefixes, num_tokens + spare, group, PAGE_SIZE)
 
     tiles, slot_rows = expected_tiles(row_slot, counts, tokens_per_tile(num_tokens + spare, group))
-    assert queries.tiles[: len(tiles), :6].tolist() == [facts for facts, _ in tiles]
+    assert queries.tiles[: len(tiles), :7].tolist() == [facts for facts, _ in tiles]
     assert (queries.tiles[len(tiles) :, 0] == -1).all()
     for held, (_, tokens) in zip(queries.tokens.tolist(), tiles, strict=False):
         assert held[: len(tokens)] == tokens
     assert queries.slot_rows.tolist() == slot_rows
-    for slot, (_, _, num_always) in enumerate(FACTS):
+    for slot, (_, _, num_always, _) in enumerate(FACTS):
         if slot_rows[slot] >= 0:
             position = torch.arange(num_always)
             places = (slot_rows[slot] * 4 + position // PAGE_SIZE) * PAGE_SIZE + position % PAGE_SIZE

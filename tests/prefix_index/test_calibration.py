@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vllm_squeeze.kernels.reference import choose_clusters
-from vllm_squeeze.kernels.tables import ClusterTable
+from vllm_squeeze.kernels.tables import JOINS, ClusterTable
 from vllm_squeeze.prefix_index.calibration import (
     LEAST_SHARE,
     LOWEST_LOG_P,
@@ -37,18 +37,19 @@ def table(centroids: torch.Tensor, sizes: torch.Tensor) -> ClusterTable:
     return ClusterTable(centroids, torch.zeros_like(centroids), starts, sizes, sizes.new_zeros(len(sizes), 0))
 
 
-def kept_share(query, centroids, sizes, threshold: float, soft_cap: float = 0.0) -> float:
-    _, chosen = choose_clusters(query.transpose(0, 1), table(centroids, sizes), threshold, SCALE, soft_cap)
+def kept_share(query, centroids, sizes, threshold: float, soft_cap: float = 0.0, join: str = "max") -> float:
+    _, chosen = choose_clusters(query.transpose(0, 1), table(centroids, sizes), threshold, SCALE, soft_cap, join)
     return float((chosen * sizes).sum() / (query.shape[1] * sizes.sum()))
 
 
 @pytest.mark.parametrize("share", [0.97, 0.9, 0.7, 0.5, 0.33, 0.2, 0.125, 0.1, 0.05, 0.02, 0.01, 0.005])
-def test_threshold_keeps_its_share(share):
+@pytest.mark.parametrize("join", JOINS)
+def test_threshold_keeps_its_share(share, join):
     """On the queries that it was calibrated on, the oracle keeps what was asked for."""
     query, centroids, sizes = case(num_queries=400, num_centroids=200)
-    threshold = log_threshold(threshold_curve(score_histogram(query, centroids, sizes, SCALE)), share)
-    within_a_bin = [kept_share(query, centroids, sizes, threshold + side * BIN_WIDTH) for side in (1, -1)]
-    assert kept_share(query, centroids, sizes, threshold) == pytest.approx(share, rel=0.02) or (
+    threshold = log_threshold(threshold_curve(score_histogram(query, centroids, sizes, SCALE, join=join)), share)
+    within_a_bin = [kept_share(query, centroids, sizes, threshold + side * BIN_WIDTH, join=join) for side in (1, -1)]
+    assert kept_share(query, centroids, sizes, threshold, join=join) == pytest.approx(share, rel=0.02) or (
         within_a_bin[0] <= share <= within_a_bin[1]
     )
 

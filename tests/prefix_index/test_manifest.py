@@ -168,10 +168,11 @@ def test_any_other_text_is_refused(manifest, data):
         dict(seed=-1),
         dict(num_sinks=-1),
         dict(observation_window=0),
+        dict(join="median"),
     ],
     ids=str,
 )
 def test_parameters_that_are_not_allowed_are_named(changes):
     ((field, value),) = changes.items()
-    with pytest.raises(ValueError, match=rf"^{field} is {value}, must be "):
+    with pytest.raises(ValueError, match=rf"^{field} is {value!r}, must be "):
         IndexParameters(**changes)

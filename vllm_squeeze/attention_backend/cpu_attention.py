@@ -19,6 +19,7 @@ from vllm_squeeze.attention_backend.recorder import ObservesQueries
 from vllm_squeeze.attention_backend.rows import RowGroup
 from vllm_squeeze.attention_backend.wiring import RECORD, SERVE
 from vllm_squeeze.kernels.reference import attend_causal, attend_prefix, count_reads, dequantised, merge
+from vllm_squeeze.kernels.tables import JOINS
 
 # Query tokens scored at once. Bounds the memory of a long question over a long prefix.
 QUERY_CHUNK = 256
@@ -171,7 +172,7 @@ class SqueezeCPUImpl(SqueezeLayer, CPUAttentionBackendImpl):
 
     def _attend_prefix(self, query: torch.Tensor, slot: int, read: Any) -> tuple[torch.Tensor, torch.Tensor]:
         prefixes = self.residency.prefixes
-        first, count, num_sinks = prefixes.slots[slot].tolist()
+        first, count, num_sinks, join = prefixes.slots[slot].tolist()
         output, lse, kept, loaded = attend_prefix(
             query,
             self.table.prefix(first, count),
@@ -181,6 +182,7 @@ class SqueezeCPUImpl(SqueezeLayer, CPUAttentionBackendImpl):
             self.scale,
             self.residency.options.rest == "value_centroids",
             self.logits_soft_cap,
+            JOINS[join],
         )
         count_reads(prefixes.counters[slot], count > 0, kept, loaded)
         return output, lse

@@ -43,6 +43,7 @@ class Placement:
         num_sinks: first tokens of the squeezed part that are always attended to; all of them where attention is exact.
         log_threshold: of the choice of clusters, for the wanted budget; infinite where attention is exact.
         cost: what reading the prefix costs.
+        join: how query heads are joined in the choice, one of JOINS.
     """
 
     slot: int
@@ -50,6 +51,7 @@ class Placement:
     num_sinks: int
     log_threshold: float
     cost: ReadCost
+    join: str = "max"
 
     @property
     def exact(self) -> bool:
@@ -189,7 +191,8 @@ def place(index: PrefixIndex, slot: int, options: Options, block_sizes: dict[int
             threshold = log_threshold(manifest.thresholds, cost.kept_share(options.budget))
         except ValueError as error:
             raise InvalidIndex(f"{index.folder.name}: squeeze.{error}") from None
-    return Placement(slot, dict.fromkeys(block_sizes, covered), num_sinks, threshold, cost)
+    join = "max" if manifest.exact else parameters.join
+    return Placement(slot, dict.fromkeys(block_sizes, covered), num_sinks, threshold, cost, join)
 
 
 def place_all(

@@ -222,8 +222,9 @@ class SqueezeRecorder(PassiveConnector):
         self, keys: Any, values: Any, queries: Any, scales: Any, soft_caps: Any
     ) -> Iterator[tuple[dict, float]]:
         num_heads, dtype = len(keys[0]), self._vllm_config.model_config.dtype
+        parameters = IndexParameters(**self._options.parameters)
         all_keys = torch.cat(keys).float()
-        clusters = cluster_keys(all_keys, torch.cat(values).float(), IndexParameters(**self._options.parameters))
+        clusters = cluster_keys(all_keys, torch.cat(values).float(), parameters)
         for layer, query in enumerate(queries):
             heads = slice(layer * num_heads, (layer + 1) * num_heads)
             of_layer = Clusters(
@@ -241,6 +242,6 @@ class SqueezeRecorder(PassiveConnector):
                 "members": of_layer.members,
             }
             tensors["scores"] = score_histogram(
-                query.float(), tensors["centroids"], tensors["sizes"], scales[layer], soft_caps[layer]
+                query.float(), tensors["centroids"], tensors["sizes"], scales[layer], soft_caps[layer], parameters.join
             )
             yield {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, cosine

@@ -15,7 +15,7 @@ from vllm_squeeze.attention_backend.placement import (
     num_centroids,
     open_indexes,
 )
-from vllm_squeeze.kernels.tables import ClusterTable, Prefixes
+from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
 from vllm_squeeze.prefix_index.manifest import InvalidIndex
 
@@ -65,7 +65,7 @@ class Residency:
 
         slots = max(len(options.indexes), 1)
         self.prefixes = Prefixes(
-            slots=torch.zeros(slots, 3, dtype=torch.int32, device=self.device),
+            slots=torch.zeros(slots, 4, dtype=torch.int32, device=self.device),
             log_threshold=torch.full((slots,), torch.inf, device=self.device),
             counters=torch.zeros(slots, 6, dtype=torch.int64, device=self.device),
         )
@@ -180,7 +180,7 @@ class Residency:
             span = self._spans[slot]
             exact = place.exact or slot in self._exact
             count, num_always = (0, place.covered) if exact else (span.num_centroids, place.num_sinks)
-            facts[slot] = torch.tensor([span.first_centroid, count, num_always])
+            facts[slot] = torch.tensor([span.first_centroid, count, num_always, JOINS.index(place.join)])
         self.prefixes.slots.copy_(facts, non_blocking=True)
 
     @property

@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 
 from vllm_squeeze.kernels.softmax import LOG2_E, finite_or_zero, logits_of
+from vllm_squeeze.kernels.tables import JOINS
 from vllm_squeeze.kernels.tiles import MAX_TILE_TOKENS, TILE_FACTS
 
 FACTS = tl.constexpr(TILE_FACTS)
 TOKENS = tl.constexpr(MAX_TILE_TOKENS)
+MEAN = tl.constexpr(JOINS.index("mean"))
 
 
 @triton.jit
@@ -132,17 +134,17 @@ def choose_kernel(
     p_sizes = sizes + i_h.to(tl.int64) * stride_size_head + first_centroid
     p_starts = starts + i_h.to(tl.int64) * stride_size_head + first_centroid
     p_chosen, p_picked = chosen + i_th * max_centroids, picked + 3 * (i_th * max_centroids + begin)
-    threshold = tl.load(log_threshold + i_slot) * LOG2_E
+    threshold, join = tl.load(log_threshold + i_slot) * LOG2_E, tl.load(tiles + (first_tile + i_t) * FACTS + 6)
 
     o_m, o_c, o_s = tl.arange(0, M), tl.arange(0, BLOCK), tl.arange(0, SPLITS)
     o_r, o_g = tl.arange(0, ROWS), tl.arange(0, GP)
     m_r, m_g = (o_r < num_tokens)[:, None, None], (o_g < GROUP)[None, :, None]
     p_logits = logits + (i_th * M + o_r[:, None, None] * GP + o_g[None, :, None]) * max_centroids
     b_masses = tl.load(masses + (i_th * SPLITS + o_s[:, None]) * M + o_m[None, :])  # [SPLITS, M]
-    b_peak = finite_or_zero(tl.max(b_masses, 0))
-    b_total = tl.sum(tl.exp2(b_masses - b_peak[None, :]), 0)
+    b_largest = finite_or_zero(tl.max(b_masses, 0))
+    b_total = tl.sum(tl.exp2(b_masses - b_largest[None, :]), 0)
     # if all clusters are empty the sum is 0, and any number will do
-    b_mass = b_peak + tl.log2(tl.where(b_total > 0, b_total, 1.0))  # [M]
+    b_mass = b_largest + tl.log2(tl.where(b_total > 0, b_total, 1.0))  # [M]
     b_mass = tl.reshape(b_mass, [ROWS, GP, 1])
     num_picked, num_kept, num_pairs = 0, 0, 0
     for i_c in range(begin, end, BLOCK):
@@ -152,10 +154,14 @@ def choose_kernel(
         b_logits = tl.load(p_logits + o_row[None, None, :], mask=m_logits, other=float("-inf"))  # [ROWS, GP, BLOCK]
         b_size = tl.load(p_sizes + o_row, mask=m_c, other=0)
         b_start = tl.load(p_starts + o_row, mask=m_c, other=0)
-        b_log_p = tl.max(b_logits - b_mass, 1)  # [ROWS, BLOCK], of all keys of a cluster together
+        b_log_p = b_logits - b_mass  # of all keys of a cluster together
+        b_joined = tl.max(b_log_p, 1)  # [ROWS, BLOCK]
+        if join == MEAN:
+            b_peak = finite_or_zero(b_joined)
+            b_joined = b_peak + tl.log2(tl.sum(tl.exp2(b_log_p - b_peak[:, None, :]), 1) / GROUP)
         # an empty cluster adds nothing on either side
         b_wanted = threshold + log_of_size(tl.maximum(b_size, 1))[None, :]
-        b_chosen = (b_log_p > b_wanted) & (o_r < num_tokens)[:, None] & (b_size > 0)[None, :]
+        b_chosen = (b_joined > b_wanted) & (o_r < num_tokens)[:, None] & (b_size > 0)[None, :]
         b_bits = tl.sum(b_chosen.to(tl.int32) << o_r[:, None], 0)  # [BLOCK]
         tl.store(p_chosen + o_row, b_bits, mask=m_c)
         # of those chosen: where in the list their keys end, where among the members they are, and whose they are

@@ -3,18 +3,19 @@
 For one KV head with G query heads and a prefix in clusters i of N_i keys, centroid c_i and mean value v_i:
 
     p_i = exp(s q.c_i) / sum_j N_j exp(s q.c_j)      predicted attention probability of each key of cluster i
-    cluster i is chosen  <=>  max over the G query heads of log p_i > log threshold
+    cluster i is chosen  <=>  max (or mean) over the G query heads of p_i > threshold
 
 The keys of chosen clusters and the first tokens (attention sinks) are attended to exactly. A cluster that was not
 chosen contributes N_i exp(s q.c_i) times v_i, or nothing where ``rest`` is off.
 """
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_squeeze.kernels.tables import ClusterTable, Prefixes
+from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes
 
 if TYPE_CHECKING:
     from vllm_squeeze.kernels.tiles import QueryTiles
@@ -24,7 +25,12 @@ ReadTokens = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def choose_clusters(
-    query: torch.Tensor, table: ClusterTable, log_threshold: float, scale: float, soft_cap: float = 0.0
+    query: torch.Tensor,
+    table: ClusterTable,
+    log_threshold: float,
+    scale: float,
+    soft_cap: float = 0.0,
+    join: str = "max",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores the clusters and chooses those that matter, once per KV head.
 
@@ -34,6 +40,7 @@ def choose_clusters(
         log_threshold: natural log of the threshold on p_i.
         scale: softmax scale.
         soft_cap: bound on the logits; 0 for none.
+        join: one of JOINS.
 
     Returns:
         scores s q.c_i, [R, H, G, C] float32, and the choice, [R, H, C] bool.
@@ -42,7 +49,12 @@ def choose_clusters(
     occupied = (table.sizes > 0)[:, None]  # [H, 1, C]
     mass = (scores + table.sizes.float().log()[:, None]).logsumexp(-1, keepdim=True)
     log_p = (scores - mass).masked_fill(~occupied, -torch.inf)
-    return scores, (log_p.amax(2) > log_threshold) & occupied[:, 0]
+    return scores, (joined(log_p, join) > log_threshold) & occupied[:, 0]
+
+
+def joined(log_p: torch.Tensor, join: str) -> torch.Tensor:
+    """Log probabilities [..., G, C] of a KV head's query heads as one, [..., C]: the largest, or that of the mean."""
+    return log_p.amax(-2) if join == "max" else log_p.logsumexp(-2) - math.log(log_p.shape[-2])
 
 
 def attend_prefix(
@@ -54,6 +66,7 @@ def attend_prefix(
     scale: float,
     rest: bool,
     soft_cap: float = 0.0,
+    join: str = "max",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention of R query tokens over one indexed prefix. Each chosen key is read once for all R.
 
@@ -66,6 +79,7 @@ def attend_prefix(
         scale: softmax scale.
         rest: whether clusters that were not chosen contribute through their mean value.
         soft_cap: bound on the logits, by a hyperbolic tangent; 0 for none.
+        join: how query heads are joined, one of JOINS.
 
     Returns:
         output [R, H, G, D] float32, log-sum-exp [R, H, G] float32 (natural log; minus infinity and a zero output
@@ -76,7 +90,7 @@ def attend_prefix(
     if not table.sizes.shape[1]:
         num_members = 0  # those there are belong to clusters of other prefixes
     device = query.device
-    scores, chosen = choose_clusters(query, table, log_threshold, scale, soft_cap)
+    scores, chosen = choose_clusters(query, table, log_threshold, scale, soft_cap, join)
 
     slots = torch.arange(num_members, device=device, dtype=torch.int32).expand(num_heads, -1).contiguous()
     cluster = torch.searchsorted(table.starts.contiguous(), slots, right=True) - 1  # [H, M], -1 before the first
@@ -165,7 +179,7 @@ def squeezed_attention_reference(
     """The oracle of ``squeezed_attention``, with its arguments and its effect on ``output`` and ``counters``."""
     num_kv_heads = len(table.centroids)
     block_size = key_cache.shape[1]
-    for tile, (slot, size, row, first, count, num_always, *_) in enumerate(queries.tiles.tolist()):
+    for tile, (slot, size, row, first, count, num_always, join, _) in enumerate(queries.tiles.tolist()):
         if slot < 0:
             continue
         tokens = queries.tokens[tile, :size].long()
@@ -187,6 +201,7 @@ def squeezed_attention_reference(
             scale,
             rest,
             soft_cap,
+            JOINS[join],
         )
         suffix_output = output[tokens].unflatten(1, (num_kv_heads, -1)).float()
         lse = suffix_lse[:, tokens].T.unflatten(1, (num_kv_heads, -1))

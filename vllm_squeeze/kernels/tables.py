@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+JOINS = ("max", "mean")
+"""How the predicted attention probabilities of a cluster are joined over the query heads of a KV head."""
+
 
 @dataclass(frozen=True)
 class ClusterTable:
@@ -43,8 +46,9 @@ class Prefixes:
     """The prefixes that a server holds, the same for all layers. A slot is an index into the tensors below.
 
     Attributes:
-        slots: [P, 3] int32, per slot: first centroid, number of centroids, number of always attended first tokens.
-            Without centroids, and with all tokens always attended to, attention over the prefix is exact.
+        slots: [P, 4] int32, per slot: first centroid, number of centroids, number of always attended first tokens,
+            and how the query heads of a KV head are joined, by its place in JOINS. Without centroids, and with all
+            tokens always attended to, attention over the prefix is exact.
         log_threshold: [P] float32. A cluster is chosen if the log of its predicted attention probability per key
             exceeds it; minus infinity chooses every cluster.
         counters: [P, 6] int64, added to by the kernels. Of prefixes with clusters: look-ups, one for each tile of

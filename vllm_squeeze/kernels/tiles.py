@@ -72,8 +72,8 @@ def _group_kernel(
         b_tile = first_tile + (b_place + i_n) // size
         tl.store(tokens + b_tile * TOKENS + (b_place + i_n) % size, b_start + i_n, mask=i_n < b_count)
     total = tl.sum(b_count, 0)
-    first_centroid, count = tl.load(slots + i_slot * 3), tl.load(slots + i_slot * 3 + 1)
-    num_always = tl.load(slots + i_slot * 3 + 2)
+    first_centroid, count = tl.load(slots + i_slot * 4), tl.load(slots + i_slot * 4 + 1)
+    num_always, join = tl.load(slots + i_slot * 4 + 2), tl.load(slots + i_slot * 4 + 3)
     for i_t in range(0, tl.cdiv(total, size), BLOCK):
         b_left = total - (i_t + o_t) * size
         m_t = b_left > 0
@@ -84,6 +84,7 @@ def _group_kernel(
         tl.store(p_facts + 3, tl.zeros_like(o_t) + first_centroid, mask=m_t)
         tl.store(p_facts + 4, tl.zeros_like(o_t) + count, mask=m_t)
         tl.store(p_facts + 5, tl.zeros_like(o_t) + num_always, mask=m_t)
+        tl.store(p_facts + 6, tl.zeros_like(o_t) + join, mask=m_t)
 
 
 @triton.jit
@@ -92,7 +93,7 @@ def _list_always_kernel(
 ):
     i_slot, i_b = tl.program_id(0), tl.program_id(1)
     i_row = tl.load(slot_rows + i_slot).to(tl.int64)
-    num_always = tl.load(slots + i_slot * 3 + 2)
+    num_always = tl.load(slots + i_slot * 4 + 2)
     if (i_row < 0) | (i_b * BLOCK >= num_always):
         return
     o_position = i_b * BLOCK + tl.arange(0, BLOCK)
@@ -109,8 +110,7 @@ class QueryTiles:
     Attributes:
         num_tokens: how many tokens there may be.
         tiles: [most tiles, 8] int32, per tile: slot of the prefix or -1 where there is no tile, its number of tokens,
-            a row of the block table that begins with the prefix, and of the prefix its first centroid, number of
-            centroids and number of always attended first tokens.
+            a row of the block table that begins with the prefix, and of the prefix what Prefixes.slots says.
         tokens: [most tiles, 32] int32, the query tokens of each tile.
         slot_rows: [P] int32, a row of the block table that begins with the slot's prefix, or -1.
         always_places: [P, T] int32, where in the KV cache the first tokens lie that are attended to whatever the

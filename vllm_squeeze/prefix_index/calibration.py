@@ -11,7 +11,7 @@ import math
 import numpy as np
 import torch
 
-from vllm_squeeze.kernels.reference import capped
+from vllm_squeeze.kernels.reference import capped, joined
 
 NUM_BINS = 4096
 LOWEST_LOG_P = -40.0
@@ -29,9 +29,10 @@ def score_histogram(
     sizes: torch.Tensor,
     scale: float,
     soft_cap: float = 0.0,
+    join: str = "max",
     memory_bytes: int = 1 << 28,
 ) -> torch.Tensor:
-    """Counts clustered keys by the log p of their cluster, the largest over the query heads of a KV head.
+    """Counts clustered keys by the log p of their cluster, joined over the query heads of a KV head.
 
     Args:
         query: [B, W, G, D], the queries of W tokens, after the rotary embedding. Row b belongs to one KV head of
@@ -40,6 +41,7 @@ def score_histogram(
         sizes: [B, C], keys of each cluster.
         scale: softmax scale.
         soft_cap: bound on the logits; 0 for none.
+        join: one of JOINS.
         memory_bytes: bound on temporary memory, as far as one row fits into it.
 
     Returns:
@@ -55,7 +57,7 @@ def score_histogram(
         logits = torch.einsum("bwgd,bcd->bwgc", query[rows].float(), centroids[rows].float()) * scale
         scores = capped(logits, soft_cap)
         mass = (scores + sizes[rows].log()[:, None, None]).logsumexp(-1, keepdim=True)
-        log_p = (scores - mass).amax(2)  # [B, W, C]
+        log_p = joined(scores - mass, join)  # [B, W, C]
         bins = ((log_p / -LOWEST_LOG_P + 1) * NUM_BINS).clamp(0, NUM_BINS - 1).long()
         histogram.scatter_add_(0, bins.flatten(), weights.flatten())
     return histogram

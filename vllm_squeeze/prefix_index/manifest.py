@@ -12,6 +12,7 @@ from itertools import pairwise
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from vllm_squeeze.kernels.tables import JOINS
 from vllm_squeeze.prefix_index.identity import DTYPE_BYTES, ModelIdentity, check_ranges
 
 FORMAT_VERSION = 1
@@ -35,6 +36,7 @@ class IndexParameters:
         seed: of the first centroids.
         num_sinks: the first tokens, which are not clustered but always attended to.
         observation_window: the last tokens, which are not clustered either; thresholds are calibrated on them.
+        join: how the probabilities of a cluster are joined over the query heads of a KV head, one of JOINS.
     """
 
     centroids: float = 0.05
@@ -44,10 +46,13 @@ class IndexParameters:
     seed: int = 0
     num_sinks: int = 16
     observation_window: int = 100
+    join: str = "max"
 
     def __post_init__(self) -> None:
         if not 0 < self.centroids <= 1:
             raise ValueError(f"centroids is {self.centroids}, must be above 0 and at most 1")
+        if self.join not in JOINS:
+            raise ValueError(f"join is {reprlib.repr(self.join)}, must be one of {', '.join(JOINS)}")
         check_ranges(
             self,
             window=(1, 2**31 - 1),
