@@ -11,6 +11,7 @@ from vllm_squeeze.attention_backend.residency import Residency
 from vllm_squeeze.attention_backend.rows import RowGroup
 from vllm_squeeze.attention_backend.wiring import SERVE, options_of
 from vllm_squeeze.kernels.reference import dequantised
+from vllm_squeeze.kernels.squeezed_attention import squeezed_attention
 from vllm_squeeze.kernels.tiles import QueryTiles
 from vllm_squeeze.kernels.workspace import Workspace
 
@@ -69,6 +70,8 @@ class DeviceRows(RowGroup):
 class DeviceLayer(SqueezeLayer):
     """Mixed into vLLM's attention layers (impls) on GPUs of engines that serve indexes."""
 
+    _workspace: Workspace | None = None
+
     def make_workspace(self) -> Workspace:
         """What the prefix kernels need beside their operands."""
         return Workspace.allocate(
@@ -78,6 +81,33 @@ class DeviceLayer(SqueezeLayer):
             self.residency.most_centroids,
             self.residency.longest_prefix,
             self.residency.device,
+        )
+
+    def attend_prefixes(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        suffix_lse: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        **options: Any,
+    ) -> None:
+        """Joins attention over the prefixes of the step's rows to ``output``; see ``squeezed_attention``."""
+        rows = self.rows
+        squeezed_attention(
+            query,
+            output,
+            suffix_lse,
+            key_cache,
+            value_cache,
+            rows.block_table,
+            rows.queries.first(rows.num_queries),
+            self.table,
+            self.residency.prefixes,
+            self.scale,
+            self.residency.options.rest == "value_centroids",
+            self._workspace,
+            **options,
         )
 
 

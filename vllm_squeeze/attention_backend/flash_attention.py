@@ -15,8 +15,6 @@ from vllm_squeeze.attention_backend.device_layers import DeviceBuilder, DeviceLa
 from vllm_squeeze.attention_backend.layers import as_stored, cache_scales, in_model_dtype, mode_of_engine
 from vllm_squeeze.attention_backend.residency import Residency
 from vllm_squeeze.attention_backend.wiring import RECORD, SERVE
-from vllm_squeeze.kernels.squeezed_attention import squeezed_attention
-from vllm_squeeze.kernels.workspace import Workspace
 
 
 class SuffixRows(DeviceRows):
@@ -58,7 +56,6 @@ class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
     """Attention of one layer: vLLM's own in steps without squeezed rows."""
 
     rows_class = SuffixRows
-    _workspace: Workspace | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         super().process_weights_after_loading(act_dtype)
@@ -116,19 +113,12 @@ class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
                 return_softmax_lse=True,
             )
             rows.suffix_done.record()
-        squeezed_attention(
+        self.attend_prefixes(
             in_model_dtype(query, layer, output.dtype),
             output,
             suffix_lse,
             key_cache,
             value_cache,
-            rows.block_table,
-            rows.queries.first(rows.num_queries),
-            self.table,
-            self.residency.prefixes,
-            self.scale,
-            self.residency.options.rest == "value_centroids",
-            self._workspace,
             soft_cap=self.logits_soft_cap,
             key_scale=key_scale,
             value_scale=value_scale,

@@ -19,7 +19,6 @@ from vllm_squeeze.attention_backend.layers import FLOAT8, mode_of_engine
 from vllm_squeeze.attention_backend.matching import DENSE_SLOT
 from vllm_squeeze.attention_backend.residency import Residency
 from vllm_squeeze.attention_backend.wiring import RECORD, SERVE
-from vllm_squeeze.kernels.squeezed_attention import squeezed_attention
 from vllm_squeeze.kernels.suffix_attention import Suffixes, attend_suffix, why_unsupported
 
 # Keys of all suffixes of a step. Bounds the memory that they are packed into.
@@ -116,20 +115,7 @@ class SqueezeTritonImpl(DeviceLayer, TritonAttentionImpl):
             self.scale,
             self._packed,
         )
-        squeezed_attention(
-            query,
-            output,
-            suffix_lse,
-            key_cache,
-            value_cache,
-            rows.block_table,
-            rows.queries.first(rows.num_queries),
-            self.table,
-            self.residency.prefixes,
-            self.scale,
-            self.residency.options.rest == "value_centroids",
-            self._workspace,
-        )
+        self.attend_prefixes(query, output, suffix_lse, key_cache, value_cache)
 
 
 class SqueezeTritonBuilder(DeviceBuilder, TritonAttentionMetadataBuilder):
