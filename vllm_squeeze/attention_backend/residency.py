@@ -69,12 +69,14 @@ class Residency:
             log_threshold=torch.full((slots,), torch.inf, device=self.device),
             counters=torch.zeros(slots, 6, dtype=torch.int64, device=self.device),
         )
+        # without clusters on the device
+        self._unclustered = {slot for slot, index in self._indexes.items() if attends_exactly(index.manifest, options)}
         self._spans: dict[int, _Span] = {}
         first_centroid = first_member = 0
         for slot, index in self._indexes.items():
-            exact = attends_exactly(index.manifest, options)
-            clusters = (0, 0) if exact else (num_centroids(index.manifest), index.manifest.num_members)
-            span = _Span(first_centroid, clusters[0], first_member, clusters[1])
+            span = _Span(first_centroid, num_centroids(index.manifest), first_member, index.manifest.num_members)
+            if slot in self._unclustered:
+                span = _Span(first_centroid, 0, first_member, 0)
             self._spans[slot] = span
             first_centroid, first_member = span.centroids.stop, span.members.stop
         self.num_centroids, self._num_members = first_centroid, first_member
@@ -98,8 +100,7 @@ class Residency:
             head_size: of the layer.
             dtype: of the model, as queries have it.
         """
-        exact = {slot for slot, index in self._indexes.items() if attends_exactly(index.manifest, self.options)}
-        if not exact and all(layer_number(index, name) is None for index in self._indexes.values()):
+        if not self._unclustered and all(layer_number(index, name) is None for index in self._indexes.values()):
             return None
 
         def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -115,7 +116,7 @@ class Residency:
         for slot, index in self._indexes.items():
             try:
                 heads = self._local_heads(index, name, num_kv_heads, head_size)
-                if slot not in exact:
+                if slot not in self._unclustered:
                     self._load(index, layer_number(index, name), heads, self._spans[slot], table)
             except InvalidIndex as error:
                 # The scheduler's side has read the same files, and warned.

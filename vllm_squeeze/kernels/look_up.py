@@ -30,14 +30,14 @@ def share_of(total, SPLITS: tl.constexpr):
 
 @triton.jit
 def _share_of_tile(tiles, i_tile, i_s, SPLITS: tl.constexpr):
-    """A tile's slot, tokens, row of the block table, first centroid, and which clusters are split ``i_s``'s."""
+    """A tile's slot, tokens, row of the block table, first centroid and clusters, and which are split ``i_s``'s."""
     p_tile = tiles + i_tile * FACTS
     count = tl.load(p_tile + 4)
     share = share_of(count, SPLITS)
     begin = i_s * share
     end = tl.minimum(begin + share, count)
     i_row, first_centroid = tl.load(p_tile + 2).to(tl.int64), tl.load(p_tile + 3).to(tl.int64)
-    return tl.load(p_tile), tl.load(p_tile + 1), i_row, first_centroid, begin, end
+    return tl.load(p_tile), tl.load(p_tile + 1), i_row, first_centroid, count, begin, end
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def score_kernel(
     i_s, i_h, i_t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    i_slot, num_tokens, _, first_centroid, begin, end = _share_of_tile(tiles, first_tile + i_t, i_s, SPLITS)
+    i_slot, num_tokens, _, first_centroid, _, begin, end = _share_of_tile(tiles, first_tile + i_t, i_s, SPLITS)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if i_slot < 0:
@@ -122,19 +122,20 @@ def choose_kernel(
     i_s, i_h, i_t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    i_slot, num_tokens, i_row, first_centroid, begin, end = _share_of_tile(tiles, first_tile + i_t, i_s, SPLITS)
+    i_slot, num_tokens, i_row, first_centroid, count, begin, end = _share_of_tile(tiles, first_tile + i_t, i_s, SPLITS)
     if PDL:
         # before any return: were there no clusters at all, `attend` would not wait for `score` through this kernel
         tl.extra.cuda.gdc_wait()
     # without clusters nothing is listed, and nobody asks what was kept
     if (i_slot < 0) | (begin >= end):
         return
-    count, num_always = tl.load(tiles + (first_tile + i_t) * FACTS + 4), tl.load(tiles + (first_tile + i_t) * FACTS + 5)
+    p_tile = tiles + (first_tile + i_t) * FACTS
+    num_always, join = tl.load(p_tile + 5), tl.load(p_tile + 6)
     i_th = (i_t * tl.num_programs(1) + i_h).to(tl.int64)
     p_sizes = sizes + i_h.to(tl.int64) * stride_size_head + first_centroid
     p_starts = starts + i_h.to(tl.int64) * stride_size_head + first_centroid
     p_chosen, p_picked = chosen + i_th * max_centroids, picked + 3 * (i_th * max_centroids + begin)
-    threshold, join = tl.load(log_threshold + i_slot) * LOG2_E, tl.load(tiles + (first_tile + i_t) * FACTS + 6)
+    threshold = tl.load(log_threshold + i_slot) * LOG2_E
 
     o_m, o_c, o_s = tl.arange(0, M), tl.arange(0, BLOCK), tl.arange(0, SPLITS)
     o_r, o_g = tl.arange(0, ROWS), tl.arange(0, GP)
