@@ -86,6 +86,21 @@ def generate(llm: Any, prompts: list[list[int]], num_tokens: int = 8, **sampling
     return [tuple(completion.token_ids) for result in results for completion in result.outputs]
 
 
+def check_answers_are_dense(model: Path, index: Path, prefix: list[int], **arguments: Any) -> None:
+    """Fails unless, at a budget of 1, answers to 20 prompts on the indexed prefix are those of vLLM's own backend."""
+    prompts = [prefix + tokens(seed, 3 + seed) for seed in range(20)]
+    with engine(model, **arguments) as llm:
+        dense = generate(llm, prompts)
+    with engine(model, index, **arguments) as llm:
+        generate(llm, prompts[:1], num_tokens=1)  # brings the prefix into the KV cache
+        squeezed = generate(llm, prompts)
+        rows = outcomes(llm)
+    assert squeezed == dense
+    assert len(set(dense)) > 10, "the model answers alike whatever it is asked"
+    # One row per request and answered token; the first request of all computes the prefix.
+    assert rows == {"squeezed": 20 * 8, "dense: prefix not in the KV cache yet": 1}
+
+
 def outcomes(llm: Any) -> dict[str, int]:
     """Rows so far, by what became of them, from vLLM's own metrics."""
     counts: dict[str, int] = {}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.engine.conftest import engine, generate, outcomes, tokens
+from tests.engine.conftest import check_answers_are_dense, engine, generate, tokens
 
 PREFIX = tokens(seed=1, count=600)
 
@@ -14,17 +14,7 @@ PREFIX = tokens(seed=1, count=600)
 )
 def test_answers_are_the_dense_ones(models, indexes, family, group, head_size):
     model = models(family, group=group, head_size=head_size)
-    prompts = [PREFIX + tokens(seed, 3 + seed) for seed in range(20)]
-    with engine(model) as llm:
-        dense = generate(llm, prompts)
-    with engine(model, indexes(model, PREFIX)) as llm:
-        generate(llm, prompts[:1], num_tokens=1)  # brings the prefix into the KV cache
-        squeezed = generate(llm, prompts)
-        rows = outcomes(llm)
-    assert squeezed == dense
-    assert len(set(dense)) > 10, "the model answers alike whatever it is asked"
-    # One row per request and answered token; the first request of all computes the prefix.
-    assert rows == {"squeezed": 20 * 8, "dense: prefix not in the KV cache yet": 1}
+    check_answers_are_dense(model, indexes(model, PREFIX), PREFIX)
 
 
 @pytest.mark.parametrize(("family", "join"), [("llama", "max"), ("gemma2", "max"), ("llama", "mean")])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.engine.conftest import engine, generate, outcomes, tokens
+from tests.engine.conftest import check_answers_are_dense, tokens
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
 
 pytestmark = pytest.mark.skipif(
@@ -39,23 +39,10 @@ def with_scales(model: Path, folder: Path) -> Path:
     return folder
 
 
-def check_budget_one(model: Path, index: Path, **arguments: str) -> None:
-    prompts = [PREFIX + tokens(seed, 3 + seed) for seed in range(20)]
-    with engine(model, **arguments) as llm:
-        dense = generate(llm, prompts)
-    with engine(model, index, **arguments) as llm:
-        generate(llm, prompts[:1], num_tokens=1)  # brings the prefix into the KV cache
-        squeezed = generate(llm, prompts)
-        rows = outcomes(llm)
-    assert squeezed == dense
-    assert len(set(dense)) > 10, "the model answers alike whatever it is asked"
-    assert rows == {"squeezed": 20 * 8, "dense: prefix not in the KV cache yet": 1}
-
-
 @pytest.mark.parametrize(("indexed", "served"), [("fp8", "fp8_e4m3"), ("fp8_e5m2", "fp8_e5m2")])
 def test_answers_are_the_dense_ones(models, indexes, indexed, served):
     model = models("llama")
-    check_budget_one(model, indexes(model, PREFIX, kv_cache_dtype=indexed), kv_cache_dtype=served)
+    check_answers_are_dense(model, indexes(model, PREFIX, kv_cache_dtype=indexed), PREFIX, kv_cache_dtype=served)
 
 
 def mean_key_and_value(index: Path, layer: int) -> torch.Tensor:
@@ -69,7 +56,7 @@ def mean_key_and_value(index: Path, layer: int) -> torch.Tensor:
 def test_a_checkpoint_with_scales(models, indexes, tmp_path):
     plain, scaled = models("llama"), with_scales(models("llama"), tmp_path / "model")
     index = indexes(scaled, PREFIX)
-    check_budget_one(scaled, index)
+    check_answers_are_dense(scaled, index, PREFIX)
     model = PrefixIndex.open(index).manifest.model
     assert (model.cache_element_size, model.element_size) == (1, 4)
     for layer in range(model.num_layers):
