@@ -46,7 +46,7 @@ class Scene:
     """
 
     query: torch.Tensor
-    suffix_lse: torch.Tensor
+    suffix_lse: torch.Tensor | None
     key_cache: torch.Tensor
     value_cache: torch.Tensor
     block_table: torch.Tensor
@@ -126,6 +126,35 @@ class Scene:
         pages = self.key_cache.shape[1]
         queries.fill(slots, starts, self.block_table, self.prefixes, with_slot, self.group, pages)
         return dataclasses.replace(self, queries=queries)
+
+    def list_suffixes(self, row_slot: tuple[int, ...], counts: tuple[int, ...]) -> "Scene":
+        """The same, with the suffix of each row's last token in pages of its own, and listed.
+
+        Prefixes have to end with a page. The output is poisoned, as it is only written.
+        """
+        scene = self.tile(row_slot, counts)
+        page_size, device = self.key_cache.shape[1], self.query.device
+        num_rows, width = len(row_slot), self.block_table.shape[1]
+        lens = torch.tensor([self.keys[slot].shape[1] if slot >= 0 else 0 for slot in row_slot], device=device)
+        ends = torch.tensor(counts, device=device).cumsum(0)
+        own = torch.full((num_rows, page_size, *self.key_cache.shape[2:3], 2 * self.query.shape[-1]), torch.nan)
+        own[:, :SUFFIX_LENGTH] = self.suffix[ends - 1].permute(0, 3, 2, 1, 4).flatten(3)
+        cache = torch.cat([self.key_cache, self.value_cache], -1)
+        table = torch.nn.functional.pad(self.block_table[:num_rows], (0, 1), value=10**6)
+        table[torch.arange(num_rows), lens // page_size] = len(cache) + torch.arange(num_rows, dtype=torch.int32).to(
+            table
+        )
+        cache = torch.cat([cache, own.to(cache)])
+        starts = torch.nn.functional.pad(ends, (1, 0)).int()
+        scene.queries.list_suffixes(
+            lens, (lens + SUFFIX_LENGTH).int(), starts, table, scene.queries.num_tokens, self.group, page_size
+        )
+        key_cache, value_cache = cache.split(self.query.shape[-1], -1)
+        assert width < table.shape[1] and (lens % page_size == 0).all()
+        return dataclasses.replace(
+            scene, suffix_lse=None, key_cache=key_cache, value_cache=value_cache, block_table=table,
+            suffix_output=torch.full_like(self.suffix_output, torch.nan),
+        )  # fmt: skip
 
     def dense(self, token: int, replaced: torch.Tensor | None = None) -> torch.Tensor:
         """Softmax attention of a token over prefix and suffix, [H * G, D], in float64.

@@ -9,9 +9,9 @@ import torch
 from tests.kernels.conftest import Scene
 from vllm_squeeze.kernels import squeezed_attention as kernels
 from vllm_squeeze.kernels import workspace as workspaces
-from vllm_squeeze.kernels.reference import squeezed_attention_reference
-from vllm_squeeze.kernels.tiles import MAX_TILE_ROWS, tokens_per_tile
-from vllm_squeeze.kernels.workspace import MAX_BLOCK, MAX_PROGRAMS_PER_MULTIPROCESSOR, MAX_SPLITS, Workspace
+from vllm_squeeze.kernels.reference import attend_causal, squeezed_attention_reference
+from vllm_squeeze.kernels.tiles import MAX_BLOCK, MAX_TILE_ROWS, tokens_per_tile
+from vllm_squeeze.kernels.workspace import MAX_PROGRAMS_PER_MULTIPROCESSOR, MAX_SPLITS, Workspace
 
 UNEVEN = ((1, 70, 3, 11, 1, 1, 40, 6, 29) * 2,)
 SIZES = {
@@ -196,6 +196,43 @@ def test_tokens_of_one_request(make_scene, assert_close):
     check_against_reference(scene, True, assert_close)
 
 
+@pytest.mark.parametrize("rest", [True, False], ids=["rest", "drop"])
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("exact", [False, True], ids=["squeezed", "exact"])
+def test_listed_suffixes(make_scene, assert_close, exact: bool, group: int, rest: bool):
+    """What follows the prefixes is in pages too, instead of attended to beforehand: rows of tiles full and not."""
+    slot_of = (0,) * 19 + (1, 1)
+    scene = make_scene(num_kv_heads=1, group=group, sizes=(UNEVEN[0], (30, 6)), slot_of=slot_of, num_sinks=28)
+    scene.set_threshold(0.3)
+    if exact:
+        scene = scene.make_exact(0)
+    expected = scene.apply(squeezed_attention_reference, rest)
+    listed = scene.list_suffixes(slot_of, (1,) * 21)
+    assert_close(listed.apply(squeezed_attention_reference, rest), expected)
+    check_against_reference(listed, rest, assert_close)
+
+
+def test_tokens_see_no_further_than_themselves(make_scene, assert_close):
+    """Rows of several tokens, of which one is in two tiles, beside a row that is not squeezed."""
+    counts, slots = (3, 2, 4, 1), (0, -1, 0, 0)
+    scene = make_scene(num_kv_heads=1, group=16, slot_of=(0,) * 3 + (-1,) * 2 + (0,) * 5, num_sinks=16)
+    scene.set_threshold(0.4)
+    tokens = [0, 1, 2, 5, 6, 7, 8, 9]
+    output, lse = scene.suffix_output.clone(), scene.suffix_lse.clone()
+    for first, count in ((0, 3), (5, 4)):
+        query = scene.query[first : first + count].unflatten(1, (1, -1))
+        attended, row_lse = attend_causal(query, *scene.suffix[first + count - 1], scene.scale)
+        output[first : first + count] = attended.flatten(1, 2)
+        lse[:, first : first + count] = row_lse.flatten(1).T
+    before = dataclasses.replace(scene, suffix_output=output, suffix_lse=lse)
+    scene.block_table[1:4] = scene.block_table[[5, 0, 0]]
+    expected = before.tile(slots, counts).apply(squeezed_attention_reference, True)
+    listed = scene.list_suffixes(slots, counts)
+    assert listed.queries.tokens[:2, :4].tolist() == [tokens[:4], tokens[4:]]
+    assert_close(run(listed)[tokens], expected[tokens])
+    assert run(listed)[[3, 4]].isnan().all()
+
+
 def test_other_tokens_stay_untouched(make_scene, assert_close):
     """Tokens without a slot keep their bits, also where there is room for more tokens than were matched."""
     scene = make_scene(num_kv_heads=1, slot_of=(-1, 0, -1, 0))
@@ -315,5 +352,5 @@ def test_workspace_counts_its_bytes():
     centroids, keys = 16 + MAX_BLOCK, 32 + MAX_BLOCK
     assert workspace.logits.shape[-1] == centroids and workspace.list_places.shape[-1] == keys
     per_split = 2 * splits * (MAX_TILE_ROWS + 1 + 1)
-    per_centroid = 2 * centroids * (MAX_TILE_ROWS + 4)
+    per_centroid = 2 * centroids * (MAX_TILE_ROWS + 5)
     assert workspace.nbytes == 4 * (per_centroid + per_split + 2 * 2 * keys + 2 + programs * MAX_TILE_ROWS * 65)

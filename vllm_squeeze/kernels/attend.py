@@ -1,18 +1,19 @@
 """Sparse paged attention in Triton, over the lists of keys that the look-up made.
 
     attend   grid (programs,)                         a tile's queries over one share of its keys and of its rest
-    merge    grid (tiles * ROWS, H * G, D / COLUMNS)  the shares and the suffix, into the output
+    merge    grid (tiles * ROWS, H * G, D / COLUMNS)  the shares, into the output
 
-What a tile and KV head has to do is counted in keys: those listed, and then the rest, several clusters to a key. All
-of it is shared out over the programs in pieces of ``chunk`` keys, whatever was chosen, and ``chunk`` is as small as the
-number of programs allows. Both kernels work this plan out from the lengths of the lists.
+What a tile and KV head has to do is counted in keys: those of the prefix that are listed, those of suffixes that are,
+and then the rest, several clusters to a key. All of it is shared out over the programs in pieces of ``chunk`` keys,
+whatever was chosen, and ``chunk`` is as small as the number of programs allows. Both kernels work this plan out from
+the lengths of the lists.
 """
 
 import triton
 import triton.language as tl
 
-from vllm_squeeze.kernels.look_up import FACTS, TOKENS, load_queries, share_of
-from vllm_squeeze.kernels.softmax import LOG2_E, accumulate, logits_of
+from vllm_squeeze.kernels.look_up import FACTS, TOKENS, load_queries, share_of, token_of_row
+from vllm_squeeze.kernels.softmax import LOG2_E, accumulate, finite_or_zero, logits_of
 
 GRAIN = tl.constexpr(16)
 """Pieces of work are multiples of so many keys, so that loads are of whole rows of memory."""
@@ -25,18 +26,24 @@ def _whole(num_keys):
 
 @triton.jit
 def _plan(
-    tiles, listed, first_tile, num_programs, H,
+    tiles, listed, first_tile, num_tiles, num_programs, H,
     TILES: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr, CLUSTERS_PER_KEY: tl.constexpr, REST: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Keys and work of each (tile, KV head), programs of each and of all before it, [TILES * HP] each; the chunk."""
+    """Keys and work of each (tile, KV head), programs of each and of all before it, [TILES * HP] each; the chunk.
+
+    Waits for the kernel before.
+    """
     o_th = tl.arange(0, TILES * HP)
     i_t, i_h = o_th // HP, o_th % HP
     p_tile = tiles + (first_tile + i_t) * FACTS
-    m_th = (tl.load(p_tile) >= 0) & (i_h < H)
-    b_count, b_always = tl.load(p_tile + 4), tl.load(p_tile + 5)
+    m_th = (tl.load(p_tile) >= 0) & (i_t < num_tiles) & (i_h < H)
+    b_count, b_always, b_suffix = tl.load(p_tile + 4), tl.load(p_tile + 5), tl.load(p_tile + 7)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     b_listed = tl.load(listed + i_t * H + i_h, mask=m_th, other=0)
     b_keys = tl.where(m_th, tl.where(b_count > 0, b_listed, b_always), 0)
-    b_work = _whole(b_keys)
+    b_work = _whole(b_keys) + tl.where(m_th, _whole(b_suffix), 0)
     if REST:
         b_work += tl.where(m_th, tl.cdiv(b_count, CLUSTERS_PER_KEY), 0)
     spare = num_programs - tl.sum(m_th.to(tl.int32), 0)
@@ -70,13 +77,14 @@ def _load_places(p_places, o_key, last):
     return (tl.load(p_half).to(tl.int32) & 0xFFFF) | (tl.load(p_half + 1).to(tl.int32) << 16)
 
 
-@triton.jit(do_not_specialize=["first_tile"])
+@triton.jit(do_not_specialize=["first_tile", "num_tiles"])
 def attend_kernel(
-    query, tokens, tiles, always_places, key_cache, value_cache, key_scale, value_scale, value_centroids,
+    query, tokens, tiles, always_places, suffix_places, suffix_bits, key_cache, value_cache,
+    key_scale, value_scale, value_centroids,
     logits, chosen, list_places, list_bits, listed, kept_pairs, counters, partial_output, partial_lse,
-    first_tile, H, scale, soft_cap,
+    first_tile, num_tiles, H, scale, soft_cap,
     stride_query_token, stride_query_head, stride_block, stride_token, stride_head,
-    stride_centroid_head, stride_centroid, stride_always, max_centroids, max_keys,
+    stride_centroid_head, stride_centroid, stride_always, stride_suffix, max_centroids, max_keys,
     GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     TILES: tl.constexpr, HP: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
     CLUSTERS_PER_KEY: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, SOFT_CAP: tl.constexpr,
@@ -85,10 +93,9 @@ def attend_kernel(
     M: tl.constexpr = ROWS * GP
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     i_p = tl.program_id(0)
     b_keys, b_work, b_programs, b_before, chunk = _plan(
-        tiles, listed, first_tile, tl.num_programs(0), H, TILES, HP, BLOCK, CLUSTERS_PER_KEY, REST
+        tiles, listed, first_tile, num_tiles, tl.num_programs(0), H, TILES, HP, BLOCK, CLUSTERS_PER_KEY, REST, PDL
     )
     b_mine = (b_before <= i_p) & (i_p < b_before + b_programs)
     i_th = tl.max(tl.where(b_mine, tl.arange(0, TILES * HP), -1), 0)
@@ -102,22 +109,19 @@ def attend_kernel(
     p_tile = tiles + (first_tile + i_t) * FACTS
     i_slot, num_tokens = tl.load(p_tile), tl.load(p_tile + 1)
     first_centroid, count, num_always = tl.load(p_tile + 3).to(tl.int64), tl.load(p_tile + 4), tl.load(p_tile + 5)
-    b_q = load_queries(
-        query, tokens, first_tile + i_t, num_tokens, i_h, stride_query_token, stride_query_head,
-        GROUP, GP, ROWS, D, DP,
-    )  # fmt: skip
+    num_suffix = tl.load(p_tile + 7)
+    b_token = token_of_row(tokens, first_tile + i_t, GP, ROWS)
+    b_q = load_queries(query, b_token, num_tokens, i_h, stride_query_token, stride_query_head, GROUP, GP, ROWS, D, DP)
     o_m, o_n, o_d = tl.arange(0, M), tl.arange(0, BLOCK), tl.arange(0, DP)
     m_m = (o_m // GP < num_tokens) & (o_m % GP < GROUP)
     b_bit = 1 << (o_m // GP)  # [M], of the row's token
-    i_list = (i_t * H + i_h).to(tl.int64)
+    i_th_64 = (i_t * H + i_h).to(tl.int64)
     if begin == 0:
         o_s = tl.arange(0, SPLITS)
         m_s = o_s * share_of(count, SPLITS) < count
-        b_pairs = tl.load(kept_pairs + i_list * SPLITS + o_s, mask=m_s, other=0)
+        b_pairs = tl.load(kept_pairs + i_th_64 * SPLITS + o_s, mask=m_s, other=0)
         _count(counters, i_slot, count > 0, num_tokens, num_keys - num_always, tl.sum(b_pairs, 0))
 
-    p_places = tl.where(count > 0, list_places + i_list * max_keys, always_places + i_slot.to(tl.int64) * stride_always)
-    p_bits = list_bits + i_list * max_keys
     # a row of D elements is the unit, to tell all places apart in 32 bits
     p_keys = key_cache + i_h.to(tl.int64) * stride_head + o_d[None, :]
     p_values = value_cache + i_h.to(tl.int64) * stride_head + o_d[None, :]
@@ -128,33 +132,41 @@ def attend_kernel(
     b_max = tl.full([M], float("-inf"), tl.float32)
     b_sum = tl.zeros([M], tl.float32)
     b_o = tl.zeros([M, DP], tl.float32)
-    key_end = tl.minimum(end, num_keys)
-    free_bits = tl.where(count > 0, 0, -1)
-    b_place = _load_places(p_places, begin + o_n, num_keys - 1) if begin < key_end else tl.zeros([BLOCK], tl.int32)
-    for i_k in tl.range(begin, key_end, BLOCK, num_stages=STAGES):
-        b_row = ((b_place // S) * rows_of_block + (b_place % S) * rows_of_token).to(tl.int64) * D
-        b_k = tl.load(p_keys + b_row[:, None], mask=(o_d < D)[None, :], other=0.0)  # [BLOCK, DP]
-        b_v = tl.load(p_values + b_row[:, None], mask=(o_d < D)[None, :], other=0.0)  # [BLOCK, DP]
-        b_bits = (
-            tl.load(p_bits + tl.multiple_of(i_k, GRAIN) + o_n) | free_bits
-            if ROWS > 1
-            else tl.full([BLOCK], -1, tl.int32)
-        )
-        b_bits = tl.where(i_k + o_n < key_end, b_bits, 0)
-        # one block ahead, so that the places of keys are there when it is time to load these
-        b_place = _load_places(p_places, i_k + BLOCK + o_n, num_keys - 1)
-        b_s, unit = logits_of(b_q, b_k.to(b_q.dtype), logit_scale, soft_cap, SOFT_CAP)
-        b_s = tl.where((b_bits[None, :] & b_bit[:, None]) != 0, b_s, float("-inf"))  # [M, BLOCK]
-        b_max, b_sum, b_o = accumulate(b_s, unit, b_v.to(b_q.dtype), b_max, b_sum, b_o)
+    suffix_at = _whole(num_keys)
+    i_tile = (first_tile + i_t).to(tl.int64)
+    for i_list in range(0, 2):
+        # the keys of the prefix, then those of suffixes
+        of_prefix, exact = i_list == 0, (i_list == 0) & (count == 0)
+        length = tl.where(of_prefix, num_keys, num_suffix)
+        key_begin = tl.where(of_prefix, begin, tl.maximum(begin - suffix_at, 0))
+        key_end = tl.minimum(tl.where(of_prefix, end, end - suffix_at), length)
+        p_places = tl.where(of_prefix, list_places + i_th_64 * max_keys, suffix_places + i_tile * stride_suffix)
+        p_places = tl.where(exact, always_places + i_slot.to(tl.int64) * stride_always, p_places)
+        p_bits = tl.where(of_prefix, list_bits + i_th_64 * max_keys, suffix_bits + i_tile * stride_suffix)
+        free_bits = tl.where(exact, -1, 0)
+        if key_begin < key_end:
+            b_place = _load_places(p_places, key_begin + o_n, length - 1)
+            for i_k in tl.range(key_begin, key_end, BLOCK, num_stages=STAGES):
+                b_row = ((b_place // S) * rows_of_block + (b_place % S) * rows_of_token).to(tl.int64) * D
+                b_k = tl.load(p_keys + b_row[:, None], mask=(o_d < D)[None, :], other=0.0)  # [BLOCK, DP]
+                b_v = tl.load(p_values + b_row[:, None], mask=(o_d < D)[None, :], other=0.0)  # [BLOCK, DP]
+                b_bits = tl.load(p_bits + tl.multiple_of(i_k, GRAIN) + o_n) | free_bits
+                b_bits = tl.where(i_k + o_n < key_end, b_bits, 0)
+                # one block ahead, so that the places of keys are there when it is time to load these
+                b_place = _load_places(p_places, i_k + BLOCK + o_n, length - 1)
+                b_s, unit = logits_of(b_q, b_k.to(b_q.dtype), logit_scale, soft_cap, SOFT_CAP)
+                b_s = tl.where((b_bits[None, :] & b_bit[:, None]) != 0, b_s, float("-inf"))  # [M, BLOCK]
+                b_max, b_sum, b_o = accumulate(b_s, unit, b_v.to(b_q.dtype), b_max, b_sum, b_o)
     if value_scale is not None:
         b_o *= tl.load(value_scale)
 
     if REST:
-        first = tl.maximum(begin - _whole(num_keys), 0) * CLUSTERS_PER_KEY
-        stop = tl.minimum((end - _whole(num_keys)) * CLUSTERS_PER_KEY, count)
+        rest_at = suffix_at + _whole(num_suffix)
+        first = tl.maximum(begin - rest_at, 0) * CLUSTERS_PER_KEY
+        stop = tl.minimum((end - rest_at) * CLUSTERS_PER_KEY, count)
         o_c = tl.arange(0, REST_BLOCK)
-        p_logits = logits + (i_list * M + o_m[:, None]) * max_centroids
-        p_chosen = chosen + i_list * max_centroids
+        p_logits = logits + (i_th_64 * M + o_m[:, None]) * max_centroids
+        p_chosen = chosen + i_th_64 * max_centroids
         p_means = value_centroids + i_h.to(tl.int64) * stride_centroid_head + first_centroid * stride_centroid
         for i_c in tl.range(first, stop, REST_BLOCK, num_stages=STAGES):
             o_row = tl.multiple_of(i_c, GRAIN) + o_c
@@ -173,10 +185,10 @@ def attend_kernel(
     tl.store(p_o, b_o / b_sum[:, None], mask=m_m[:, None] & (o_d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["first_tile", "suffix_lse", "stride_lse_head", "stride_lse_token"])
+@triton.jit(do_not_specialize=["first_tile", "num_tiles", "stride_lse_head", "stride_lse_token"])
 def merge_kernel(
     output, suffix_lse, tokens, tiles, listed, partial_output, partial_lse,
-    first_tile, num_programs, H,
+    first_tile, num_tiles, num_programs, H,
     stride_output_token, stride_output_head, stride_lse_head, stride_lse_token,
     GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     TILES: tl.constexpr, HP: tl.constexpr, KEY_BLOCK: tl.constexpr, CLUSTERS_PER_KEY: tl.constexpr,
@@ -189,21 +201,24 @@ def merge_kernel(
     i_h = i_head // GROUP
     i_tile = first_tile + i_t
     i_slot, num_tokens = tl.load(tiles + i_tile * FACTS), tl.load(tiles + i_tile * FACTS + 1)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    _, _, b_programs, b_before, _ = _plan(
+        tiles, listed, first_tile, num_tiles, num_programs, H, TILES, HP, KEY_BLOCK, CLUSTERS_PER_KEY, REST, PDL
+    )
     if (i_slot < 0) | (i_r >= num_tokens):
         return
     i_token = tl.load(tokens + i_tile * TOKENS + i_r).to(tl.int64)
     o_n, o_d = tl.arange(0, BLOCK), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     m_d = o_d < D
     p_output = output + i_token * stride_output_token + i_head * stride_output_head + o_d
-    b_o = tl.load(p_output, mask=m_d, other=0.0).to(tl.float32)
-    largest = tl.load(suffix_lse + i_head.to(tl.int64) * stride_lse_head + i_token * stride_lse_token) * LOG2_E
-    total = 1.0
+    if suffix_lse is None:
+        b_o = tl.zeros([COLUMNS], tl.float32)
+        largest = tl.full([], float("-inf"), tl.float32)
+        total = tl.zeros([], tl.float32)
+    else:
+        b_o = tl.load(p_output, mask=m_d, other=0.0).to(tl.float32)
+        largest = tl.load(suffix_lse + i_head.to(tl.int64) * stride_lse_head + i_token * stride_lse_token) * LOG2_E
+        total = tl.full([], 1.0, tl.float32)
 
-    _, _, b_programs, b_before, _ = _plan(
-        tiles, listed, first_tile, num_programs, H, TILES, HP, KEY_BLOCK, CLUSTERS_PER_KEY, REST
-    )
     b_mine = tl.arange(0, TILES * HP) == i_t * HP + i_h
     num_parts = tl.sum(tl.where(b_mine, b_programs, 0), 0)
     first_part = tl.sum(tl.where(b_mine, b_before, 0), 0)
@@ -216,8 +231,9 @@ def merge_kernel(
         m_o = m_n[:, None] & m_d[None, :]
         b_part = tl.load(partial_output + o_row[:, None] * D + o_d[None, :], mask=m_o, other=0.0)  # [BLOCK, COLUMNS]
         next = tl.maximum(largest, tl.max(b_lse, 0))
-        b_weight = tl.exp2(b_lse - next)
-        decay = tl.exp2(largest - next)
+        shift = finite_or_zero(next)
+        b_weight = tl.exp2(b_lse - shift)
+        decay = tl.exp2(largest - shift)
         b_o = b_o * decay + tl.sum(b_part * b_weight[:, None], 0)
         total = total * decay + tl.sum(b_weight, 0)
         largest = next

@@ -47,13 +47,18 @@ def log_of_size(b_size):
 
 
 @triton.jit
+def token_of_row(tokens, i_tile, GP: tl.constexpr, ROWS: tl.constexpr):
+    """The query token [M] of each row of a tile; anything where padded."""
+    return tl.load(tokens + i_tile * TOKENS + tl.arange(0, ROWS * GP) // GP).to(tl.int64)
+
+
+@triton.jit
 def load_queries(
-    query, tokens, i_tile, num_tokens, i_h, stride_token, stride_head,
+    query, b_token, num_tokens, i_h, stride_token, stride_head,
     GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     """The queries [M, DP] of a tile, zero where padded."""
     o_m, o_d = tl.arange(0, ROWS * GP), tl.arange(0, DP)
-    b_token = tl.load(tokens + i_tile * TOKENS + o_m // GP).to(tl.int64)
     m_q = (o_m // GP < num_tokens) & (o_m % GP < GROUP)
     p_q = query + b_token[:, None] * stride_token + (i_h * GROUP + o_m % GP)[:, None] * stride_head + o_d[None, :]
     return tl.load(p_q, mask=m_q[:, None] & (o_d < D)[None, :], other=0.0)
@@ -72,7 +77,9 @@ def score_kernel(
     i_s, i_h, i_t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+    # what is the same in all layers is loaded while the kernel before still runs
     i_slot, num_tokens, _, first_centroid, _, begin, end = _share_of_tile(tiles, first_tile + i_t, i_s, SPLITS)
+    b_token = token_of_row(tokens, first_tile + i_t, GP, ROWS)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if i_slot < 0:
@@ -87,9 +94,8 @@ def score_kernel(
     b_sum = tl.zeros([M], tl.float32)
     if begin < end:
         b_q = load_queries(
-            query, tokens, first_tile + i_t, num_tokens, i_h, stride_query_token, stride_query_head,
-            GROUP, GP, ROWS, D, DP,
-        )  # fmt: skip
+            query, b_token, num_tokens, i_h, stride_query_token, stride_query_head, GROUP, GP, ROWS, D, DP
+        )
         p_centroids = centroids + i_h.to(tl.int64) * stride_centroid_head + first_centroid * stride_centroid
         p_sizes = sizes + i_h.to(tl.int64) * stride_size_head + first_centroid
         p_logits = logits + (i_th * M + o_m[:, None]) * max_centroids
@@ -116,26 +122,26 @@ def choose_kernel(
     logits, masses, chosen, picked, list_places, list_bits, listed, kept, kept_pairs,
     first_tile, stride_size_head, stride_member_head, stride_row, stride_always, max_centroids, max_keys,
     GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    LIST_BLOCK: tl.constexpr, S: tl.constexpr, PDL: tl.constexpr,
+    PICKED_BLOCK: tl.constexpr, KEYS_BLOCK: tl.constexpr, S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = ROWS * GP
     i_s, i_h, i_t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     i_slot, num_tokens, i_row, first_centroid, count, begin, end = _share_of_tile(tiles, first_tile + i_t, i_s, SPLITS)
+    p_tile = tiles + (first_tile + i_t) * FACTS
+    num_always, join = tl.load(p_tile + 5), tl.load(p_tile + 6)
+    threshold = tl.load(log_threshold + tl.maximum(i_slot, 0)) * LOG2_E
     if PDL:
         # before any return: were there no clusters at all, `attend` would not wait for `score` through this kernel
         tl.extra.cuda.gdc_wait()
     # without clusters nothing is listed, and nobody asks what was kept
     if (i_slot < 0) | (begin >= end):
         return
-    p_tile = tiles + (first_tile + i_t) * FACTS
-    num_always, join = tl.load(p_tile + 5), tl.load(p_tile + 6)
     i_th = (i_t * tl.num_programs(1) + i_h).to(tl.int64)
     p_sizes = sizes + i_h.to(tl.int64) * stride_size_head + first_centroid
     p_starts = starts + i_h.to(tl.int64) * stride_size_head + first_centroid
-    p_chosen, p_picked = chosen + i_th * max_centroids, picked + 3 * (i_th * max_centroids + begin)
-    threshold = tl.load(log_threshold + i_slot) * LOG2_E
+    p_chosen, p_picked = chosen + i_th * max_centroids, picked + 4 * (i_th * max_centroids + begin)
 
     o_m, o_c, o_s = tl.arange(0, M), tl.arange(0, BLOCK), tl.arange(0, SPLITS)
     o_r, o_g = tl.arange(0, ROWS), tl.arange(0, GP)
@@ -165,13 +171,12 @@ def choose_kernel(
         b_chosen = (b_joined > b_wanted) & (o_r < num_tokens)[:, None] & (b_size > 0)[None, :]
         b_bits = tl.sum(b_chosen.to(tl.int32) << o_r[:, None], 0)  # [BLOCK]
         tl.store(p_chosen + o_row, b_bits, mask=m_c)
-        # of those chosen: where in the list their keys end, where among the members they are, and whose they are
         b_picked = (b_bits != 0).to(tl.int32)
-        b_until = num_kept + tl.cumsum(b_picked * b_size, 0)
-        p_entry = p_picked + 3 * (num_picked + tl.cumsum(b_picked, 0) - 1)
-        tl.store(p_entry, b_until, mask=b_bits != 0)
-        tl.store(p_entry + 1, b_start - (b_until - b_size), mask=b_bits != 0)
-        tl.store(p_entry + 2, b_bits, mask=b_bits != 0)
+        p_entry = p_picked + 4 * (num_picked + tl.cumsum(b_picked, 0) - 1)
+        tl.store(p_entry, num_kept + tl.cumsum(b_picked * b_size, 0) - b_size, mask=b_bits != 0)
+        tl.store(p_entry + 1, b_start, mask=b_bits != 0)
+        tl.store(p_entry + 2, b_size, mask=b_bits != 0)
+        tl.store(p_entry + 3, b_bits, mask=b_bits != 0)
         num_picked += tl.sum(b_picked, 0)
         num_kept += tl.sum(b_picked * b_size, 0)
         num_pairs += tl.sum(tl.sum(tl.where(b_chosen, b_size[None, :], 0), 0), 0)
@@ -198,19 +203,18 @@ def choose_kernel(
     p_blocks = block_table + i_row * stride_row
     # what other threads stored above is read below
     tl.debug_barrier()
-    o_n = tl.arange(0, LIST_BLOCK)
-    for i_n in range(0, num_kept, LIST_BLOCK):
-        o_key = i_n + o_n
-        m_n = o_key < num_kept
-        # by halves: the first of the chosen clusters that ends beyond the key
-        b_entry, num_left = tl.zeros([LIST_BLOCK], tl.int32), num_picked
-        while num_left > 1:
-            half = num_left // 2
-            b_ended = tl.load(p_picked + 3 * (b_entry + half - 1)) <= o_key
-            b_entry += tl.where(b_ended, half, 0)
-            num_left -= half
-        b_shift = tl.load(p_picked + 3 * b_entry + 1)
-        b_position = tl.load(p_members + o_key + b_shift, mask=m_n, other=0)
-        b_block = tl.load(p_blocks + b_position // S, mask=m_n, other=0)
-        tl.store(p_places + first + o_key, b_block * S + b_position % S, mask=m_n)
-        tl.store(p_bits + first + o_key, tl.load(p_picked + 3 * b_entry + 2), mask=m_n)
+    o_p, o_n = tl.arange(0, PICKED_BLOCK), tl.arange(0, KEYS_BLOCK)
+    for i_p in range(0, num_picked, PICKED_BLOCK):
+        m_p = i_p + o_p < num_picked
+        p_entry = p_picked + 4 * (i_p + o_p)
+        b_first = first + tl.load(p_entry, mask=m_p, other=0)
+        b_start = tl.load(p_entry + 1, mask=m_p, other=0)
+        b_size = tl.load(p_entry + 2, mask=m_p, other=0)
+        b_bits = tl.load(p_entry + 3, mask=m_p, other=0)
+        for i_n in range(0, tl.max(b_size, 0), KEYS_BLOCK):
+            m_n = i_n + o_n[None, :] < b_size[:, None]  # [PICKED_BLOCK, KEYS_BLOCK]
+            b_position = tl.load(p_members + b_start[:, None] + i_n + o_n[None, :], mask=m_n, other=0)
+            b_block = tl.load(p_blocks + b_position // S, mask=m_n, other=0)
+            o_key = b_first[:, None] + i_n + o_n[None, :]
+            tl.store(p_places + o_key, b_block * S + b_position % S, mask=m_n)
+            tl.store(p_bits + o_key, tl.broadcast_to(b_bits[:, None], [PICKED_BLOCK, KEYS_BLOCK]), mask=m_n)

@@ -131,10 +131,21 @@ def attend_causal(
         output [R, H, G, D] float32 and log-sum-exp [R, H, G] float32.
     """
     num_queries, length = len(query), keys.shape[1]
-    logits = capped(torch.einsum("rhgd,hld->rhgl", query.float(), keys.float()) * scale, soft_cap)
     token = torch.arange(length, device=query.device)
-    unseen = token > token[length - num_queries :, None]  # [R, L]
-    return softmax_weighted(logits.masked_fill(unseen[:, None, None], -torch.inf), values.float())
+    return attend_seen(query, keys, values, token <= token[length - num_queries :, None], scale, soft_cap)
+
+
+def attend_seen(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    seen: torch.Tensor,
+    scale: float,
+    soft_cap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dense attention of R tokens over those of L that each sees, ``seen`` [R, L] bool; else as ``attend_causal``."""
+    logits = capped(torch.einsum("rhgd,hld->rhgl", query.float(), keys.float()) * scale, soft_cap)
+    return softmax_weighted(logits.masked_fill(~seen[:, None, None], -torch.inf), values.float())
 
 
 def capped(logits: torch.Tensor, soft_cap: float) -> torch.Tensor:
@@ -163,7 +174,7 @@ def merge(output: torch.Tensor, lse: torch.Tensor, other_output: torch.Tensor, o
 def squeezed_attention_reference(
     query: torch.Tensor,
     output: torch.Tensor,
-    suffix_lse: torch.Tensor,
+    suffix_lse: torch.Tensor | None,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     block_table: torch.Tensor,
@@ -179,21 +190,25 @@ def squeezed_attention_reference(
     """The oracle of ``squeezed_attention``, with its arguments and its effect on ``output`` and ``counters``."""
     num_kv_heads = len(table.centroids)
     block_size = key_cache.shape[1]
-    for tile, (slot, size, row, first, count, num_always, join, _) in enumerate(queries.tiles.tolist()):
+
+    def read(blocks: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        heads = torch.arange(num_kv_heads, device=blocks.device)[:, None]
+        return (
+            dequantised(key_cache[blocks, places, heads], key_scale),
+            dequantised(value_cache[blocks, places, heads], value_scale),
+        )
+
+    for tile, (slot, size, row, first, count, num_always, join, num_suffix) in enumerate(queries.tiles.tolist()):
         if slot < 0:
             continue
         tokens = queries.tokens[tile, :size].long()
+        grouped = query[tokens].unflatten(1, (num_kv_heads, -1))
 
         def read_tokens(positions: torch.Tensor, row: int = row) -> tuple[torch.Tensor, torch.Tensor]:
-            blocks = block_table[row].long()[positions // block_size]
-            heads = torch.arange(num_kv_heads, device=positions.device)[:, None]
-            return (
-                dequantised(key_cache[blocks, positions % block_size, heads], key_scale),
-                dequantised(value_cache[blocks, positions % block_size, heads], value_scale),
-            )
+            return read(block_table[row].long()[positions // block_size], positions % block_size)
 
         prefix_output, prefix_lse, kept, loaded = attend_prefix(
-            query[tokens].unflatten(1, (num_kv_heads, -1)),
+            grouped,
             table.prefix(first, count),
             read_tokens,
             float(prefixes.log_threshold[slot]),
@@ -203,8 +218,14 @@ def squeezed_attention_reference(
             soft_cap,
             JOINS[join],
         )
-        suffix_output = output[tokens].unflatten(1, (num_kv_heads, -1)).float()
-        lse = suffix_lse[:, tokens].T.unflatten(1, (num_kv_heads, -1))
+        if suffix_lse is None:
+            places, bits = queries.suffix_places[tile, :num_suffix].long(), queries.suffix_bits[tile, :num_suffix]
+            seen = bits >> torch.arange(size, device=bits.device)[:, None] & 1 == 1  # [R, L]
+            suffix = read(places // block_size, places % block_size)
+            suffix_output, lse = attend_seen(grouped, *suffix, seen, scale, soft_cap)
+        else:
+            suffix_output = output[tokens].unflatten(1, (num_kv_heads, -1)).float()
+            lse = suffix_lse[:, tokens].T.unflatten(1, (num_kv_heads, -1))
         merged = merge(suffix_output, lse, prefix_output, prefix_lse).flatten(1, 2)
         output[tokens] = merged.to(output.dtype)
         count_reads(prefixes.counters[slot], count > 0, kept, loaded)

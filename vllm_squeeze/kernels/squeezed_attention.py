@@ -21,14 +21,14 @@ class Tuning:
 
     Attributes:
         score: clusters scored at once, warps, and pipeline stages.
-        choose: clusters chosen from at once, keys listed at once, and warps.
+        choose: clusters chosen from at once, chosen clusters whose keys are listed at once, keys of each, and warps.
         attend: keys attended to at once, clusters of the rest, warps, pipeline stages, and programs for each
             multiprocessor.
         merge: parts merged at once, columns of the output, and warps.
     """
 
     score: tuple[int, int, int]
-    choose: tuple[int, int, int]
+    choose: tuple[int, int, int, int]
     attend: tuple[int, int, int, int, int]
     merge: tuple[int, int, int]
 
@@ -39,16 +39,16 @@ def tuning(head_size: int, element_size: int, tile_rows: int) -> Tuning:
     block = min(max(16384 // width, 16), 64)
     if tile_rows > MIN_TILE_ROWS:
         return Tuning(
-            score=(min(block, 32), 4, 3), choose=(32, 512, 4), attend=(block, block, 4, 3, 2), merge=(64, 64, 2)
+            score=(min(block, 32), 4, 3), choose=(32, 32, 32, 4), attend=(block, block, 4, 3, 2), merge=(64, 64, 2)
         )
     block = min(block, 32)
-    return Tuning(score=(block, 2, 3), choose=(128, 256, 4), attend=(block, block, 2, 4, 4), merge=(64, 32, 2))
+    return Tuning(score=(block, 2, 3), choose=(128, 32, 32, 4), attend=(block, block, 2, 4, 4), merge=(64, 32, 2))
 
 
 def squeezed_attention(
     query: torch.Tensor,
     output: torch.Tensor,
-    suffix_lse: torch.Tensor,
+    suffix_lse: torch.Tensor | None,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     block_table: torch.Tensor,
@@ -70,7 +70,8 @@ def squeezed_attention(
     Args:
         query: [N, H * G, D].
         output: [N, H * G, D], attention over the suffix; merged for the tokens in ``queries``, untouched for others.
-        suffix_lse: [H * G, N] float32, natural log-sum-exp of the attention over the suffix.
+        suffix_lse: [H * G, N] float32, natural log-sum-exp of the attention over the suffix. None where ``queries`` list
+            the suffixes: then ``output`` is only written.
         key_cache: [num_blocks, S, H, D], a view of the paged cache.
         value_cache: the same, with the same strides.
         block_table: [B, max_blocks] int32.
@@ -120,7 +121,9 @@ def squeezed_attention(
         tiles_now = min(num_tiles - first_tile, workspace.max_tiles)
         key_block, rest_block, key_warps, key_stages, per_multiprocessor = tuned.attend
         programs = workspace.num_programs(per_multiprocessor)
-        plan = {"TILES": padded(tiles_now), "HP": padded(num_kv_heads), "CLUSTERS_PER_KEY": 2, "REST": rest}
+        # one of two variants, so that few are compiled
+        plan_tiles = 1 if tiles_now == 1 else padded(workspace.max_tiles)
+        plan = {"TILES": plan_tiles, "HP": padded(num_kv_heads), "CLUSTERS_PER_KEY": 2, "REST": rest}
         if table.sizes.shape[1]:  # else all prefixes are exact, and there is nothing to look up
             block, warps, stages = tuned.score
             score_kernel[(splits, num_kv_heads, tiles_now)](
@@ -131,24 +134,24 @@ def squeezed_attention(
                 SPLITS=splits, BLOCK=block, STAGES=stages, SOFT_CAP=soft_cap > 0, num_warps=warps,
                 **tile, **head, **launch,
             )  # fmt: skip
-            block, list_block, warps = tuned.choose
+            block, picked_block, keys_block, warps = tuned.choose
             choose_kernel[(splits, num_kv_heads, tiles_now)](
                 queries.tiles, prefixes.log_threshold, table.starts, table.sizes, table.members, block_table,
                 queries.always_places, workspace.logits, workspace.masses, workspace.chosen, workspace.picked,
                 workspace.list_places, workspace.list_bits, workspace.listed, workspace.kept, workspace.kept_pairs,
                 first_tile, table.sizes.stride(0), table.members.stride(0), block_table.stride(0),
                 queries.always_places.stride(0), max_centroids, max_keys,
-                SPLITS=splits, BLOCK=block, LIST_BLOCK=list_block, S=page_size, num_warps=warps,
-                **tile, **launch,
+                SPLITS=splits, BLOCK=block, PICKED_BLOCK=picked_block, KEYS_BLOCK=keys_block, S=page_size,
+                num_warps=warps, **tile, **launch,
             )  # fmt: skip
         attend_kernel[(programs,)](
-            query, queries.tokens, queries.tiles, queries.always_places, key_cache, value_cache, key_scale, value_scale,
-            table.value_centroids,
+            query, queries.tokens, queries.tiles, queries.always_places, queries.suffix_places, queries.suffix_bits,
+            key_cache, value_cache, key_scale, value_scale, table.value_centroids,
             workspace.logits, workspace.chosen, workspace.list_places, workspace.list_bits, workspace.listed,
             workspace.kept_pairs, prefixes.counters, workspace.partial_output, workspace.partial_lse,
-            first_tile, num_kv_heads, scale, soft_cap,
+            first_tile, tiles_now, num_kv_heads, scale, soft_cap,
             *query.stride()[:2], *key_cache.stride()[:3], *table.centroids.stride()[:2],
-            queries.always_places.stride(0), max_centroids, max_keys,
+            queries.always_places.stride(0), queries.suffix_places.stride(0), max_centroids, max_keys,
             SPLITS=splits, BLOCK=key_block, REST_BLOCK=rest_block, S=page_size, STAGES=key_stages,
             SOFT_CAP=soft_cap > 0, num_warps=key_warps, **tile, **head, **plan, **launch,
         )  # fmt: skip
@@ -158,8 +161,8 @@ def squeezed_attention(
         merge_kernel[(tiles_now * size, num_kv_heads * group, -(-head_size // columns))](
             output, suffix_lse, queries.tokens, queries.tiles, workspace.listed,
             workspace.partial_output, workspace.partial_lse,
-            first_tile, programs, num_kv_heads,
-            *output.stride()[:2], suffix_lse.stride(0), suffix_lse.stride(1),
+            first_tile, tiles_now, programs, num_kv_heads,
+            *output.stride()[:2], *((0, 0) if suffix_lse is None else suffix_lse.stride()),
             D=head_size, KEY_BLOCK=key_block, BLOCK=block, COLUMNS=columns, num_warps=warps, **tile, **plan,
             # not ahead of time where it has to wait for two streams
             **(launch if suffix_done is None else {"PDL": False}),
