@@ -4,7 +4,9 @@
 
 All arms compute the same: B rows, each one query token, over one shared prefix and a suffix of its own. The time is
 that of a layer in a CUDA graph through several layers with memory of their own, so that the L2 cache does not flatter.
-Each arm runs in a fresh process, and first checks a layer's output; a wrong one is not timed.
+Each arm runs in a fresh process, and first checks a layer's output; a wrong one is not timed. Ours attend to the
+suffixes too, as in steps whose rows are all on indexed prefixes; with --beside FlashAttention does, on another stream, as
+in steps with other rows.
 
     stock      vLLM's FlashAttention over prefix and suffix, scheduled beforehand
     cascade    FlashAttention over the prefix for all rows, over the suffixes, and vLLM's merge
@@ -62,11 +64,12 @@ class Layer(NamedTuple):
     queries: Any
 
 
-def make_layer(shape: Shape, kept: float, likeness: float) -> Layer:
+def make_layer(shape: Shape, kept: float, likeness: float, beside: bool) -> Layer:
     """Random clusters and queries, and a threshold by which about ``kept`` of the clusters are chosen.
 
     Args:
         shape: of the layer.
+        beside: whether FlashAttention attends to the suffixes, which are then not listed.
         kept: share of the clusters that a row chooses.
         likeness: correlation of the rows' queries, by which their choices overlap. 0: they choose independently.
     """
@@ -109,7 +112,7 @@ def make_layer(shape: Shape, kept: float, likeness: float) -> Layer:
         log_threshold=threshold(torch.stack(log_p), kept).view(1),
         counters=torch.zeros(1, 6, dtype=torch.int64, device=device),
     )
-    queries = tile(shape, block_table, prefixes, shape.batch)
+    queries = tile(shape, block_table, prefixes, shape.batch, beside)
     caches = cache[..., :size], cache[..., size:]
     return Layer(query, torch.empty_like(query), *caches, block_table, table, prefixes, queries)
 
@@ -125,8 +128,8 @@ def threshold(log_p: Any, kept: float) -> Any:
     return (near[widest] + near[widest + 1]) / 2
 
 
-def tile(shape: Shape, block_table: Any, prefixes: Any, batch: int) -> Any:
-    """The first ``batch`` rows in tiles."""
+def tile(shape: Shape, block_table: Any, prefixes: Any, batch: int, beside: bool) -> Any:
+    """The first ``batch`` rows in tiles, and their suffixes unless FlashAttention attends to these."""
     import torch
 
     from vllm_squeeze.kernels.tiles import QueryTiles
@@ -135,27 +138,29 @@ def tile(shape: Shape, block_table: Any, prefixes: Any, batch: int) -> Any:
     rows = torch.zeros(batch, dtype=torch.int64, device="cuda")
     starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
     queries.fill(rows, starts, block_table, prefixes, batch, shape.group, shape.page_size)
+    if not beside:
+        lens = torch.full_like(starts, shape.prefix)
+        queries.list_suffixes(lens, lens + shape.suffix, starts, block_table, batch, shape.group, shape.page_size)
     return queries
 
 
-def exact(layer: Layer, shape: Shape) -> Layer:
+def exact(layer: Layer, shape: Shape, beside: bool) -> Layer:
     """The same, as of a prefix that is not in clusters."""
     slots = layer.prefixes.slots.new_tensor([[0, 0, shape.prefix, 0]])
     prefixes = type(layer.prefixes)(slots, layer.prefixes.log_threshold, layer.prefixes.counters)
-    return layer._replace(
-        table=layer.table.prefix(0, 0), prefixes=prefixes, queries=tile(shape, layer.block_table, prefixes, shape.batch)
-    )
+    queries = tile(shape, layer.block_table, prefixes, shape.batch, beside)
+    return layer._replace(table=layer.table.prefix(0, 0), prefixes=prefixes, queries=queries)
 
 
 class Attention:
     """The arms' calls, for layers of one shape."""
 
-    def __init__(self, arm: str, shape: Shape, layer: Layer):
+    def __init__(self, arm: str, shape: Shape, layer: Layer, beside: bool):
         import torch
 
         from vllm_squeeze.kernels.workspace import Workspace
 
-        self.arm, self.shape, batch = arm, shape, shape.batch
+        self.arm, self.shape, self.beside, batch = arm, shape, beside, shape.batch
         self.scale = shape.head_size**-0.5
         self.each = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
         self.all = torch.tensor([0, batch], dtype=torch.int32, device="cuda")
@@ -258,15 +263,18 @@ class Attention:
 
         from vllm_squeeze.kernels.squeezed_attention import squeezed_attention
 
-        self.begun.record()
-        with torch.cuda.stream(self.side):
-            self.side.wait_event(self.begun)
-            lse = self.attend_suffix(layer, layer.output)
-            self.done.record()
+        lse, done = None, None
+        if self.beside:
+            self.begun.record()
+            with torch.cuda.stream(self.side):
+                self.side.wait_event(self.begun)
+                lse = self.attend_suffix(layer, layer.output)
+                self.done.record()
+            done = self.done
         operands = (layer.key_cache, layer.value_cache, layer.block_table, layer.queries, layer.table, layer.prefixes)
         squeezed_attention(
             layer.query, layer.output, lse, *operands, self.scale, self.arm == "squeezed", self.workspace,
-            suffix_done=self.done,
+            suffix_done=done,
         )  # fmt: skip
 
     def expected(self, layer: Layer) -> Any:
@@ -277,7 +285,7 @@ class Attention:
 
         rows = min(2, self.shape.batch)
         if self.arm in ("stock", "cascade", "xformers"):
-            layer = exact(layer, self.shape)
+            layer = exact(layer, self.shape, True)
         query, output, lse = layer.query[:rows], torch.empty_like(layer.query[:rows], dtype=torch.float32), []
         grouped = query.unflatten(1, (self.shape.kv_heads, self.shape.group))
         for row in range(rows):
@@ -291,7 +299,7 @@ class Attention:
             lse.append(row_lse.flatten())
         counters = torch.zeros_like(layer.prefixes.counters)
         prefixes = type(layer.prefixes)(layer.prefixes.slots, layer.prefixes.log_threshold, counters)
-        queries = tile(self.shape, layer.block_table, prefixes, rows)
+        queries = tile(self.shape, layer.block_table, prefixes, rows, True)
         squeezed_attention_reference(
             query, output, torch.stack(lse, 1), layer.key_cache, layer.value_cache, layer.block_table, queries,
             layer.table, prefixes, self.scale, self.arm == "squeezed",
@@ -323,17 +331,17 @@ def time_graph(call: Callable[[Layer], None], layers: list[Layer]) -> float:
     return sorted(times[3:])[REPLAYS // 2] * 1000 / len(layers)
 
 
-def run_case(arm: str, shape: Shape, kept: float, likeness: float) -> dict[str, Any]:
+def run_case(arm: str, shape: Shape, kept: float, likeness: float, beside: bool) -> dict[str, Any]:
     """Checks and times one arm on one shape."""
     import torch
 
     torch.manual_seed(shape.prefix + shape.batch)
     share = 1.0 if arm not in ("drop", "squeezed") else min(1.0, 1.2 * kept * shape.batch**0.5)
     count = round(max(3, min(16, 250e6 / (shape.prefix * shape.kv_bytes * share))))
-    layers = [make_layer(shape, kept, likeness) for _ in range(count)]
+    layers = [make_layer(shape, kept, likeness, beside) for _ in range(count)]
     if arm == "exact":
-        layers = [exact(layer, shape) for layer in layers]
-    attention = Attention(arm, shape, layers[0])
+        layers = [exact(layer, shape, beside) for layer in layers]
+    attention = Attention(arm, shape, layers[0], beside)
     expected = attention.expected(layers[0])
     layers[0].output.fill_(torch.nan)
     attention(layers[0])
@@ -371,7 +379,7 @@ def run_arm(arguments: argparse.Namespace) -> None:
                 prefix * 1024, arguments.suffix, batch, *arguments.heads, arguments.head_size, arguments.page_size
             )
             try:
-                case = run_case(arguments.arm, shape, arguments.kept, arguments.likeness)
+                case = run_case(arguments.arm, shape, arguments.kept, arguments.likeness, arguments.beside)
             except (RuntimeError, ImportError, ValueError, NotImplementedError) as error:
                 case = {"error": f"{type(error).__name__}: {error}".splitlines()[-1][:200]}
             torch.cuda.empty_cache()
@@ -417,6 +425,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, nargs=2, default=(8, 4), help="KV heads, and query heads for each")
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--beside", action="store_true", help="let FlashAttention attend to the suffixes")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
