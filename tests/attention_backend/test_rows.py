@@ -22,15 +22,24 @@ from vllm_squeeze.attention_backend.matching import (
     LiveRequests,
 )
 from vllm_squeeze.attention_backend.policy import Arm
-from vllm_squeeze.attention_backend.rows import RowGroup, match_rows
+from vllm_squeeze.attention_backend.rows import RowGroup
+from vllm_squeeze.kernels.reference import match_rows_reference
 
 MAX_ROWS, MAX_BLOCKS, NUM_GROUPS = 9, 40, 3
 SHORTEST = 50
 
 
 class FoundRows(RowGroup):
-    def set_rows(self, row_slot, prefix_len, num_tokens):
-        self.found = list(zip(row_slot.tolist(), prefix_len.tolist()))
+    def set_rows(self, num_tokens):
+        self.found = list(zip(self.row_slot.tolist(), self.prefix_len.tolist()))
+
+
+def match(block_table, seq_lens, query_start_loc, live, num_tokens=1000):
+    """Slots and prefix lengths of rows, from lists."""
+    operands = (torch.tensor(numbers, dtype=torch.int32) for numbers in (block_table, seq_lens, query_start_loc, live))
+    found = torch.zeros(2, len(seq_lens), dtype=torch.int32)
+    match_rows_reference(*operands, num_tokens, *found)
+    return found.tolist()
 
 
 class Server:
@@ -63,8 +72,9 @@ class Server:
             group: torch.tensor([random.randrange(kernel_blocks) for _ in range(MAX_ROWS * MAX_BLOCKS)]).view(shape)
             for group in block_sizes
         }
+        config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=MAX_ROWS))
         self.groups = {
-            group: FoundRows(size, None, SimpleNamespace(device=torch.device("cpu")))
+            group: FoundRows(size, config, SimpleNamespace(device=torch.device("cpu")))
             for group, size in block_sizes.items()
         }
 
@@ -254,9 +264,8 @@ def test_rows_that_grow_into_a_prefix_are_counted():
     added = cache.extend(second, 7), cache.extend(first, 1)
     new = [("second", (second.blocks[0],), second.computed, 7)]
     blocks, num_tokens = live.step(make_step(new, cached=[("first", (added[1][0],), 144, 1)]))
-    table = torch.tensor([first.blocks[0], second.blocks[0]])
-    rows = torch.tensor([(block.slot, block.index, block.block, block.context) for block in blocks])
-    slots, _ = match_rows(table, torch.tensor([145, 151]), torch.tensor([0, 1, 8]), rows)
+    rows = [(block.slot, block.index, block.block, block.context) for block in blocks]
+    slots, _ = match([first.blocks[0], second.blocks[0]], [145, 151], [0, 1, 8], rows)
     assert slots[1] == placement.slot
     assert num_tokens == sum(count for count, slot in zip((1, 7), slots) if slot >= 0)
 
@@ -273,10 +282,9 @@ def test_a_row_left_to_vllm_that_grows_into_a_longer_prefix_stays_there():
     blocks, num_tokens = live.step(make_step(new))
     assert [placement.covered for placement in placements] == [64, 144]
     assert num_tokens == 7 and live.rows == {FASTER: 1, SQUEEZED: 1}
-    rows = torch.tensor([(block.slot, block.index, block.block, block.context) for block in blocks])
-    table = torch.tensor([[*shared, 20], [*shared, 30]])
-    slots, _ = match_rows(table, torch.tensor([151, 151]), torch.tensor([0, 1, 8]), rows)
-    assert slots.tolist() == [DENSE_SLOT, 1]
+    rows = [(block.slot, block.index, block.block, block.context) for block in blocks]
+    slots, _ = match([[*shared, 20], [*shared, 30]], [151, 151], [0, 1, 8], rows)
+    assert slots == [DENSE_SLOT, 1]
 
 
 def test_a_row_left_to_vllm_whose_drafts_were_rejected_stays_there():
@@ -289,39 +297,34 @@ def test_a_row_left_to_vllm_whose_drafts_were_rejected_stays_there():
         live.add(make_request(name, tokens))
     new = [("short", ([*shared, 20, 21],), 81, 1), ("long", ([*shared, *range(30, 37)],), 155, 4)]
     blocks, _ = live.step(make_step(new))
-    rows = torch.tensor([(block.slot, block.index, block.block, block.context) for block in blocks])
-    table = torch.tensor([[*shared, 20, 21, *[0] * 5], [*shared, *range(30, 37)]])
-    slots, _ = match_rows(table, torch.tensor([82, 152 + 4]), torch.tensor([0, 1, 5]), rows)
-    assert slots.tolist() == [0, DENSE_SLOT]
+    rows = [(block.slot, block.index, block.block, block.context) for block in blocks]
+    table = [[*shared, 20, 21, *[0] * 5], [*shared, *range(30, 37)]]
+    slots, _ = match(table, [82, 152 + 4], [0, 1, 5], rows)
+    assert slots == [0, DENSE_SLOT]
 
 
 @pytest.mark.parametrize(("context", "slot"), [(31, -1), (32, 4), (47, 4), (48, -1), (49, 4), (64, 9), (80, 9)])
 def test_the_longest_prefix_wins_and_a_row_still_computing_its_own_is_dense(context, slot):
     """Slot 4 ends with block 7 after 32 tokens, slot 9 with block 5 after 64; a row at token 48 fills block 6."""
-    live = torch.tensor([[DENSE_SLOT, 2, 6, 48], [4, 1, 7, 32], [9, 3, 5, 64]])
-    row_slot, prefix_len = match_rows(
-        torch.tensor([[3, 7, 6, 5]], dtype=torch.int32),
-        torch.tensor([context + 5]),
-        torch.tensor([0, 5], dtype=torch.int32),
-        live,
-    )
-    assert row_slot.tolist() == [slot]
-    assert prefix_len.tolist() == [{-1: 0, 4: 32, 9: 64}[slot]]
+    live = [[DENSE_SLOT, 2, 6, 48], [4, 1, 7, 32], [9, 3, 5, 64]]
+    found = match([[3, 7, 6, 5]], [context + 5], [0, 5], live)
+    assert found == [[slot], [{-1: 0, 4: 32, 9: 64}[slot]]]
 
 
 @pytest.mark.parametrize(("context", "slot"), [(31, -1), (32, 4), (63, 4), (64, -1), (70, -1), (96, 9)])
 def test_rows_on_a_prefix_left_to_vllm_are_dense_from_its_end_on(context, slot):
     """Slot 4 ends with block 7, slot 9 with block 2; between them ends a prefix, with block 5, that is not squeezed."""
-    live = torch.tensor([[STOCK_SLOT, 3, 5, 64], [4, 1, 7, 32], [9, 5, 2, 96]])
-    row_slot, _ = match_rows(
-        torch.tensor([[3, 7, 6, 5, 8, 2]], dtype=torch.int32),
-        torch.tensor([context + 5]),
-        torch.tensor([0, 5], dtype=torch.int32),
-        live,
-    )
-    assert row_slot.tolist() == [slot]
+    live = [[STOCK_SLOT, 3, 5, 64], [4, 1, 7, 32], [9, 5, 2, 96]]
+    slots, _ = match([[3, 7, 6, 5, 8, 2]], [context + 5], [0, 5], live)
+    assert slots == [slot]
 
 
 def test_a_prefix_that_is_longer_than_a_block_table_matches_no_row():
-    found = match_rows(torch.tensor([[3, 7]]), torch.tensor([500]), torch.tensor([0, 1]), torch.tensor([[0, 2, 7, 48]]))
-    assert [value.tolist() for value in found] == [[DENSE_SLOT], [0]]
+    assert match([[3, 7]], [500], [0, 1], [[0, 2, 7, 48]]) == [[DENSE_SLOT], [0]]
+
+
+def test_rows_for_whose_tokens_there_is_no_room_go_dense():
+    """All but the third are on a prefix, with 2, 1 and 3 tokens: room for 5 is not enough for the last."""
+    table, seq_lens, starts = [[3, 7], [3, 7], [4, 5], [3, 7]], [34, 33, 60, 35], [0, 2, 3, 8, 11]
+    assert match(table, seq_lens, starts, [[1, 1, 7, 32]], 6) == [[1, 1, DENSE_SLOT, 1], [32, 32, 0, 32]]
+    assert match(table, seq_lens, starts, [[1, 1, 7, 32]], 5) == [[1, 1, DENSE_SLOT, DENSE_SLOT], [32, 32, 0, 0]]

@@ -29,8 +29,7 @@ class DeviceRows(RowGroup):
 
     def __init__(self, block_size: int, vllm_config: Any, residency: Residency):
         super().__init__(block_size, vllm_config, residency)
-        scheduler = vllm_config.scheduler_config
-        self._max_rows, self._max_tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+        self._max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.num_queries = 0
         self._capturing = False
 
@@ -54,10 +53,10 @@ class DeviceRows(RowGroup):
         super().end_step()
         self._capturing = False
 
-    def set_rows(self, row_slot: torch.Tensor, prefix_len: torch.Tensor, num_tokens: int) -> None:
+    def set_rows(self, num_tokens: int) -> None:
         self.queries.fill(
-            row_slot,
-            self.query_start_loc[: len(row_slot) + 1],
+            self.row_slot,
+            self.query_start_loc,
             self.block_table,
             self._residency.prefixes,
             num_tokens,

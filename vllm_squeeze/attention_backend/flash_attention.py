@@ -41,15 +41,15 @@ class SuffixRows(DeviceRows):
             width = metadata.block_table.shape[1]
             self.suffix_blocks = torch.zeros(self._max_rows, width, dtype=torch.int32, device=self._device)
 
-    def set_rows(self, row_slot: torch.Tensor, prefix_len: torch.Tensor, num_tokens: int) -> None:
-        rows = len(row_slot)
-        self.suffix_lens[:rows] = self.seq_lens - prefix_len
-        shift = prefix_len // self._kernel_block_size
+    def set_rows(self, num_tokens: int) -> None:
+        rows = len(self.seq_lens)
+        self.suffix_lens[:rows] = self.seq_lens - self.prefix_len
+        shift = self.prefix_len // self._kernel_block_size
         width = min(-(-self.max_seq_len // self._kernel_block_size), self.block_table.shape[1])
         column = torch.arange(width, device=self._device) + shift[:, None]
         column.clamp_(max=self.block_table.shape[1] - 1)
         self.suffix_blocks[:rows, :width] = self.block_table[:rows].gather(1, column)
-        super().set_rows(row_slot, prefix_len, num_tokens)
+        super().set_rows(num_tokens)
 
 
 class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
