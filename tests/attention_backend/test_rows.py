@@ -1,6 +1,7 @@
 """Rows are found by physical blocks alone: in every state that vLLM's KV cache can be in, none may be mistaken."""
 
 from collections import Counter
+from itertools import accumulate
 from random import Random
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.attention_backend.world import KVCache, Sequence, make_matcher, make_request, make_step
+from tests.kernels.conftest import ON_GPU
 from vllm_squeeze.attention_backend.matching import (
     CACHE_SALT,
     DENSE_SLOT,
@@ -24,7 +26,9 @@ from vllm_squeeze.attention_backend.matching import (
 from vllm_squeeze.attention_backend.policy import Arm
 from vllm_squeeze.attention_backend.rows import RowGroup
 from vllm_squeeze.kernels.reference import match_rows_reference
+from vllm_squeeze.kernels.rows import match_rows
 
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 MAX_ROWS, MAX_BLOCKS, NUM_GROUPS = 9, 40, 3
 SHORTEST = 50
 
@@ -34,11 +38,21 @@ class FoundRows(RowGroup):
         self.found = list(zip(self.row_slot.tolist(), self.prefix_len.tolist()))
 
 
+class FoundByKernel(FoundRows):
+    _match_rows = staticmethod(match_rows)
+
+
+def as_int32(numbers):
+    return torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
+
+
 def match(block_table, seq_lens, query_start_loc, live, num_tokens=1000):
-    """Slots and prefix lengths of rows, from lists."""
-    operands = (torch.tensor(numbers, dtype=torch.int32) for numbers in (block_table, seq_lens, query_start_loc, live))
-    found = torch.zeros(2, len(seq_lens), dtype=torch.int32)
-    match_rows_reference(*operands, num_tokens, *found)
+    """Slots and prefix lengths of rows, from lists. The kernel and its oracle have to agree."""
+    operands = [as_int32(numbers) for numbers in (block_table, seq_lens, query_start_loc, live)]
+    found, expected = torch.zeros(2, 2, len(seq_lens), dtype=torch.int32, device=DEVICE)
+    match_rows(*operands, num_tokens, *found)
+    match_rows_reference(*operands, num_tokens, *expected)
+    assert torch.equal(found, expected)
     return found.tolist()
 
 
@@ -47,13 +61,14 @@ class Server:
 
     Args:
         random: decides all that is not fixed.
+        rows_class: what finds the rows.
         block_sizes: of the full-attention groups.
         kernel_block_size: of the attention kernel, which divides the block sizes.
         caching: whether blocks are shared.
         choosing: whether each prefix gets one of the arms in each step, else all are squeezed.
     """
 
-    def __init__(self, random, block_sizes, kernel_block_size, caching, choosing=False):
+    def __init__(self, random, rows_class, block_sizes, kernel_block_size, caching, choosing=False):
         self.random, self.block_sizes, self.kernel_block_size = random, block_sizes, kernel_block_size
         main, other = ([random.randrange(3) for _ in range(240)] for _ in range(2))
         fork = random.randrange(SHORTEST, 150)
@@ -69,13 +84,12 @@ class Server:
         kernel_blocks = 300 * max(size // kernel_block_size for size in block_sizes.values())
         shape = (MAX_ROWS, MAX_BLOCKS)
         self.tables = {
-            group: torch.tensor([random.randrange(kernel_blocks) for _ in range(MAX_ROWS * MAX_BLOCKS)]).view(shape)
+            group: as_int32([random.randrange(kernel_blocks) for _ in range(MAX_ROWS * MAX_BLOCKS)]).view(shape)
             for group in block_sizes
         }
         config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=MAX_ROWS))
         self.groups = {
-            group: FoundRows(size, config, SimpleNamespace(device=torch.device("cpu")))
-            for group, size in block_sizes.items()
+            group: rows_class(size, config, SimpleNamespace(device=DEVICE)) for group, size in block_sizes.items()
         }
 
     def arrive(self):
@@ -152,20 +166,21 @@ class Server:
 
     def find_rows(self, rows, live, num_tokens):
         """What the worker finds in each group, with a padded row at the end."""
-        counts = torch.tensor([count for _, count in rows] + [0], dtype=torch.int32)
+        counts = [count for _, count in rows] + [0]
         ends = [sequence.computed + count for sequence, count in rows]
         found = {}
         for group, state in self.groups.items():
             table, pages = self.tables[group], self.block_sizes[group] // self.kernel_block_size
             for row, (sequence, _) in enumerate(rows):
-                blocks = torch.tensor(sequence.blocks[group], dtype=torch.int64)
+                blocks = as_int32(sequence.blocks[group])
                 # Only a row's own blocks are written; what lies beyond them is of earlier rows.
-                table[row, : len(blocks) * pages] = (blocks[:, None] * pages + torch.arange(pages)).flatten()
+                within = torch.arange(pages, device=DEVICE)
+                table[row, : len(blocks) * pages] = (blocks[:, None] * pages + within).flatten()
             metadata = SimpleNamespace(
                 block_table=table,
-                seq_lens=torch.tensor(ends + [0], dtype=torch.int32),
-                query_start_loc=torch.cat([torch.zeros(1, dtype=torch.int32), counts.cumsum(0, dtype=torch.int32)]),
-                num_actual_tokens=int(counts.sum()),
+                seq_lens=as_int32(ends + [0]),
+                query_start_loc=as_int32([0, *accumulate(counts)]),
+                num_actual_tokens=sum(counts),
                 max_seq_len=max(ends, default=0),
             )
             state.note(metadata, self.kernel_block_size)
@@ -193,7 +208,15 @@ class Server:
         return (text[len(sequence.tokens)] + 1) % 3 if len(sequence.tokens) < len(text) else self.random.randrange(3)
 
 
-WORLDS = settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+# The kernel is interpreted where there is no GPU: fewer worlds.
+FINDERS = pytest.mark.parametrize(
+    ("rows_class", "worlds"),
+    [
+        (rows_class, settings(max_examples=most, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]))
+        for rows_class, most in ((FoundRows, 60), (FoundByKernel, 15))
+    ],
+    ids=["oracle", "kernel"],
+)
 GROUPS = pytest.mark.parametrize(
     ("block_sizes", "kernel_block_size"),
     [({0: 16}, 16), ({1: 32}, 16), ({0: 16, 2: 16}, 16), ({0: 16, 2: 32}, 16)],
@@ -201,19 +224,20 @@ GROUPS = pytest.mark.parametrize(
 )
 
 
+@FINDERS
 @GROUPS
 @pytest.mark.parametrize("caching", [True, False], ids=["prefix-caching", "own-copies"])
-def test_no_row_is_mistaken(block_sizes, kernel_block_size, caching):
+def test_no_row_is_mistaken(rows_class, worlds, block_sizes, kernel_block_size, caching):
     """A row is squeezed if its request begins with an indexed prefix and has computed it, by the longest such one.
 
     A request that has computed only a shorter indexed prefix of its own stays dense: not both in its lifetime.
     """
     outcomes = Counter()
 
-    @WORLDS
+    @worlds
     @given(st.integers(0, 2**32))
     def serve(seed):
-        server = Server(Random(seed), block_sizes, kernel_block_size, caching)
+        server = Server(Random(seed), rows_class, block_sizes, kernel_block_size, caching)
         for _ in range(12):
             server.step()
             outcomes.update(server.seen)
@@ -222,15 +246,16 @@ def test_no_row_is_mistaken(block_sizes, kernel_block_size, caching):
     assert outcomes.keys() >= {SQUEEZED, NOT_COMPUTED, NO_INDEX, CACHE_SALT}, "the worlds are too simple"
 
 
+@FINDERS
 @GROUPS
-def test_no_row_left_to_vllm_is_taken_for_one_on_another_prefix(block_sizes, kernel_block_size):
+def test_no_row_left_to_vllm_is_taken_for_one_on_another_prefix(rows_class, worlds, block_sizes, kernel_block_size):
     """In each step prefixes get any arms: one may be squeezed while another, which begins with it, is not."""
     outcomes = Counter()
 
-    @WORLDS
+    @worlds
     @given(st.integers(0, 2**32))
     def serve(seed):
-        server = Server(Random(seed), block_sizes, kernel_block_size, caching=True, choosing=True)
+        server = Server(Random(seed), rows_class, block_sizes, kernel_block_size, caching=True, choosing=True)
         for _ in range(12):
             server.step()
             outcomes.update(server.seen)

@@ -11,6 +11,7 @@ from vllm_squeeze.attention_backend.residency import Residency
 from vllm_squeeze.attention_backend.rows import RowGroup
 from vllm_squeeze.attention_backend.wiring import SERVE, options_of
 from vllm_squeeze.kernels.reference import dequantised
+from vllm_squeeze.kernels.rows import match_rows
 from vllm_squeeze.kernels.squeezed_attention import squeezed_attention
 from vllm_squeeze.kernels.tiles import QueryTiles
 from vllm_squeeze.kernels.workspace import Workspace
@@ -26,6 +27,8 @@ class DeviceRows(RowGroup):
         queries: the query tokens of squeezed rows, in tiles.
         num_queries: how many of them there may be.
     """
+
+    _match_rows = staticmethod(match_rows)
 
     def __init__(self, block_size: int, vllm_config: Any, residency: Residency):
         super().__init__(block_size, vllm_config, residency)
