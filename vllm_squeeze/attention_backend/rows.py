@@ -28,6 +28,7 @@ class RowGroup:
         self._residency = residency
         self._device = residency.device
         self._max_rows = vllm_config.scheduler_config.max_num_seqs
+        self._live: list[tuple[int, ...]] = []
         self._found = torch.zeros(2, self._max_rows, dtype=torch.int32, device=self._device)
 
     def prepare(self, group: int) -> None:
@@ -52,24 +53,27 @@ class RowGroup:
             num_tokens: query tokens of squeezed rows. Should the scheduler ever have reckoned with fewer, the last
                 rows go dense: the kernels' work list is no longer than that.
         """
-        pages = self._blocks_per_page
-        table = torch.tensor(
-            [(b.slot, (b.index + 1) * pages - 1, (b.block + 1) * pages - 1, b.context) for b in live],
-            dtype=torch.int32,
-            pin_memory=self._device.type == "cuda",
-        ).to(self._device, non_blocking=True)
         self.row_slot, self.prefix_len = self._found[:, : len(self.seq_lens)]
         self._match_rows(
             self.block_table,
             self.seq_lens,
             self.query_start_loc,
-            table,
+            self._on_device(live),
             num_tokens,
             self.row_slot,
             self.prefix_len,
         )
         self.set_rows(num_tokens)
         self.squeezing = True
+
+    def _on_device(self, live: list[LiveBlock]) -> torch.Tensor:
+        """Live blocks as ``match_rows`` takes them, [A, 4] int32. In most steps they are those of the step before."""
+        pages = self._blocks_per_page
+        table = [(b.slot, (b.index + 1) * pages - 1, (b.block + 1) * pages - 1, b.context) for b in live]
+        if table != self._live:
+            on_host = torch.tensor(table, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+            self._live, self._live_on_device = table, on_host.to(self._device, non_blocking=True)
+        return self._live_on_device
 
     def set_rows(self, num_tokens: int) -> None:
         """Keeps the matched rows in the form that this device's layers read."""
