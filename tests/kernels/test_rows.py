@@ -1,4 +1,4 @@
-"""Matching rows in one launch, against the oracle."""
+"""Matching rows to prefixes and cutting these off, each in one launch, against the oracles."""
 
 from random import Random
 
@@ -8,8 +8,8 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.conftest import ON_GPU
-from vllm_squeeze.kernels.reference import match_rows_reference
-from vllm_squeeze.kernels.rows import match_rows
+from vllm_squeeze.kernels.reference import match_rows_reference, skip_prefixes_reference
+from vllm_squeeze.kernels.rows import match_rows, skip_prefixes
 from vllm_squeeze.kernels.tables import DENSE_SLOT, STOCK_SLOT
 
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -73,3 +73,52 @@ def test_many_rows(num_rows):
         expected = results(match_rows_reference, step, num_tokens)
         assert len(set(expected[0])) >= 4
         assert results(match_rows, step, num_tokens) == expected
+
+
+def check_suffixes(seed, num_rows, width, page_size, max_seq_len):
+    """Rows of up to ``max_seq_len`` tokens, some on prefixes."""
+    random = Random(seed)
+    # with rows and a column beyond those that there are
+    table = integers([[random.randrange(10**6) for _ in range(width + 1)] for _ in range(num_rows + 2)])[:, :width]
+    seq_lens = [random.randint(0, max_seq_len) for _ in range(num_rows)]
+    seq_lens[random.randrange(num_rows)] = max_seq_len
+    prefix_len = integers([random.randint(0, length // page_size) * page_size for length in seq_lens])
+    step = table, integers(seq_lens), prefix_len, page_size, max_seq_len
+    found = []
+    for skip in (skip_prefixes, skip_prefixes_reference):
+        # of a step before, and more room than the rows need
+        lens, blocks = integers([7] * (num_rows + 3)), integers([[7] * (width + 2)] * (num_rows + 3))
+        skip(*step, lens, blocks)
+        found.append((lens.tolist(), blocks.tolist()))
+    assert found[0] == found[1]
+    lens, blocks = found[0]
+    for row, (length, prefix) in enumerate(zip(seq_lens, prefix_len.tolist(), strict=True)):
+        assert lens[row] == length - prefix
+        own = table[row, prefix // page_size : -(-length // page_size)].tolist()
+        assert blocks[row][: len(own)] == own
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    num_rows=st.integers(1, 9),
+    width=st.integers(1, 20),
+    page_size=st.sampled_from([16, 32, 48]),
+    data=st.data(),
+)
+def test_prefixes_are_skipped_as_the_oracle_says(seed, num_rows, width, page_size, data):
+    check_suffixes(seed, num_rows, width, page_size, data.draw(st.integers(1, width * page_size)))
+
+
+@pytest.mark.parametrize("width", [1023, 1024, 1025, 2500])
+def test_long_rows(width):
+    check_suffixes(width, 3, width, 16, width * 16 - 5)
+    check_suffixes(width, 3, width, 16, 1024 * 16)
+
+
+def test_a_step_that_vllm_says_may_be_longer_than_its_block_table():
+    """As it does where a CUDA graph has to serve all lengths."""
+    table, seq_lens, prefix_len = integers([[3, 7, 5]]), integers([40]), integers([16])
+    lens, blocks = integers([0]), integers([[0, 0, 0]])
+    skip_prefixes(table, seq_lens, prefix_len, 16, 1000, lens, blocks)
+    assert (lens.tolist(), blocks.tolist()) == ([24], [[7, 5, 5]])

@@ -15,6 +15,7 @@ from vllm_squeeze.attention_backend.device_layers import DeviceBuilder, DeviceLa
 from vllm_squeeze.attention_backend.layers import as_stored, cache_scales, in_model_dtype, mode_of_engine
 from vllm_squeeze.attention_backend.residency import Residency
 from vllm_squeeze.attention_backend.wiring import RECORD, SERVE
+from vllm_squeeze.kernels.rows import skip_prefixes
 
 
 class SuffixRows(DeviceRows):
@@ -42,13 +43,15 @@ class SuffixRows(DeviceRows):
             self.suffix_blocks = torch.zeros(self._max_rows, width, dtype=torch.int32, device=self._device)
 
     def set_rows(self, num_tokens: int) -> None:
-        rows = len(self.seq_lens)
-        self.suffix_lens[:rows] = self.seq_lens - self.prefix_len
-        shift = self.prefix_len // self._kernel_block_size
-        width = min(-(-self.max_seq_len // self._kernel_block_size), self.block_table.shape[1])
-        column = torch.arange(width, device=self._device) + shift[:, None]
-        column.clamp_(max=self.block_table.shape[1] - 1)
-        self.suffix_blocks[:rows, :width] = self.block_table[:rows].gather(1, column)
+        skip_prefixes(
+            self.block_table,
+            self.seq_lens,
+            self.prefix_len,
+            self._kernel_block_size,
+            self.max_seq_len,
+            self.suffix_lens,
+            self.suffix_blocks,
+        )
         super().set_rows(num_tokens)
 
 

@@ -257,3 +257,31 @@ def match_rows_reference(
     squeezed &= torch.where(squeezed, counts, 0).cumsum(0) <= num_tokens
     row_slot.copy_(torch.where(squeezed, slot[best], DENSE_SLOT))
     prefix_len.copy_(torch.where(squeezed, length, 0))
+
+
+def skip_prefixes_reference(
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    prefix_len: torch.Tensor,
+    page_size: int,
+    max_seq_len: int,
+    suffix_lens: torch.Tensor,
+    suffix_blocks: torch.Tensor,
+) -> None:
+    """Lengths and block tables of what follows the prefixes of B rows, for attention that knows of no prefixes.
+
+    Args:
+        block_table: [at least B, W] int32.
+        seq_lens: [B] int32, tokens of each row.
+        prefix_len: [B] int32, tokens of its prefix, in whole blocks; 0 without one.
+        page_size: tokens of a block of the table.
+        max_seq_len: tokens of the longest row.
+        suffix_lens: [at least B] int32; written for the B rows.
+        suffix_blocks: [at least B, W] int32; written for as many blocks of the B rows as the longest has. Beyond a
+            row's own blocks is anything that the block table holds.
+    """
+    num_rows, width = len(seq_lens), block_table.shape[1]
+    suffix_lens[:num_rows] = seq_lens - prefix_len
+    column = torch.arange(min(-(-max_seq_len // page_size), width), device=seq_lens.device)
+    shifted = (column + prefix_len[:, None] // page_size).clamp(max=width - 1)
+    suffix_blocks[:num_rows, : len(column)] = block_table[:num_rows].gather(1, shifted)

@@ -1,4 +1,7 @@
-"""Which rows of a step are on which prefix, found on the device in one launch: see ``match_rows_reference``."""
+"""Which rows of a step are on which prefix, and what follows it: one launch each.
+
+Torch says in ``kernels/reference.py`` what they must write.
+"""
 
 import torch
 import triton
@@ -11,6 +14,7 @@ _FEWEST_ROWS = 256
 """Rows that the kernel is compiled for at the least, so that hardly any batch compiles it anew."""
 
 _LIVE_BLOCK = 8
+_COLUMNS_BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["width", "num_rows", "num_live", "num_tokens"])
@@ -70,4 +74,42 @@ def match_rows(
         block_table.stride(0), width, num_rows, len(live), num_tokens,
         ROWS=rows, BLOCK=_LIVE_BLOCK, DENSE=DENSE_SLOT,
         num_warps=min(rows // 64, 16),  # more rows for a thread spill its registers
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["width", "num_columns"])
+def _skip_kernel(
+    block_table, seq_lens, prefix_len, suffix_lens, suffix_blocks,
+    stride_row, stride_suffix, width, num_columns,
+    S: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i_row, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b_prefix = tl.load(prefix_len + i_row)
+    if i_b == 0:
+        tl.store(suffix_lens + i_row, tl.load(seq_lens + i_row) - b_prefix)
+    o_column = i_b * BLOCK + tl.arange(0, BLOCK)
+    m_column = o_column < num_columns
+    o_shifted = tl.minimum(o_column + b_prefix // S, width - 1)
+    b_block = tl.load(block_table + i_row * stride_row + o_shifted, mask=m_column, other=0)
+    tl.store(suffix_blocks + i_row * stride_suffix + o_column, b_block, mask=m_column)
+
+
+def skip_prefixes(
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    prefix_len: torch.Tensor,
+    page_size: int,
+    max_seq_len: int,
+    suffix_lens: torch.Tensor,
+    suffix_blocks: torch.Tensor,
+) -> None:
+    """Lengths and block tables of what follows prefixes; with the arguments of ``skip_prefixes_reference``."""
+    num_rows, width = len(seq_lens), block_table.shape[1]
+    num_columns = min(triton.cdiv(max_seq_len, page_size), width)
+    assert len(prefix_len) == num_rows <= min(len(suffix_lens), len(suffix_blocks))
+    assert num_columns <= suffix_blocks.shape[1] and suffix_blocks.stride(1) == block_table.stride(1) == 1
+    _skip_kernel[(num_rows, triton.cdiv(num_columns, _COLUMNS_BLOCK))](
+        block_table, seq_lens, prefix_len, suffix_lens, suffix_blocks,
+        block_table.stride(0), suffix_blocks.stride(0), width, num_columns,
+        S=page_size, BLOCK=_COLUMNS_BLOCK,
     )  # fmt: skip
