@@ -1,6 +1,7 @@
 """Rows are found by physical blocks alone: in every state that vLLM's KV cache can be in, none may be mistaken."""
 
 from collections import Counter
+from itertools import accumulate
 from random import Random
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.attention_backend.world import KVCache, Sequence, make_matcher, make_request, make_step
+from tests.kernels.conftest import ON_GPU
 from vllm_squeeze.attention_backend.matching import (
     CACHE_SALT,
     DENSE_SLOT,
@@ -22,15 +24,36 @@ from vllm_squeeze.attention_backend.matching import (
     LiveRequests,
 )
 from vllm_squeeze.attention_backend.policy import Arm
-from vllm_squeeze.attention_backend.rows import RowGroup, match_rows
+from vllm_squeeze.attention_backend.rows import RowGroup
+from vllm_squeeze.kernels.reference import match_rows_reference
+from vllm_squeeze.kernels.rows import match_rows
 
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 MAX_ROWS, MAX_BLOCKS, NUM_GROUPS = 9, 40, 3
 SHORTEST = 50
 
 
 class FoundRows(RowGroup):
-    def set_rows(self, row_slot, prefix_len, num_tokens):
-        self.found = list(zip(row_slot.tolist(), prefix_len.tolist()))
+    def set_rows(self, num_tokens):
+        self.found = list(zip(self.row_slot.tolist(), self.prefix_len.tolist()))
+
+
+class FoundByKernel(FoundRows):
+    _match_rows = staticmethod(match_rows)
+
+
+def as_int32(numbers):
+    return torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
+
+
+def match(block_table, seq_lens, query_start_loc, live, num_tokens=1000):
+    """Slots and prefix lengths of rows, from lists. The kernel and its oracle have to agree."""
+    operands = [as_int32(numbers) for numbers in (block_table, seq_lens, query_start_loc, live)]
+    found, expected = torch.zeros(2, 2, len(seq_lens), dtype=torch.int32, device=DEVICE)
+    match_rows(*operands, num_tokens, *found)
+    match_rows_reference(*operands, num_tokens, *expected)
+    assert torch.equal(found, expected)
+    return found.tolist()
 
 
 class Server:
@@ -38,13 +61,14 @@ class Server:
 
     Args:
         random: decides all that is not fixed.
+        rows_class: what finds the rows.
         block_sizes: of the full-attention groups.
         kernel_block_size: of the attention kernel, which divides the block sizes.
         caching: whether blocks are shared.
         choosing: whether each prefix gets one of the arms in each step, else all are squeezed.
     """
 
-    def __init__(self, random, block_sizes, kernel_block_size, caching, choosing=False):
+    def __init__(self, random, rows_class, block_sizes, kernel_block_size, caching, choosing=False):
         self.random, self.block_sizes, self.kernel_block_size = random, block_sizes, kernel_block_size
         main, other = ([random.randrange(3) for _ in range(240)] for _ in range(2))
         fork = random.randrange(SHORTEST, 150)
@@ -60,12 +84,12 @@ class Server:
         kernel_blocks = 300 * max(size // kernel_block_size for size in block_sizes.values())
         shape = (MAX_ROWS, MAX_BLOCKS)
         self.tables = {
-            group: torch.tensor([random.randrange(kernel_blocks) for _ in range(MAX_ROWS * MAX_BLOCKS)]).view(shape)
+            group: as_int32([random.randrange(kernel_blocks) for _ in range(MAX_ROWS * MAX_BLOCKS)]).view(shape)
             for group in block_sizes
         }
+        config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=MAX_ROWS))
         self.groups = {
-            group: FoundRows(size, None, SimpleNamespace(device=torch.device("cpu")))
-            for group, size in block_sizes.items()
+            group: rows_class(size, config, SimpleNamespace(device=DEVICE)) for group, size in block_sizes.items()
         }
 
     def arrive(self):
@@ -142,20 +166,21 @@ class Server:
 
     def find_rows(self, rows, live, num_tokens):
         """What the worker finds in each group, with a padded row at the end."""
-        counts = torch.tensor([count for _, count in rows] + [0], dtype=torch.int32)
+        counts = [count for _, count in rows] + [0]
         ends = [sequence.computed + count for sequence, count in rows]
         found = {}
         for group, state in self.groups.items():
             table, pages = self.tables[group], self.block_sizes[group] // self.kernel_block_size
             for row, (sequence, _) in enumerate(rows):
-                blocks = torch.tensor(sequence.blocks[group], dtype=torch.int64)
+                blocks = as_int32(sequence.blocks[group])
                 # Only a row's own blocks are written; what lies beyond them is of earlier rows.
-                table[row, : len(blocks) * pages] = (blocks[:, None] * pages + torch.arange(pages)).flatten()
+                within = torch.arange(pages, device=DEVICE)
+                table[row, : len(blocks) * pages] = (blocks[:, None] * pages + within).flatten()
             metadata = SimpleNamespace(
                 block_table=table,
-                seq_lens=torch.tensor(ends + [0], dtype=torch.int32),
-                query_start_loc=torch.cat([torch.zeros(1, dtype=torch.int32), counts.cumsum(0, dtype=torch.int32)]),
-                num_actual_tokens=int(counts.sum()),
+                seq_lens=as_int32(ends + [0]),
+                query_start_loc=as_int32([0, *accumulate(counts)]),
+                num_actual_tokens=sum(counts),
                 max_seq_len=max(ends, default=0),
             )
             state.note(metadata, self.kernel_block_size)
@@ -183,7 +208,15 @@ class Server:
         return (text[len(sequence.tokens)] + 1) % 3 if len(sequence.tokens) < len(text) else self.random.randrange(3)
 
 
-WORLDS = settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+# The kernel is interpreted where there is no GPU: fewer worlds.
+FINDERS = pytest.mark.parametrize(
+    ("rows_class", "worlds"),
+    [
+        (rows_class, settings(max_examples=most, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]))
+        for rows_class, most in ((FoundRows, 60), (FoundByKernel, 15))
+    ],
+    ids=["oracle", "kernel"],
+)
 GROUPS = pytest.mark.parametrize(
     ("block_sizes", "kernel_block_size"),
     [({0: 16}, 16), ({1: 32}, 16), ({0: 16, 2: 16}, 16), ({0: 16, 2: 32}, 16)],
@@ -191,19 +224,20 @@ GROUPS = pytest.mark.parametrize(
 )
 
 
+@FINDERS
 @GROUPS
 @pytest.mark.parametrize("caching", [True, False], ids=["prefix-caching", "own-copies"])
-def test_no_row_is_mistaken(block_sizes, kernel_block_size, caching):
+def test_no_row_is_mistaken(rows_class, worlds, block_sizes, kernel_block_size, caching):
     """A row is squeezed if its request begins with an indexed prefix and has computed it, by the longest such one.
 
     A request that has computed only a shorter indexed prefix of its own stays dense: not both in its lifetime.
     """
     outcomes = Counter()
 
-    @WORLDS
+    @worlds
     @given(st.integers(0, 2**32))
     def serve(seed):
-        server = Server(Random(seed), block_sizes, kernel_block_size, caching)
+        server = Server(Random(seed), rows_class, block_sizes, kernel_block_size, caching)
         for _ in range(12):
             server.step()
             outcomes.update(server.seen)
@@ -212,15 +246,16 @@ def test_no_row_is_mistaken(block_sizes, kernel_block_size, caching):
     assert outcomes.keys() >= {SQUEEZED, NOT_COMPUTED, NO_INDEX, CACHE_SALT}, "the worlds are too simple"
 
 
+@FINDERS
 @GROUPS
-def test_no_row_left_to_vllm_is_taken_for_one_on_another_prefix(block_sizes, kernel_block_size):
+def test_no_row_left_to_vllm_is_taken_for_one_on_another_prefix(rows_class, worlds, block_sizes, kernel_block_size):
     """In each step prefixes get any arms: one may be squeezed while another, which begins with it, is not."""
     outcomes = Counter()
 
-    @WORLDS
+    @worlds
     @given(st.integers(0, 2**32))
     def serve(seed):
-        server = Server(Random(seed), block_sizes, kernel_block_size, caching=True, choosing=True)
+        server = Server(Random(seed), rows_class, block_sizes, kernel_block_size, caching=True, choosing=True)
         for _ in range(12):
             server.step()
             outcomes.update(server.seen)
@@ -254,9 +289,8 @@ def test_rows_that_grow_into_a_prefix_are_counted():
     added = cache.extend(second, 7), cache.extend(first, 1)
     new = [("second", (second.blocks[0],), second.computed, 7)]
     blocks, num_tokens = live.step(make_step(new, cached=[("first", (added[1][0],), 144, 1)]))
-    table = torch.tensor([first.blocks[0], second.blocks[0]])
-    rows = torch.tensor([(block.slot, block.index, block.block, block.context) for block in blocks])
-    slots, _ = match_rows(table, torch.tensor([145, 151]), torch.tensor([0, 1, 8]), rows)
+    rows = [(block.slot, block.index, block.block, block.context) for block in blocks]
+    slots, _ = match([first.blocks[0], second.blocks[0]], [145, 151], [0, 1, 8], rows)
     assert slots[1] == placement.slot
     assert num_tokens == sum(count for count, slot in zip((1, 7), slots) if slot >= 0)
 
@@ -273,10 +307,9 @@ def test_a_row_left_to_vllm_that_grows_into_a_longer_prefix_stays_there():
     blocks, num_tokens = live.step(make_step(new))
     assert [placement.covered for placement in placements] == [64, 144]
     assert num_tokens == 7 and live.rows == {FASTER: 1, SQUEEZED: 1}
-    rows = torch.tensor([(block.slot, block.index, block.block, block.context) for block in blocks])
-    table = torch.tensor([[*shared, 20], [*shared, 30]])
-    slots, _ = match_rows(table, torch.tensor([151, 151]), torch.tensor([0, 1, 8]), rows)
-    assert slots.tolist() == [DENSE_SLOT, 1]
+    rows = [(block.slot, block.index, block.block, block.context) for block in blocks]
+    slots, _ = match([[*shared, 20], [*shared, 30]], [151, 151], [0, 1, 8], rows)
+    assert slots == [DENSE_SLOT, 1]
 
 
 def test_a_row_left_to_vllm_whose_drafts_were_rejected_stays_there():
@@ -289,39 +322,34 @@ def test_a_row_left_to_vllm_whose_drafts_were_rejected_stays_there():
         live.add(make_request(name, tokens))
     new = [("short", ([*shared, 20, 21],), 81, 1), ("long", ([*shared, *range(30, 37)],), 155, 4)]
     blocks, _ = live.step(make_step(new))
-    rows = torch.tensor([(block.slot, block.index, block.block, block.context) for block in blocks])
-    table = torch.tensor([[*shared, 20, 21, *[0] * 5], [*shared, *range(30, 37)]])
-    slots, _ = match_rows(table, torch.tensor([82, 152 + 4]), torch.tensor([0, 1, 5]), rows)
-    assert slots.tolist() == [0, DENSE_SLOT]
+    rows = [(block.slot, block.index, block.block, block.context) for block in blocks]
+    table = [[*shared, 20, 21, *[0] * 5], [*shared, *range(30, 37)]]
+    slots, _ = match(table, [82, 152 + 4], [0, 1, 5], rows)
+    assert slots == [0, DENSE_SLOT]
 
 
 @pytest.mark.parametrize(("context", "slot"), [(31, -1), (32, 4), (47, 4), (48, -1), (49, 4), (64, 9), (80, 9)])
 def test_the_longest_prefix_wins_and_a_row_still_computing_its_own_is_dense(context, slot):
     """Slot 4 ends with block 7 after 32 tokens, slot 9 with block 5 after 64; a row at token 48 fills block 6."""
-    live = torch.tensor([[DENSE_SLOT, 2, 6, 48], [4, 1, 7, 32], [9, 3, 5, 64]])
-    row_slot, prefix_len = match_rows(
-        torch.tensor([[3, 7, 6, 5]], dtype=torch.int32),
-        torch.tensor([context + 5]),
-        torch.tensor([0, 5], dtype=torch.int32),
-        live,
-    )
-    assert row_slot.tolist() == [slot]
-    assert prefix_len.tolist() == [{-1: 0, 4: 32, 9: 64}[slot]]
+    live = [[DENSE_SLOT, 2, 6, 48], [4, 1, 7, 32], [9, 3, 5, 64]]
+    found = match([[3, 7, 6, 5]], [context + 5], [0, 5], live)
+    assert found == [[slot], [{-1: 0, 4: 32, 9: 64}[slot]]]
 
 
 @pytest.mark.parametrize(("context", "slot"), [(31, -1), (32, 4), (63, 4), (64, -1), (70, -1), (96, 9)])
 def test_rows_on_a_prefix_left_to_vllm_are_dense_from_its_end_on(context, slot):
     """Slot 4 ends with block 7, slot 9 with block 2; between them ends a prefix, with block 5, that is not squeezed."""
-    live = torch.tensor([[STOCK_SLOT, 3, 5, 64], [4, 1, 7, 32], [9, 5, 2, 96]])
-    row_slot, _ = match_rows(
-        torch.tensor([[3, 7, 6, 5, 8, 2]], dtype=torch.int32),
-        torch.tensor([context + 5]),
-        torch.tensor([0, 5], dtype=torch.int32),
-        live,
-    )
-    assert row_slot.tolist() == [slot]
+    live = [[STOCK_SLOT, 3, 5, 64], [4, 1, 7, 32], [9, 5, 2, 96]]
+    slots, _ = match([[3, 7, 6, 5, 8, 2]], [context + 5], [0, 5], live)
+    assert slots == [slot]
 
 
 def test_a_prefix_that_is_longer_than_a_block_table_matches_no_row():
-    found = match_rows(torch.tensor([[3, 7]]), torch.tensor([500]), torch.tensor([0, 1]), torch.tensor([[0, 2, 7, 48]]))
-    assert [value.tolist() for value in found] == [[DENSE_SLOT], [0]]
+    assert match([[3, 7]], [500], [0, 1], [[0, 2, 7, 48]]) == [[DENSE_SLOT], [0]]
+
+
+def test_rows_for_whose_tokens_there_is_no_room_go_dense():
+    """All but the third are on a prefix, with 2, 1 and 3 tokens: room for 5 is not enough for the last."""
+    table, seq_lens, starts = [[3, 7], [3, 7], [4, 5], [3, 7]], [34, 33, 60, 35], [0, 2, 3, 8, 11]
+    assert match(table, seq_lens, starts, [[1, 1, 7, 32]], 6) == [[1, 1, DENSE_SLOT, 1], [32, 32, 0, 32]]
+    assert match(table, seq_lens, starts, [[1, 1, 7, 32]], 5) == [[1, 1, DENSE_SLOT, DENSE_SLOT], [32, 32, 0, 0]]

@@ -32,9 +32,9 @@ class HostRows(RowGroup):
         squeezed: per squeezed row its index, slot, prefix length, sequence length, first and last query token + 1.
     """
 
-    def set_rows(self, row_slot: torch.Tensor, prefix_len: torch.Tensor, num_tokens: int) -> None:
+    def set_rows(self, num_tokens: int) -> None:
         starts = self.query_start_loc.tolist()
-        rows = zip(row_slot.tolist(), prefix_len.tolist(), self.seq_lens.tolist(), starts, starts[1:])
+        rows = zip(self.row_slot.tolist(), self.prefix_len.tolist(), self.seq_lens.tolist(), starts, starts[1:])
         self.squeezed = [(row, *facts) for row, facts in enumerate(rows) if facts[0] >= 0]
 
 

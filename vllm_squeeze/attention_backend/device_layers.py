@@ -11,6 +11,7 @@ from vllm_squeeze.attention_backend.residency import Residency
 from vllm_squeeze.attention_backend.rows import RowGroup
 from vllm_squeeze.attention_backend.wiring import SERVE, options_of
 from vllm_squeeze.kernels.reference import dequantised
+from vllm_squeeze.kernels.rows import match_rows
 from vllm_squeeze.kernels.squeezed_attention import squeezed_attention
 from vllm_squeeze.kernels.tiles import QueryTiles
 from vllm_squeeze.kernels.workspace import Workspace
@@ -27,10 +28,11 @@ class DeviceRows(RowGroup):
         num_queries: how many of them there may be.
     """
 
+    _match_rows = staticmethod(match_rows)
+
     def __init__(self, block_size: int, vllm_config: Any, residency: Residency):
         super().__init__(block_size, vllm_config, residency)
-        scheduler = vllm_config.scheduler_config
-        self._max_rows, self._max_tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+        self._max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.num_queries = 0
         self._capturing = False
 
@@ -54,10 +56,10 @@ class DeviceRows(RowGroup):
         super().end_step()
         self._capturing = False
 
-    def set_rows(self, row_slot: torch.Tensor, prefix_len: torch.Tensor, num_tokens: int) -> None:
+    def set_rows(self, num_tokens: int) -> None:
         self.queries.fill(
-            row_slot,
-            self.query_start_loc[: len(row_slot) + 1],
+            self.row_slot,
+            self.query_start_loc,
             self.block_table,
             self._residency.prefixes,
             num_tokens,

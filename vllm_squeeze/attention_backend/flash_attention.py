@@ -15,6 +15,7 @@ from vllm_squeeze.attention_backend.device_layers import DeviceBuilder, DeviceLa
 from vllm_squeeze.attention_backend.layers import as_stored, cache_scales, in_model_dtype, mode_of_engine
 from vllm_squeeze.attention_backend.residency import Residency
 from vllm_squeeze.attention_backend.wiring import RECORD, SERVE
+from vllm_squeeze.kernels.rows import skip_prefixes
 
 
 class SuffixRows(DeviceRows):
@@ -41,15 +42,17 @@ class SuffixRows(DeviceRows):
             width = metadata.block_table.shape[1]
             self.suffix_blocks = torch.zeros(self._max_rows, width, dtype=torch.int32, device=self._device)
 
-    def set_rows(self, row_slot: torch.Tensor, prefix_len: torch.Tensor, num_tokens: int) -> None:
-        rows = len(row_slot)
-        self.suffix_lens[:rows] = self.seq_lens - prefix_len
-        shift = prefix_len // self._kernel_block_size
-        width = min(-(-self.max_seq_len // self._kernel_block_size), self.block_table.shape[1])
-        column = torch.arange(width, device=self._device) + shift[:, None]
-        column.clamp_(max=self.block_table.shape[1] - 1)
-        self.suffix_blocks[:rows, :width] = self.block_table[:rows].gather(1, column)
-        super().set_rows(row_slot, prefix_len, num_tokens)
+    def set_rows(self, num_tokens: int) -> None:
+        skip_prefixes(
+            self.block_table,
+            self.seq_lens,
+            self.prefix_len,
+            self._kernel_block_size,
+            self.max_seq_len,
+            self.suffix_lens,
+            self.suffix_blocks,
+        )
+        super().set_rows(num_tokens)
 
 
 class SqueezeImpl(DeviceLayer, FlashAttentionImpl):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from vllm_squeeze.attention_backend.placement import Placement
 from vllm_squeeze.attention_backend.policy import Arm, ChooseArm, Work, always_squeezed
+from vllm_squeeze.kernels.tables import DENSE_SLOT, STOCK_SLOT
 
 SQUEEZED = "squeezed"
 EXACT = "exact"
@@ -20,8 +21,6 @@ MULTIMODAL = "dense: multimodal item in the prefix"
 
 OUTCOMES = {Arm.SQUEEZED: SQUEEZED, Arm.EXACT: EXACT, Arm.STOCK: FASTER}
 
-DENSE_SLOT = -1
-STOCK_SLOT = -2
 _FIRST = 16
 
 

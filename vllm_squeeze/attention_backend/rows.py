@@ -4,36 +4,8 @@ from typing import Any
 
 import torch
 
-from vllm_squeeze.attention_backend.matching import DENSE_SLOT, LiveBlock
-
-
-def match_rows(
-    block_table: torch.Tensor, seq_lens: torch.Tensor, query_start_loc: torch.Tensor, live: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Matches rows by the physical blocks in their block tables.
-
-    A physical block has one content while any live request holds it, and the content of a prefix's last block is
-    fixed by the whole prefix. A row's block table may hold leftovers of earlier rows beyond its own blocks; the
-    number of tokens that it has computed says how far it can be believed.
-
-    Args:
-        block_table: [B, max blocks] integer.
-        seq_lens: [B] integer, tokens of each row, this step's queries among them.
-        query_start_loc: [B + 1] integer.
-        live: [A, 4] int64: slot, index, block, context of LiveBlock.
-
-    Returns:
-        slot [B] int64, DENSE_SLOT where nothing matches, and prefix length in tokens [B] int64, 0 there.
-    """
-    context = seq_lens - query_start_loc.diff()  # [B]
-    slot, index, block, needed = live.unbind(1)
-    found = block_table[:, index.clamp(max=block_table.shape[1] - 1)] == block  # [B, A]
-    # Rows that hit the block which a dense row is filling in this very step have computed more than that row.
-    enough = torch.where(slot == DENSE_SLOT, context[:, None] == needed, context[:, None] >= needed)
-    found &= enough & (index < block_table.shape[1])
-    length, best = torch.where(found, needed, -1).max(1)
-    row_slot = torch.where(length >= 0, slot[best], DENSE_SLOT).clamp(min=DENSE_SLOT)
-    return row_slot, torch.where(row_slot >= 0, length, 0)
+from vllm_squeeze.attention_backend.matching import LiveBlock
+from vllm_squeeze.kernels.reference import match_rows_reference
 
 
 class RowGroup:
@@ -42,10 +14,12 @@ class RowGroup:
     Attributes:
         squeezing: whether layers have to squeeze rows now.
         block_table, seq_lens, query_start_loc: as in vLLM's metadata, of the step built last.
+        row_slot, prefix_len: [B] int32, the slot of each row's prefix, negative where it has none, and its tokens.
         worker: the rank's serving state that these rows belong to.
     """
 
     worker: Any
+    _match_rows = staticmethod(match_rows_reference)
 
     def __init__(self, block_size: int, vllm_config: Any, residency: Any):
         self.squeezing = False
@@ -53,6 +27,9 @@ class RowGroup:
         self._blocks_per_page = 1
         self._residency = residency
         self._device = residency.device
+        self._max_rows = vllm_config.scheduler_config.max_num_seqs
+        self._live: list[tuple[int, ...]] = []
+        self._found = torch.zeros(2, self._max_rows, dtype=torch.int32, device=self._device)
 
     def prepare(self, group: int) -> None:
         """Makes room for rows of layers with ``group`` query heads per KV head, where room is needed."""
@@ -73,26 +50,32 @@ class RowGroup:
 
         Args:
             live: live blocks of this group.
-            num_tokens: query tokens of squeezed rows.
+            num_tokens: query tokens of squeezed rows. Should the scheduler ever have reckoned with fewer, the last
+                rows go dense: the kernels' work list is no longer than that.
         """
-        pages = self._blocks_per_page
-        table = torch.tensor(
-            [(b.slot, (b.index + 1) * pages - 1, (b.block + 1) * pages - 1, b.context) for b in live],
-            dtype=torch.int64,
-            pin_memory=self._device.type == "cuda",
-        ).to(self._device, non_blocking=True)
-        num_rows = len(self.seq_lens)
-        row_slot, prefix_len = match_rows(
-            self.block_table[:num_rows], self.seq_lens, self.query_start_loc[: num_rows + 1], table
+        self.row_slot, self.prefix_len = self._found[:, : len(self.seq_lens)]
+        self._match_rows(
+            self.block_table,
+            self.seq_lens,
+            self.query_start_loc,
+            self._on_device(live),
+            num_tokens,
+            self.row_slot,
+            self.prefix_len,
         )
-        # Should the scheduler ever have reckoned with fewer squeezed tokens, the last rows go dense: the kernels'
-        # work list is no longer than that.
-        counts = self.query_start_loc[: num_rows + 1].diff()
-        fits = torch.where(row_slot >= 0, counts, 0).cumsum(0) <= num_tokens
-        self.set_rows(torch.where(fits, row_slot, DENSE_SLOT), torch.where(fits, prefix_len, 0), num_tokens)
+        self.set_rows(num_tokens)
         self.squeezing = True
 
-    def set_rows(self, row_slot: torch.Tensor, prefix_len: torch.Tensor, num_tokens: int) -> None:
+    def _on_device(self, live: list[LiveBlock]) -> torch.Tensor:
+        """Live blocks as ``match_rows`` takes them, [A, 4] int32. In most steps they are those of the step before."""
+        pages = self._blocks_per_page
+        table = [(b.slot, (b.index + 1) * pages - 1, (b.block + 1) * pages - 1, b.context) for b in live]
+        if table != self._live:
+            on_host = torch.tensor(table, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+            self._live, self._live_on_device = table, on_host.to(self._device, non_blocking=True)
+        return self._live_on_device
+
+    def set_rows(self, num_tokens: int) -> None:
         """Keeps the matched rows in the form that this device's layers read."""
         raise NotImplementedError
 

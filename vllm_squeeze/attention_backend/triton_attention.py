@@ -16,10 +16,10 @@ from vllm.v1.attention.backends.triton_attn import (
 
 from vllm_squeeze.attention_backend.device_layers import DeviceBuilder, DeviceLayer, DeviceRows, RecordingLayer
 from vllm_squeeze.attention_backend.layers import FLOAT8, mode_of_engine
-from vllm_squeeze.attention_backend.matching import DENSE_SLOT
 from vllm_squeeze.attention_backend.residency import Residency
 from vllm_squeeze.attention_backend.wiring import RECORD, SERVE
 from vllm_squeeze.kernels.suffix_attention import Suffixes, attend_suffix, why_unsupported
+from vllm_squeeze.kernels.tables import DENSE_SLOT
 
 # Keys of all suffixes of a step. Bounds the memory that they are packed into.
 MAX_SUFFIX_KEYS = 16384
@@ -39,17 +39,18 @@ class PackedRows(DeviceRows):
         self.suffixes = Suffixes.allocate(self._max_rows, self._max_tokens, MAX_SUFFIX_KEYS, self._device)
         self.dense_lens = torch.ones(self._max_rows, dtype=torch.int32, device=self._device)
 
-    def set_rows(self, row_slot: torch.Tensor, prefix_len: torch.Tensor, num_tokens: int) -> None:
-        rows = len(row_slot)
+    def set_rows(self, num_tokens: int) -> None:
+        rows = len(self.seq_lens)
         query_start_loc = self.query_start_loc[: rows + 1]
         # The last rows go dense where their suffixes are too long.
-        suffix_len = torch.where(row_slot >= 0, self.seq_lens - prefix_len, 0)
-        squeezed = (row_slot >= 0) & (suffix_len.cumsum(0) <= MAX_SUFFIX_KEYS)
+        suffix_len = torch.where(self.row_slot >= 0, self.seq_lens - self.prefix_len, 0)
+        squeezed = (self.row_slot >= 0) & (suffix_len.cumsum(0) <= MAX_SUFFIX_KEYS)
+        self.row_slot.masked_fill_(~squeezed, DENSE_SLOT)
         self.suffixes.fill(
-            squeezed, prefix_len, self.seq_lens, query_start_loc, self.block_table, self._kernel_block_size
+            squeezed, self.prefix_len, self.seq_lens, query_start_loc, self.block_table, self._kernel_block_size
         )
         self.dense_lens[:rows] = torch.where(squeezed, query_start_loc.diff(), self.seq_lens)
-        super().set_rows(torch.where(squeezed, row_slot, DENSE_SLOT), prefix_len, num_tokens)
+        super().set_rows(num_tokens)
 
 
 class SqueezeTritonImpl(DeviceLayer, TritonAttentionImpl):

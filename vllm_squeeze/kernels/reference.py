@@ -1,4 +1,4 @@
-"""Squeezed attention in plain torch and float32: the oracle of the Triton kernels, and the CPU's path.
+"""All that the Triton kernels compute in plain torch and float32: their oracle, and the CPU's path.
 
 For one KV head with G query heads and a prefix in clusters i of N_i keys, centroid c_i and mean value v_i:
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes
+from vllm_squeeze.kernels.tables import DENSE_SLOT, JOINS, ClusterTable, Prefixes
 
 if TYPE_CHECKING:
     from vllm_squeeze.kernels.tiles import QueryTiles
@@ -237,3 +237,72 @@ def count_reads(counters: torch.Tensor, has_clusters: bool, kept: torch.Tensor, 
         counters[:4] += counters.new_tensor([len(loaded), loaded.sum(), kept.numel(), kept.sum()])
     else:
         counters[4:] += counters.new_tensor([len(loaded), kept.numel()])
+
+
+def match_rows_reference(
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    live: torch.Tensor,
+    num_tokens: int,
+    row_slot: torch.Tensor,
+    prefix_len: torch.Tensor,
+) -> None:
+    """Matches the B rows of a step to prefixes, by the physical blocks in their block tables.
+
+    A physical block has one content while any live request holds it, and the content of a prefix's last block is
+    fixed by the whole prefix. A row's block table may hold leftovers of earlier rows beyond its own blocks; the
+    number of tokens that it has computed says how far it can be believed.
+
+    Args:
+        block_table: [at least B, max blocks] int32.
+        seq_lens: [B] int32, tokens of each row, this step's queries among them.
+        query_start_loc: [at least B + 1] int32, the first token of each row.
+        live: [A, 4] int32, what is known of rows that hold a block: slot, place in the block table, block, and the
+            tokens that a row must have computed for this to hold of it; with DENSE_SLOT, so many and no more. Of
+            several that a row matches, the one with the most tokens wins, and of equals the first.
+        num_tokens: query tokens of squeezed rows that there is room for. Rows beyond it go dense.
+        row_slot: [B] int32, written: the slot of each row's prefix, or DENSE_SLOT.
+        prefix_len: [B] int32, written: tokens of its prefix, 0 without one.
+    """
+    num_rows, width = len(seq_lens), block_table.shape[1]
+    counts = query_start_loc[: num_rows + 1].diff()
+    context = (seq_lens - counts)[:, None]
+    slot, index, block, needed = live.unbind(1)
+    found = block_table[:num_rows, index.clamp(max=width - 1)] == block  # [B, A]
+    # Rows that hit the block which a dense row is filling in this very step have computed more than that row.
+    enough = torch.where(slot == DENSE_SLOT, context == needed, context >= needed)
+    found &= enough & (index < width)
+    length, best = torch.where(found, needed, -1).max(1)
+    squeezed = (length >= 0) & (slot[best] >= 0)
+    squeezed &= torch.where(squeezed, counts, 0).cumsum(0) <= num_tokens
+    row_slot.copy_(torch.where(squeezed, slot[best], DENSE_SLOT))
+    prefix_len.copy_(torch.where(squeezed, length, 0))
+
+
+def skip_prefixes_reference(
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    prefix_len: torch.Tensor,
+    page_size: int,
+    max_seq_len: int,
+    suffix_lens: torch.Tensor,
+    suffix_blocks: torch.Tensor,
+) -> None:
+    """Lengths and block tables of what follows the prefixes of B rows, for attention that knows of no prefixes.
+
+    Args:
+        block_table: [at least B, W] int32.
+        seq_lens: [B] int32, tokens of each row.
+        prefix_len: [B] int32, tokens of its prefix, in whole blocks; 0 without one.
+        page_size: tokens of a block of the table.
+        max_seq_len: tokens of the longest row.
+        suffix_lens: [at least B] int32; written for the B rows.
+        suffix_blocks: [at least B, W] int32; written for as many blocks of the B rows as the longest has. Beyond a
+            row's own blocks is anything that the block table holds.
+    """
+    num_rows, width = len(seq_lens), block_table.shape[1]
+    suffix_lens[:num_rows] = seq_lens - prefix_len
+    column = torch.arange(min(-(-max_seq_len // page_size), width), device=seq_lens.device)
+    shifted = (column + prefix_len[:, None] // page_size).clamp(max=width - 1)
+    suffix_blocks[:num_rows, : len(column)] = block_table[:num_rows].gather(1, shifted)

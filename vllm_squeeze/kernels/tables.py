@@ -7,6 +7,12 @@ import torch
 JOINS = ("max", "mean")
 """How the predicted attention probabilities of a cluster are joined over the query heads of a KV head."""
 
+DENSE_SLOT = -1
+"""In a slot's place: of a row that attends to no indexed prefix."""
+
+STOCK_SLOT = -2
+"""In a slot's place: of a row on an indexed prefix that vLLM's own attention serves in this step."""
+
 
 @dataclass(frozen=True)
 class ClusterTable:

@@ -227,9 +227,9 @@ class QueryTiles:
         """Groups the tokens of a step without waiting for the device. No suffixes are listed yet.
 
         Args:
-            row_slot: [B] int64, the slot of each row's prefix, negative where it has none.
-            query_start_loc: [B + 1] int32, the first token of each row; the last is the number of tokens.
-            block_table: [B, max_blocks] int32.
+            row_slot: [B] int32, the slot of each row's prefix, negative where it has none.
+            query_start_loc: [at least B + 1] int32, the first token of each row.
+            block_table: [at least B, max_blocks] int32.
             prefixes: of the slots.
             num_tokens: not below the number of tokens of rows with a slot.
             group: query heads per KV head.

@@ -1,0 +1,59 @@
+"""The rows of a step for FlashAttention, as far as they can be seen without it."""
+
+from types import SimpleNamespace
+
+import torch
+from vllm.v1.attention.backends import flash_attn
+
+from tests.kernels.conftest import ON_GPU
+from vllm_squeeze.attention_backend.matching import LiveBlock
+from vllm_squeeze.kernels.tables import Prefixes
+
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+PAGE_SIZE, MAX_ROWS, WIDTH = 16, 6, 12
+
+
+def test_flash_attention_gets_what_follows_the_prefixes(monkeypatch):
+    """Rows of 5, 1 and 3 query tokens, the last two on a prefix of 32 tokens in blocks 3 and 7; and a padded one."""
+    if not ON_GPU:
+        monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", None, raising=False)
+        monkeypatch.setattr(torch.cuda, "Stream", object)
+        monkeypatch.setattr(torch.cuda, "Event", object)
+    from vllm_squeeze.attention_backend.flash_attention import SuffixRows
+
+    prefixes = Prefixes(
+        slots=torch.tensor([[0, 0, 32, 0]], dtype=torch.int32, device=DEVICE),
+        log_threshold=torch.zeros(1, device=DEVICE),
+        counters=torch.zeros(1, 6, dtype=torch.int64, device=DEVICE),
+    )
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=MAX_ROWS, max_num_batched_tokens=32))
+    rows = SuffixRows(PAGE_SIZE, config, SimpleNamespace(device=DEVICE, prefixes=prefixes, longest_prefix=32))
+    rows.prepare(group=2)
+
+    def step(lengths, live, num_tokens):
+        table = torch.arange(100, 100 + 4 * WIDTH, dtype=torch.int32).view(4, WIDTH)
+        table[1:3, :2] = torch.tensor([3, 7])
+        metadata = SimpleNamespace(
+            block_table=table.to(DEVICE),
+            seq_lens=torch.tensor([*lengths, 0], dtype=torch.int32, device=DEVICE),
+            query_start_loc=torch.tensor([0, 5, 6, 9, 9], dtype=torch.int32, device=DEVICE),
+            num_actual_tokens=9,
+            max_seq_len=max(lengths),
+        )
+        rows.note(metadata, PAGE_SIZE)
+        rows.begin_step([LiveBlock(0, 0, *block) for block in live], num_tokens)
+        tiles = zip(rows.queries.tiles[:, :2].tolist(), rows.queries.tokens.tolist())
+        tokens = [token for (slot, size), tokens in tiles if slot >= 0 for token in tokens[:size]]
+        return rows.suffix_lens.tolist(), rows.suffix_blocks[:, :3].tolist(), tokens, table[:, :5].tolist()
+
+    lens, blocks, tokens, table = step([40, 33, 47], [(1, 7, 32)], 4)
+    assert lens == [40, 1, 15, 0, 0, 0]
+    assert blocks == [table[0][:3], table[1][2:5], table[2][2:5], table[3][:3], [0] * 3, [0] * 3]
+    assert tokens == [5, 6, 7, 8]
+    addresses = [tensor.data_ptr() for tensor in (rows.suffix_lens, rows.suffix_blocks)]
+    # with other live blocks; and there is no room for the last row's tokens
+    lens, blocks, tokens, table = step([40, 33, 47], [(1, 7, 33), (0, 3, 16)], 3)
+    assert lens == [40, 17, 47, 0, 0, 0]
+    assert blocks[:4] == [table[0][:3], table[1][1:4], table[2][:3], table[3][:3]]
+    assert tokens == [5]
+    assert addresses == [tensor.data_ptr() for tensor in (rows.suffix_lens, rows.suffix_blocks)]
