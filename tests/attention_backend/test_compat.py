@@ -30,7 +30,7 @@ def test_registering_again_changes_nothing():
     assert (list(AttentionBackendEnum), EngineArgs.create_engine_config) == before
 
 
-@pytest.mark.parametrize("feature", [compat.two_graph_sets, compat.no_full_graph_while_squeezing])
+@pytest.mark.parametrize("feature", [compat.graphs_of_squeezed_steps, compat.no_full_graph_while_squeezing])
 def test_features_are_detected_again_and_again(feature):
     assert feature() is True
     assert feature() is True
@@ -40,11 +40,11 @@ def test_graphs_are_wrapped_once():
     from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
     from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
 
-    compat.two_graph_sets(), compat.no_full_graph_while_squeezing()
+    compat.graphs_of_squeezed_steps(), compat.no_full_graph_while_squeezing()
     wrapped = [ModelCudaGraphManager.capture, ModelCudaGraphManager.run_fullgraph, CudagraphDispatcher.dispatch]
     assert all(hasattr(function, "__wrapped__") for function in wrapped)
     assert not any(hasattr(function.__wrapped__, "__wrapped__") for function in wrapped)
-    compat.two_graph_sets(), compat.no_full_graph_while_squeezing()
+    compat.graphs_of_squeezed_steps(), compat.no_full_graph_while_squeezing()
     now = [ModelCudaGraphManager.capture, ModelCudaGraphManager.run_fullgraph, CudagraphDispatcher.dispatch]
     assert now == wrapped
 

@@ -17,6 +17,7 @@ from vllm_squeeze.attention_backend.matching import (
     STOCK_SLOT,
     LiveBlock,
     LiveRequests,
+    Step,
 )
 from vllm_squeeze.attention_backend.policy import Arm, Work
 
@@ -102,6 +103,9 @@ def live():
     return requests
 
 
+NOTHING = Step([], 0, None)
+
+
 def taken(live: LiveRequests) -> dict[str, int]:
     """Rows since the last call, by outcome."""
     rows = {reason: count for reason, count in live.rows.items() if count}
@@ -119,38 +123,38 @@ def test_each_row_of_a_step_is_counted_once(live):
         new=[("long", blocks(10, 7), 80, 21), ("short", blocks(20, 4), 0, 64), ("salted", blocks(30, 7), 96, 5)],
         cached=[("other", None, 100, 1)],
     )
-    found, num_tokens = live.step(step)
+    found, num_tokens, longest_suffix = live.step(step)
     # Group 1's block of the tokens 64 to 79. "short" has computed nothing and cannot be taken for anything.
     assert found == [LiveBlock(slot=0, group=1, index=4, block=14, context=80)]
-    assert num_tokens == 21
+    assert num_tokens == 21 and longest_suffix is None
     assert taken(live) == {SQUEEZED: 1, NOT_COMPUTED: 1, CACHE_SALT: 1, NO_INDEX: 1}
 
 
 def test_only_scheduled_rows_count(live):
-    assert live.step(make_step(cached=[("other", None, 5, 1)])) == ([], 0)
+    assert live.step(make_step(cached=[("other", None, 5, 1)])) == NOTHING
     assert taken(live) == {NO_INDEX: 1}
-    assert live.step(make_step()) == ([], 0)
+    assert live.step(make_step()) == NOTHING
     assert taken(live) == {}
 
 
 def test_chunked_prefill(live):
     """The rest of a prompt is squeezed from the chunk on that begins at or after the end of the covered part."""
-    found, _ = live.step(make_step(new=[("long", blocks(10, 3), 0, 40)]))
+    found, *_ = live.step(make_step(new=[("long", blocks(10, 3), 0, 40)]))
     assert found == [] and taken(live) == {NOT_COMPUTED: 1}
-    found, _ = live.step(make_step(cached=[("long", blocks(50, 2), 40, 39)]))
+    found, *_ = live.step(make_step(cached=[("long", blocks(50, 2), 40, 39)]))
     assert found == [] and taken(live) == {NOT_COMPUTED: 1}
-    found, _ = live.step(make_step(cached=[("long", None, 79, 1)]))
+    found, *_ = live.step(make_step(cached=[("long", None, 79, 1)]))
     assert found == [] and taken(live) == {NOT_COMPUTED: 1}
-    found, num_tokens = live.step(make_step(cached=[("long", blocks(70, 2), 80, 21)]))
+    found, num_tokens, _ = live.step(make_step(cached=[("long", blocks(70, 2), 80, 21)]))
     assert found == [LiveBlock(0, 1, 4, 51, 80)] and num_tokens == 21
     assert taken(live) == {SQUEEZED: 1}
     # Every token of the answer.
-    assert live.step(make_step(cached=[("long", None, 101, 1)])) == ([LiveBlock(0, 1, 4, 51, 80)], 1)
+    assert live.step(make_step(cached=[("long", None, 101, 1)])) == ([LiveBlock(0, 1, 4, 51, 80)], 1, 22)
 
 
 def test_a_request_still_computing_is_kept_from_a_shorter_prefix(live):
     """While another row is squeezed by the nested prefix that both begin with, the longer one's stays dense."""
-    found, num_tokens = live.step(
+    found, num_tokens, _ = live.step(
         make_step(new=[("short", blocks(20, 7), 48, 52), ("long", ([0] * 5, [20, 21, 22, 40, 41]), 48, 30)])
     )
     assert found == [LiveBlock(DENSE_SLOT, 1, 3, 40, 48), LiveBlock(1, 1, 2, 22, 48)]
@@ -160,9 +164,11 @@ def test_a_request_still_computing_is_kept_from_a_shorter_prefix(live):
 
 def test_requests_that_share_blocks_need_one_entry(live):
     live.add(make_request("twin", LONG + [3, 4]))
-    found, num_tokens = live.step(make_step(new=[("long", blocks(10, 7), 80, 21), ("twin", (*blocks(10, 7),), 96, 6)]))
+    found, num_tokens, _ = live.step(
+        make_step(new=[("long", blocks(10, 7), 80, 21), ("twin", (*blocks(10, 7),), 96, 6)])
+    )
     assert found == [LiveBlock(0, 1, 4, 14, 80)] and num_tokens == 27
-    found, _ = live.step(make_step(new=[("twin", blocks(60, 7), 96, 6)], cached=[("long", None, 101, 1)]))
+    found, *_ = live.step(make_step(new=[("twin", blocks(60, 7), 96, 6)], cached=[("long", None, 101, 1)]))
     assert found == [LiveBlock(0, 1, 4, 14, 80), LiveBlock(0, 1, 4, 64, 80)]
 
 
@@ -194,31 +200,31 @@ LONG_BLOCK, SHORT_BLOCK = LiveBlock(0, 1, 4, 41, 80), LiveBlock(1, 1, 2, 22, 48)
 
 
 def test_the_choice_is_for_all_rows_on_a_prefix(choosing):
-    assert choosing.step(NESTED) == ([LONG_BLOCK, SHORT_BLOCK], 8)
+    assert choosing.step(NESTED) == ([LONG_BLOCK, SHORT_BLOCK], 8, 52)
     assert choosing.asked == {0: Work(decoding=1, prefilling=1, tokens=7), 1: Work(1, 0, 1)}
     assert taken(choosing) == {SQUEEZED: 3}
 
 
 def test_rows_that_attend_exactly(choosing):
     choosing.arms[0] = Arm.EXACT
-    assert choosing.step(NESTED) == ([LONG_BLOCK._replace(exact=True), SHORT_BLOCK], 8)
+    assert choosing.step(NESTED) == ([LONG_BLOCK._replace(exact=True), SHORT_BLOCK], 8, 52)
     assert taken(choosing) == {EXACT: 2, SQUEEZED: 1}
 
 
 def test_rows_that_are_left_to_vllm_are_kept_from_a_shorter_prefix(choosing):
     choosing.arms[0] = Arm.STOCK
-    blocks, num_tokens = choosing.step(NESTED)
+    blocks, num_tokens, longest_suffix = choosing.step(NESTED)
     assert blocks == [
         LiveBlock(STOCK_SLOT, 1, 4, 41, 80), LiveBlock(DENSE_SLOT, 1, 6, 43, 100), LiveBlock(DENSE_SLOT, 1, 6, 53, 96),
         SHORT_BLOCK,
     ]  # fmt: skip
-    assert num_tokens == 1
+    assert num_tokens == 1 and longest_suffix is None
     assert taken(choosing) == {FASTER: 2, SQUEEZED: 1}
 
 
 def test_a_step_that_is_left_to_vllm_has_nothing_for_the_worker(choosing):
     choosing.arms = {0: Arm.STOCK, 1: Arm.STOCK}
-    assert choosing.step(NESTED) == ([], 0)
+    assert choosing.step(NESTED) == NOTHING
     assert taken(choosing) == {FASTER: 3}
 
 
@@ -226,12 +232,12 @@ def test_a_step_that_is_left_to_vllm_has_nothing_for_the_worker(choosing):
 def test_preempted_and_resumed(live, sent_as):
     """A resumed request has other blocks, whether vLLM's V2 runner sends it as new or its V1 runner as resumed."""
     live.step(make_step(new=[("long", blocks(10, 7), 80, 21)]))
-    assert live.step(make_step(cached=[("other", None, 5, 1)])) == ([], 0)
+    assert live.step(make_step(cached=[("other", None, 5, 1)])) == NOTHING
     taken(live)
     again = ("long", blocks(90, 7), 0, 102)
-    found, _ = live.step(make_step(new=[again]) if sent_as == "new" else make_step(cached=[again], resumed={"long"}))
+    found, *_ = live.step(make_step(new=[again]) if sent_as == "new" else make_step(cached=[again], resumed={"long"}))
     assert found == [] and taken(live) == {NOT_COMPUTED: 1}
-    found, _ = live.step(make_step(cached=[("long", None, 102, 1)]))
+    found, *_ = live.step(make_step(cached=[("long", None, 102, 1)]))
     assert found == [LiveBlock(0, 1, 4, 94, 80)] and taken(live) == {SQUEEZED: 1}
 
 
@@ -244,5 +250,5 @@ def test_what_has_ended_is_forgotten(live, scheduled):
         live.remove(id)
     taken(live)
     step = make_step(new=[("long", blocks(10, 7), 80, 21), ("salted", blocks(30, 7), 80, 21)])
-    assert live.step(step) == ([], 0)
+    assert live.step(step) == NOTHING
     assert taken(live) == {NO_INDEX: 2}

@@ -79,7 +79,7 @@ class Server:
         self.live = LiveRequests(matcher, block_sizes, lambda placement, work: self.arms[placement.slot])
         self.choosing = choosing
         self.cache = KVCache(block_sizes, caching, random)
-        self.sequences, self.preempted, self.num_requests = [], set(), 0
+        self.sequences, self.preempted, self.num_requests, self.num_alone = [], set(), 0, 0
         # What earlier batches left: any blocks, live ones too.
         kernel_blocks = 300 * max(size // kernel_block_size for size in block_sizes.values())
         shape = (MAX_ROWS, MAX_BLOCKS)
@@ -139,13 +139,17 @@ class Server:
             self.arrive()
         self.arms = [self.random.choice(list(Arm)) if self.choosing else Arm.SQUEEZED for _ in self.prefixes]
         scheduled, rows = self.schedule()
-        live, num_tokens = self.live.step(scheduled)
+        live, num_tokens, longest_suffix = self.live.step(scheduled)
         ready = [self.expected(sequence) for sequence, _ in rows]
         expected = [p if p is not None and self.arms[p.slot] is not Arm.STOCK else None for p in ready]
         for group, found in self.find_rows(rows, live, num_tokens).items():
             wanted = [(DENSE_SLOT, 0) if p is None else (p.slot, p.prefix_lens[group]) for p in expected]
             assert found == wanted + [(DENSE_SLOT, 0)] * (len(found) - len(wanted))
         assert num_tokens == sum(count for (_, count), p in zip(rows, expected) if p is not None)
+        alone = bool(rows) and None not in expected
+        ends = [sequence.computed + count - p.covered for (sequence, count), p in zip(rows, expected) if alone]
+        assert longest_suffix == max(ends, default=None)
+        self.num_alone += alone
         assert sum(self.live.rows.values()) == len(rows)
         chosen = Counter(self.arms[p.slot] for p in ready if p is not None)
         for arm, outcome in ((Arm.SQUEEZED, SQUEEZED), (Arm.EXACT, EXACT), (Arm.STOCK, FASTER)):
@@ -241,9 +245,11 @@ def test_no_row_is_mistaken(rows_class, worlds, block_sizes, kernel_block_size, 
         for _ in range(12):
             server.step()
             outcomes.update(server.seen)
+        outcomes["alone"] += server.num_alone
 
     serve()
     assert outcomes.keys() >= {SQUEEZED, NOT_COMPUTED, NO_INDEX, CACHE_SALT}, "the worlds are too simple"
+    assert outcomes["alone"], "no step has squeezed rows alone"
 
 
 @FINDERS
@@ -288,7 +294,7 @@ def test_rows_that_grow_into_a_prefix_are_counted():
     assert second.computed == placement.covered
     added = cache.extend(second, 7), cache.extend(first, 1)
     new = [("second", (second.blocks[0],), second.computed, 7)]
-    blocks, num_tokens = live.step(make_step(new, cached=[("first", (added[1][0],), 144, 1)]))
+    blocks, num_tokens, _ = live.step(make_step(new, cached=[("first", (added[1][0],), 144, 1)]))
     rows = [(block.slot, block.index, block.block, block.context) for block in blocks]
     slots, _ = match([first.blocks[0], second.blocks[0]], [145, 151], [0, 1, 8], rows)
     assert slots[1] == placement.slot
@@ -304,7 +310,7 @@ def test_a_row_left_to_vllm_that_grows_into_a_longer_prefix_stays_there():
     for name, tokens in (("short", prefix[:80]), ("long", prefix + [1])):
         live.add(make_request(name, tokens))
     new = [("short", ([*shared, 20],), 150, 1), ("long", ([*shared, 30],), 144, 7)]
-    blocks, num_tokens = live.step(make_step(new))
+    blocks, num_tokens, _ = live.step(make_step(new))
     assert [placement.covered for placement in placements] == [64, 144]
     assert num_tokens == 7 and live.rows == {FASTER: 1, SQUEEZED: 1}
     rows = [(block.slot, block.index, block.block, block.context) for block in blocks]
@@ -321,7 +327,7 @@ def test_a_row_left_to_vllm_whose_drafts_were_rejected_stays_there():
     for name, tokens in (("short", prefix[:80]), ("long", prefix + [1])):
         live.add(make_request(name, tokens))
     new = [("short", ([*shared, 20, 21],), 81, 1), ("long", ([*shared, *range(30, 37)],), 155, 4)]
-    blocks, _ = live.step(make_step(new))
+    blocks, *_ = live.step(make_step(new))
     rows = [(block.slot, block.index, block.block, block.context) for block in blocks]
     table = [[*shared, 20, 21, *[0] * 5], [*shared, *range(30, 37)]]
     slots, _ = match(table, [82, 152 + 4], [0, 1, 5], rows)

@@ -94,7 +94,7 @@ def wrap_create_engine_config() -> None:
 
 def prepare_cuda_graphs() -> None:
     """Sees to it that no step with squeezed rows replays a CUDA graph of dense attention."""
-    known = {"V2": two_graph_sets(), "V1": no_full_graph_while_squeezing()}
+    known = {"V2": graphs_of_squeezed_steps(), "V1": no_full_graph_while_squeezing()}
     if unknown := [runner for runner, found in known.items() if not found]:
         logger.warning(
             "squeeze: the CUDA graphs of this vLLM's %s model runner are not known here; where it replays full graphs "
@@ -103,10 +103,11 @@ def prepare_cuda_graphs() -> None:
         )
 
 
-def two_graph_sets() -> bool:
-    """Gives vLLM's V2 model runner a second set of full CUDA graphs, replayed in steps with squeezed rows.
+def graphs_of_squeezed_steps() -> bool:
+    """Gives vLLM's V2 model runner two more sets of full CUDA graphs, for steps with squeezed rows.
 
-    A step without them replays vLLM's own graphs. The set is captured only in an engine that serves an index.
+    One is for steps that have no other rows. A step without squeezed rows replays vLLM's own graphs. The sets are
+    captured only in an engine that serves an index.
 
     Returns:
         Whether this vLLM has the V2 runner's graph manager in a form we know.
@@ -123,7 +124,7 @@ def two_graph_sets() -> bool:
     capture, run_fullgraph = Manager.capture, Manager.run_fullgraph
 
     @functools.wraps(capture)
-    def capture_both(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def capture_all(self: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm_squeeze.attention_backend.worker import worker_of
 
         result = capture(self, *args, **kwargs)
@@ -132,29 +133,31 @@ def two_graph_sets() -> bool:
         if worker is None or not full:
             return result
         dense_graphs, descriptions = self.graphs, self._capture_descs
-        self.graphs, self._capture_descs = {}, {CUDAGraphMode.FULL: full}
+        self._capture_descs, self.squeezed_graphs = {CUDAGraphMode.FULL: full}, {}
         try:
-            with worker.capturing():
-                capture(self, *args, **kwargs)
-            self.squeezed_graphs = self.graphs
+            for alone in (False, True):
+                self.graphs = {}
+                with worker.capturing(alone):
+                    capture(self, *args, **kwargs)
+                self.squeezed_graphs[alone] = self.graphs
         finally:
             self.graphs, self._capture_descs = dense_graphs, descriptions
         return result
 
     @functools.wraps(run_fullgraph)
-    def run_either(self: Any, description: Any) -> Any:
+    def run_one_of_them(self: Any, description: Any) -> Any:
         from vllm_squeeze.attention_backend.worker import worker_of
 
         squeezed_graphs = getattr(self, "squeezed_graphs", None)
-        if squeezed_graphs is None or not worker_of(self.vllm_config).squeezing:
+        if squeezed_graphs is None or not (worker := worker_of(self.vllm_config)).squeezing:
             return run_fullgraph(self, description)
-        dense_graphs, self.graphs = self.graphs, squeezed_graphs
+        dense_graphs, self.graphs = self.graphs, squeezed_graphs[worker.alone]
         try:
             return run_fullgraph(self, description)
         finally:
             self.graphs = dense_graphs
 
-    Manager.capture, Manager.run_fullgraph, Manager.squeeze = capture_both, run_either, True
+    Manager.capture, Manager.run_fullgraph, Manager.squeeze = capture_all, run_one_of_them, True
     return True
 
 

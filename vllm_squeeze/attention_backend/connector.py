@@ -1,6 +1,6 @@
 """The KV connector that serves indexes: it moves no KV, it tells the worker which rows begin with which prefix."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -11,7 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from vllm_squeeze.attention_backend import compat
-from vllm_squeeze.attention_backend.matching import LiveBlock, LiveRequests, PrefixMatcher
+from vllm_squeeze.attention_backend.matching import LiveRequests, PrefixMatcher, Step
 from vllm_squeeze.attention_backend.placement import Options, full_attention_groups, open_indexes, place_all
 from vllm_squeeze.attention_backend.policy import arms_of
 from vllm_squeeze.attention_backend.stats import SqueezePromMetrics, SqueezeStats
@@ -20,10 +20,9 @@ from vllm_squeeze.attention_backend.wiring import SERVE, options_of
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
-    """What the scheduler's side tells the worker's side of a step."""
+    """What the scheduler's side tells the worker's side."""
 
-    live: list[LiveBlock] = field(default_factory=list)
-    num_tokens: int = 0
+    step: Step
 
 
 class PassiveConnector(KVConnectorBase_V1, SupportsHMA):
@@ -96,7 +95,7 @@ class SqueezeConnector(PassiveConnector):
         return False, None
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
-        return StepMetadata(*self._requests.step(scheduler_output))
+        return StepMetadata(self._requests.step(scheduler_output))
 
     def reset_cache(self) -> bool:
         """vLLM resets caches when weights change: the indexes are for the old ones."""
@@ -119,12 +118,12 @@ class SqueezeConnector(PassiveConnector):
 
     def handle_preemptions(self, kv_connector_metadata: StepMetadata) -> None:
         if self._worker is not None:
-            self._worker.expect(kv_connector_metadata.live)
+            self._worker.expect(kv_connector_metadata.step)
 
     def bind_connector_metadata(self, connector_metadata: StepMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
         if self._worker is not None:
-            self._worker.begin_step(connector_metadata.live, connector_metadata.num_tokens)
+            self._worker.begin_step(connector_metadata.step)
 
     def clear_connector_metadata(self) -> None:
         super().clear_connector_metadata()

@@ -48,8 +48,12 @@ class DeviceRows(RowGroup):
             # Any token of a later step that replays this graph may be a squeezed row's.
             self.num_queries = metadata.num_actual_tokens
 
-    def begin_capture(self) -> None:
+    def can_be_alone(self, num_tokens: int, longest_suffix: int) -> bool:
+        return self.queries.can_list_suffixes(num_tokens, longest_suffix, self._group)
+
+    def begin_capture(self, alone: bool) -> None:
         self._capturing = self.squeezing = True
+        self.alone = alone
         self.queries.clear()
 
     def end_step(self) -> None:
@@ -57,15 +61,11 @@ class DeviceRows(RowGroup):
         self._capturing = False
 
     def set_rows(self, num_tokens: int) -> None:
-        self.queries.fill(
-            self.row_slot,
-            self.query_start_loc,
-            self.block_table,
-            self._residency.prefixes,
-            num_tokens,
-            self._group,
-            self._kernel_block_size,
-        )
+        step = self.query_start_loc, self.block_table
+        sizes = num_tokens, self._group, self._kernel_block_size
+        self.queries.fill(self.row_slot, *step, self._residency.prefixes, *sizes)
+        if self.alone:
+            self.queries.list_suffixes(self.prefix_len, self.seq_lens, *step, *sizes)
         self.num_queries = num_tokens
 
 
@@ -89,12 +89,15 @@ class DeviceLayer(SqueezeLayer):
         self,
         query: torch.Tensor,
         output: torch.Tensor,
-        suffix_lse: torch.Tensor,
+        suffix_lse: torch.Tensor | None,
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,
         **options: Any,
     ) -> None:
-        """Joins attention over the prefixes of the step's rows to ``output``; see ``squeezed_attention``."""
+        """Attention over the prefixes of the step's rows, and in steps without others over what follows them.
+
+        Args and effect are those of ``squeezed_attention``.
+        """
         rows = self.rows
         squeezed_attention(
             query,

@@ -43,15 +43,16 @@ class SuffixRows(DeviceRows):
             self.suffix_blocks = torch.zeros(self._max_rows, width, dtype=torch.int32, device=self._device)
 
     def set_rows(self, num_tokens: int) -> None:
-        skip_prefixes(
-            self.block_table,
-            self.seq_lens,
-            self.prefix_len,
-            self._kernel_block_size,
-            self.max_seq_len,
-            self.suffix_lens,
-            self.suffix_blocks,
-        )
+        if not self.alone:
+            skip_prefixes(
+                self.block_table,
+                self.seq_lens,
+                self.prefix_len,
+                self._kernel_block_size,
+                self.max_seq_len,
+                self.suffix_lens,
+                self.suffix_blocks,
+            )
         super().set_rows(num_tokens)
 
 
@@ -82,15 +83,44 @@ class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
-        num_tokens, num_rows = attn_metadata.num_actual_tokens, len(attn_metadata.seq_lens)
         # FlashAttention's loads want canonical strides where there is one KV head.
-        key_cache, value_cache = map(
-            canonicalize_singleton_dim_strides,
-            as_stored(layer, kv_cache).transpose(1, 2).split(self.head_size, dim=-1),
+        caches = tuple(
+            map(
+                canonicalize_singleton_dim_strides,
+                as_stored(layer, kv_cache).transpose(1, 2).split(self.head_size, dim=-1),
+            )
         )
         key_scale, value_scale = cache_scales(layer)
+        suffix_lse = None if rows.alone else self._attend_suffix(layer, query, *caches, attn_metadata, output)
+        self.attend_prefixes(
+            in_model_dtype(query, layer, output.dtype),
+            output,
+            suffix_lse,
+            *caches,
+            soft_cap=self.logits_soft_cap,
+            key_scale=key_scale,
+            value_scale=value_scale,
+            suffix_done=None if rows.alone else rows.suffix_done,
+        )
+        return output
+
+    def _attend_suffix(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """FlashAttention over what follows prefixes, on a stream beside the look-up, which needs nothing of it.
+
+        Returns:
+            log-sum-exp [heads, tokens]; it and the output are there when ``rows.suffix_done`` is.
+        """
+        rows = self.rows
+        num_tokens, num_rows = attn_metadata.num_actual_tokens, len(attn_metadata.seq_lens)
         per_row_and_head = (num_rows, self.num_kv_heads)
-        # beside the look-up, which needs nothing of it
         rows.begun.record()
         with torch.cuda.stream(rows.side):
             rows.side.wait_event(rows.begun)
@@ -116,18 +146,7 @@ class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
                 return_softmax_lse=True,
             )
             rows.suffix_done.record()
-        self.attend_prefixes(
-            in_model_dtype(query, layer, output.dtype),
-            output,
-            suffix_lse,
-            key_cache,
-            value_cache,
-            soft_cap=self.logits_soft_cap,
-            key_scale=key_scale,
-            value_scale=value_scale,
-            suffix_done=rows.suffix_done,
-        )
-        return output
+        return suffix_lse
 
 
 class SqueezeBuilder(DeviceBuilder, FlashAttentionMetadataBuilder):

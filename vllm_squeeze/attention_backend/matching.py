@@ -46,6 +46,21 @@ class LiveBlock(NamedTuple):
     exact: bool = False
 
 
+class Step(NamedTuple):
+    """What the worker has to know of a step.
+
+    Attributes:
+        live: the live blocks, sorted, none if our kernels have no rows.
+        num_tokens: query tokens of the rows that they have.
+        longest_suffix: tokens that follow the prefix in the longest of these rows, at most; None if the step has other
+            rows too.
+    """
+
+    live: list[LiveBlock]
+    num_tokens: int
+    longest_suffix: int | None
+
+
 class PrefixMatcher:
     """Finds the longest indexed prefix that a request begins with, in time that does not depend on their number."""
 
@@ -122,19 +137,12 @@ class LiveRequests:
         self._live.pop(request_id, None)
         self._refused.pop(request_id, None)
 
-    def step(self, scheduled: Any) -> tuple[list[LiveBlock], int]:
-        """What the worker has to know of a step.
-
-        Args:
-            scheduled: vLLM's SchedulerOutput.
-
-        Returns:
-            the live blocks, sorted, none if our kernels have no rows; and the number of tokens of rows that they have.
-        """
+    def step(self, scheduled: Any) -> Step:
+        """Follows a step, vLLM's SchedulerOutput."""
         num_rows = len(scheduled.num_scheduled_tokens)
         if not self._live and not self._refused:
             self.rows += Counter({NO_INDEX: num_rows})
-            return [], 0
+            return Step([], 0, None)
         reasons = Counter(self._refused[id] for id in self._refused.keys() & scheduled.num_scheduled_tokens.keys())
         ready, dense = defaultdict(list), []
         for request_id, computed in self._update(scheduled):
@@ -145,7 +153,7 @@ class LiveRequests:
                 reasons[NOT_COMPUTED] += live.begins_with_prefix
                 dense.append((live, computed))
 
-        blocks, stock, num_tokens = set(), set(), 0
+        blocks, stock, num_tokens, suffixes = set(), set(), 0, []
         for rows in ready.values():
             work = Work.of([count for *_, count in rows])
             arm = self._choose(rows[0][0].placement, work)
@@ -157,6 +165,7 @@ class LiveRequests:
             else:
                 blocks |= marks
                 num_tokens += work.tokens
+                suffixes += [computed + count - live.placement.covered for live, computed, count in rows]
         self.rows += reasons + Counter({NO_INDEX: num_rows - reasons.total()})
 
         if blocks:
@@ -168,7 +177,7 @@ class LiveRequests:
                 if computed >= shortest
                 for block in self._dense_blocks(live, computed)
             }
-        return sorted(blocks), num_tokens
+        return Step(sorted(blocks), num_tokens, max(suffixes) if 0 < len(suffixes) == num_rows else None)
 
     def _update(self, scheduled: Any) -> list[tuple[str, int]]:
         """Takes note of new blocks; returns the scheduled live requests and the tokens each has computed."""

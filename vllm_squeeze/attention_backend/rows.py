@@ -13,6 +13,7 @@ class RowGroup:
 
     Attributes:
         squeezing: whether layers have to squeeze rows now.
+        alone: whether they do without vLLM's attention then, as all rows are squeezed.
         block_table, seq_lens, query_start_loc: as in vLLM's metadata, of the step built last.
         row_slot, prefix_len: [B] int32, the slot of each row's prefix, negative where it has none, and its tokens.
         worker: the rank's serving state that these rows belong to.
@@ -22,7 +23,7 @@ class RowGroup:
     _match_rows = staticmethod(match_rows_reference)
 
     def __init__(self, block_size: int, vllm_config: Any, residency: Any):
-        self.squeezing = False
+        self.squeezing = self.alone = False
         self._block_size = block_size
         self._blocks_per_page = 1
         self._residency = residency
@@ -45,14 +46,25 @@ class RowGroup:
         # A block of the scheduler may be several of the attention kernel's.
         self._blocks_per_page = self._block_size // kernel_block_size
 
-    def begin_step(self, live: list[LiveBlock], num_tokens: int) -> None:
+    def can_be_alone(self, num_tokens: int, longest_suffix: int) -> bool:
+        """Whether layers can do without vLLM's attention in a step whose rows are all squeezed.
+
+        Args:
+            num_tokens: query tokens of the rows.
+            longest_suffix: tokens that follow the prefix in the longest of them, at most.
+        """
+        return False
+
+    def begin_step(self, live: list[LiveBlock], num_tokens: int, alone: bool = False) -> None:
         """Matches the noted step's rows.
 
         Args:
             live: live blocks of this group.
             num_tokens: query tokens of squeezed rows. Should the scheduler ever have reckoned with fewer, the last
                 rows go dense: the kernels' work list is no longer than that.
+            alone: whether layers do without vLLM's attention in this step.
         """
+        self.alone = alone
         self.row_slot, self.prefix_len = self._found[:, : len(self.seq_lens)]
         self._match_rows(
             self.block_table,
@@ -80,4 +92,4 @@ class RowGroup:
         raise NotImplementedError
 
     def end_step(self) -> None:
-        self.squeezing = False
+        self.squeezing = self.alone = False

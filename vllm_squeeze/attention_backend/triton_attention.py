@@ -40,6 +40,11 @@ class PackedRows(DeviceRows):
         self.dense_lens = torch.ones(self._max_rows, dtype=torch.int32, device=self._device)
 
     def set_rows(self, num_tokens: int) -> None:
+        if not self.alone:
+            self._pack_rows()
+        super().set_rows(num_tokens)
+
+    def _pack_rows(self) -> None:
         rows = len(self.seq_lens)
         query_start_loc = self.query_start_loc[: rows + 1]
         # The last rows go dense where their suffixes are too long.
@@ -50,7 +55,6 @@ class PackedRows(DeviceRows):
             squeezed, self.prefix_len, self.seq_lens, query_start_loc, self.block_table, self._kernel_block_size
         )
         self.dense_lens[:rows] = torch.where(squeezed, query_start_loc.diff(), self.seq_lens)
-        super().set_rows(num_tokens)
 
 
 class SqueezeTritonImpl(DeviceLayer, TritonAttentionImpl):
@@ -94,6 +98,9 @@ class SqueezeTritonImpl(DeviceLayer, TritonAttentionImpl):
     ) -> torch.Tensor:
         rows = self.rows
         squeezing = rows is not None and rows.squeezing and attn_metadata is not None
+        if squeezing and rows.alone:
+            self.attend_prefixes(query, output, None, *self._caches(kv_cache))
+            return output
         if squeezing:
             lens = rows.dense_lens[: len(attn_metadata.seq_lens)]
             attn_metadata = dataclasses.replace(attn_metadata, seq_lens=lens)
@@ -102,21 +109,23 @@ class SqueezeTritonImpl(DeviceLayer, TritonAttentionImpl):
             self._squeeze(query[: attn_metadata.num_actual_tokens], kv_cache, attn_metadata, output)
         return output
 
+    def _caches(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the cache, [num_blocks, S, H, D] each."""
+        return kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+
     def _squeeze(self, query: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: Any, output: torch.Tensor) -> None:
-        rows, output = self.rows, output[: len(query)]
-        key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        rows, output, caches = self.rows, output[: len(query)], self._caches(kv_cache)
         suffix_lse = attend_suffix(
             query,
             output,
-            key_cache,
-            value_cache,
+            *caches,
             rows.suffixes,
             attn_metadata.query_start_loc,
             attn_metadata.max_query_len,
             self.scale,
             self._packed,
         )
-        self.attend_prefixes(query, output, suffix_lse, key_cache, value_cache)
+        self.attend_prefixes(query, output, suffix_lse, *caches)
 
 
 class SqueezeTritonBuilder(DeviceBuilder, TritonAttentionMetadataBuilder):

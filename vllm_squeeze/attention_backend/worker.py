@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vllm_squeeze.attention_backend.matching import LiveBlock
+from vllm_squeeze.attention_backend.matching import Step
 from vllm_squeeze.attention_backend.placement import full_attention_groups, place_all
 from vllm_squeeze.attention_backend.residency import Residency
 from vllm_squeeze.attention_backend.rows import RowGroup
@@ -31,10 +31,11 @@ class SqueezeWorker:
 
     Attributes:
         squeezing: whether the current step has squeezed rows.
+        alone: whether it has no others, and our kernels attend to what follows their prefixes too.
     """
 
     def __init__(self, vllm_config: Any, residency: Residency, kv_cache_config: Any):
-        self.squeezing = False
+        self.squeezing = self.alone = False
         self._residency = residency
         residency.activate(
             place_all(
@@ -55,36 +56,38 @@ class SqueezeWorker:
                     impl.rows = rows
         self._counted = CounterReader(residency.prefixes.counters)
 
-    def expect(self, live: list[LiveBlock]) -> None:
-        """Takes note, as early as a step's metadata are known, of whether the step has squeezed rows."""
-        self.squeezing = bool(self._groups) and any(block.slot in self._residency.active for block in live)
+    def expect(self, step: Step) -> None:
+        """Takes note, as early as a step's metadata are known, of whether and how the step has squeezed rows."""
+        slots, active = {block.slot for block in step.live if block.slot >= 0}, self._residency.active.keys()
+        self.squeezing = bool(self._groups) and not slots.isdisjoint(active)
+        self.alone = (
+            self.squeezing
+            and step.longest_suffix is not None
+            and slots <= active
+            and all(rows.can_be_alone(step.num_tokens, step.longest_suffix) for rows in self._groups.values())
+        )
 
-    def begin_step(self, live: list[LiveBlock], num_tokens: int) -> None:
-        """Matches the rows of a step that vLLM has built.
-
-        Args:
-            live: the step's live blocks.
-            num_tokens: query tokens of its squeezed rows.
-        """
-        self.expect(live)
+    def begin_step(self, step: Step) -> None:
+        """Matches the rows of a step that vLLM has built."""
+        self.expect(step)
         if not self.squeezing:
             return
-        self._residency.attend_exactly(frozenset(block.slot for block in live if block.exact))
+        self._residency.attend_exactly(frozenset(block.slot for block in step.live if block.exact))
         for group, rows in self._groups.items():
-            of_group = [b for b in live if b.group == group and (b.slot < 0 or b.slot in self._residency.active)]
-            if of_group:
-                rows.begin_step(of_group, num_tokens)
+            live = [b for b in step.live if b.group == group and (b.slot < 0 or b.slot in self._residency.active)]
+            if live:
+                rows.begin_step(live, step.num_tokens, self.alone)
 
     def end_step(self) -> None:
-        self.squeezing = False
+        self.squeezing = self.alone = False
         for rows in self._groups.values():
             rows.end_step()
 
     @contextmanager
-    def capturing(self) -> Iterator[None]:
-        """While CUDA graphs of squeezed steps are captured."""
+    def capturing(self, alone: bool) -> Iterator[None]:
+        """While CUDA graphs of squeezed steps are captured: of those whose rows are all squeezed, or of others."""
         for rows in self._groups.values():
-            rows.begin_capture()
+            rows.begin_capture(alone)
         try:
             yield
         finally:

@@ -116,6 +116,19 @@ def score_kernel(
     tl.store(masses + (i_th * SPLITS + i_s) * M + o_m, b_mass)
 
 
+@triton.jit
+def _kept_before(p_kept, i_s, SPLITS: tl.constexpr):
+    """Keys that the splits before ``i_s`` keep.
+
+    The list is without gaps: a split waits to hear it of them. They started earlier, and wait for none after them.
+    """
+    o_s = tl.arange(0, SPLITS)
+    b_kept = tl.load(p_kept + o_s, mask=o_s < i_s, other=0, volatile=True)
+    while tl.min(b_kept, 0) < 0:
+        b_kept = tl.load(p_kept + o_s, mask=o_s < i_s, other=0, volatile=True)
+    return tl.sum(b_kept, 0)
+
+
 @triton.jit(do_not_specialize=["first_tile"])
 def choose_kernel(
     tiles, log_threshold, starts, sizes, members, block_table, always_places,
@@ -171,27 +184,22 @@ def choose_kernel(
         b_chosen = (b_joined > b_wanted) & (o_r < num_tokens)[:, None] & (b_size > 0)[None, :]
         b_bits = tl.sum(b_chosen.to(tl.int32) << o_r[:, None], 0)  # [BLOCK]
         tl.store(p_chosen + o_row, b_bits, mask=m_c)
-        b_picked = (b_bits != 0).to(tl.int32)
-        p_entry = p_picked + 4 * (num_picked + tl.cumsum(b_picked, 0) - 1)
-        tl.store(p_entry, num_kept + tl.cumsum(b_picked * b_size, 0) - b_size, mask=b_bits != 0)
+        # one scan counts clusters, above, and their keys
+        b_picked = tl.where(b_bits != 0, b_size.to(tl.int64) | (1 << 32), 0)
+        b_until = tl.cumsum(b_picked, 0)
+        p_entry = p_picked + 4 * (num_picked + (b_until >> 32).to(tl.int32) - 1)
+        tl.store(p_entry, num_kept + b_until.to(tl.int32) - b_size, mask=b_bits != 0)
         tl.store(p_entry + 1, b_start, mask=b_bits != 0)
         tl.store(p_entry + 2, b_size, mask=b_bits != 0)
         tl.store(p_entry + 3, b_bits, mask=b_bits != 0)
-        num_picked += tl.sum(b_picked, 0)
-        num_kept += tl.sum(b_picked * b_size, 0)
-        num_pairs += tl.sum(tl.sum(tl.where(b_chosen, b_size[None, :], 0), 0), 0)
+        total = tl.sum(b_picked, 0)
+        num_picked += (total >> 32).to(tl.int32)
+        num_kept += total.to(tl.int32)
+        num_pairs += tl.sum(tl.sum(b_chosen.to(tl.int32), 0) * b_size, 0)
     tl.store(kept_pairs + i_th * SPLITS + i_s, num_pairs)
 
-    # The list is without gaps: a split waits to hear how much the splits before it keep. Those started earlier, and
-    # wait for none after them.
     p_kept = kept + i_th * SPLITS
     tl.atomic_xchg(p_kept + i_s, num_kept, sem="relaxed")
-    b_kept = tl.load(p_kept + o_s, mask=o_s < i_s, other=0, volatile=True)
-    while tl.min(b_kept, 0) < 0:
-        b_kept = tl.load(p_kept + o_s, mask=o_s < i_s, other=0, volatile=True)
-    first = num_always + tl.sum(b_kept, 0)
-    if end == count:
-        tl.store(listed + i_th, first + num_kept)
     p_places, p_bits = list_places + i_th * max_keys, list_bits + i_th * max_keys
     if i_s == 0:
         p_always = always_places + i_slot.to(tl.int64) * stride_always
@@ -203,18 +211,24 @@ def choose_kernel(
     p_blocks = block_table + i_row * stride_row
     # what other threads stored above is read below
     tl.debug_barrier()
-    o_p, o_n = tl.arange(0, PICKED_BLOCK), tl.arange(0, KEYS_BLOCK)
+    o_k = tl.arange(0, PICKED_BLOCK * KEYS_BLOCK)
+    o_p, o_n = o_k // KEYS_BLOCK, o_k % KEYS_BLOCK
+    first = -1
     for i_p in range(0, num_picked, PICKED_BLOCK):
         m_p = i_p + o_p < num_picked
         p_entry = p_picked + 4 * (i_p + o_p)
-        b_first = first + tl.load(p_entry, mask=m_p, other=0)
-        b_start = tl.load(p_entry + 1, mask=m_p, other=0)
         b_size = tl.load(p_entry + 2, mask=m_p, other=0)
+        b_offset, b_start = tl.load(p_entry, mask=m_p, other=0), tl.load(p_entry + 1, mask=m_p, other=0)
         b_bits = tl.load(p_entry + 3, mask=m_p, other=0)
         for i_n in range(0, tl.max(b_size, 0), KEYS_BLOCK):
-            m_n = i_n + o_n[None, :] < b_size[:, None]  # [PICKED_BLOCK, KEYS_BLOCK]
-            b_position = tl.load(p_members + b_start[:, None] + i_n + o_n[None, :], mask=m_n, other=0)
+            m_n = i_n + o_n < b_size
+            b_position = tl.load(p_members + b_start + i_n + o_n, mask=m_n, other=0)
             b_block = tl.load(p_blocks + b_position // S, mask=m_n, other=0)
-            o_key = b_first[:, None] + i_n + o_n[None, :]
+            if first < 0:
+                # while these loads are under way
+                first = num_always + _kept_before(p_kept, i_s, SPLITS)
+            o_key = first + b_offset + i_n + o_n
             tl.store(p_places + o_key, b_block * S + b_position % S, mask=m_n)
-            tl.store(p_bits + o_key, tl.broadcast_to(b_bits[:, None], [PICKED_BLOCK, KEYS_BLOCK]), mask=m_n)
+            tl.store(p_bits + o_key, b_bits, mask=m_n)
+    if end == count:
+        tl.store(listed + i_th, num_always + _kept_before(p_kept, i_s, SPLITS) + num_kept)
