@@ -75,9 +75,9 @@ def rows(monkeypatch):
     rows = PackedRows(PAGE_SIZE, config, residency)
     rows.prepare(group=2)
 
-    def begin(lengths):
+    def begin(lengths, alone=False):
         table = torch.arange(100, 100 + 4 * WIDTH, dtype=torch.int32).view(4, WIDTH)
-        table[1:, :2] = torch.tensor([3, 7])
+        table[0 if alone else 1 :, :2] = torch.tensor([3, 7])
         metadata = SimpleNamespace(
             block_table=table.to(device),
             seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
@@ -86,7 +86,7 @@ def rows(monkeypatch):
             max_seq_len=max(lengths),
         )
         rows.note(metadata, PAGE_SIZE)
-        rows.begin_step([LiveBlock(0, 0, 1, 7, 32)], num_tokens=5)
+        rows.begin_step([LiveBlock(0, 0, 1, 7, 32)], 10 if alone else 5, alone)
         return rows
 
     return begin
@@ -130,12 +130,19 @@ def unified_attention(q, k, v, out, cu_seqlens_q, seqused_k, softmax_scale, bloc
 
 
 @pytest.mark.usefixtures("torch_kernel")
-def test_a_layer_attends_to_the_prefix_and_to_what_follows_it(rows, monkeypatch):
-    """All of the prefix is attended to, so each row's attention has to be that over all of its keys."""
+@pytest.mark.parametrize("alone", [False, True], ids=["beside-a-dense-row", "alone"])
+def test_a_layer_attends_to_the_prefix_and_to_what_follows_it(rows, monkeypatch, alone):
+    """All of the prefix is attended to, so each row's attention has to be that over all of its keys.
+
+    Without dense rows no other attention is asked.
+    """
     lengths, heads, size = [90, 33, 40, 50], 2, 64
-    step = rows(lengths)
+    step = rows(lengths, alone)
     device = step.seq_lens.device
-    if device.type == "cpu":
+    if alone:
+        monkeypatch.setattr(triton_attn, "unified_attention", None)
+        monkeypatch.setattr(triton_attention, "attend_suffix", None)
+    elif device.type == "cpu":
         monkeypatch.setattr(triton_attn, "unified_attention", unified_attention)
     with set_current_vllm_config(VllmConfig()):
         impl = SqueezeTritonImpl(2 * heads, size, 0.1, heads, None, None, "auto")

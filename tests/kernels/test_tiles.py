@@ -1,12 +1,13 @@
 """Grouping a step's query tokens by prefix, against the plain way to do it."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.conftest import ON_GPU
 from vllm_squeeze.kernels.tables import Prefixes
-from vllm_squeeze.kernels.tiles import QueryTiles, tokens_per_tile
+from vllm_squeeze.kernels.tiles import MAX_SUFFIX_KEYS, MAX_SUFFIX_TILES, QueryTiles, tokens_per_tile
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 PAGE_SIZE, NUM_SLOTS = 16, 3
@@ -59,3 +60,22 @@ def test_tokens_are_grouped_by_prefix(rows, group, spare):
             position = torch.arange(num_always)
             places = (slot_rows[slot] * 4 + position // PAGE_SIZE) * PAGE_SIZE + position % PAGE_SIZE
             assert queries.always_places[slot, :num_always].tolist() == places.tolist()
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "longest", "room"),
+    [
+        (1, MAX_SUFFIX_KEYS, True),
+        (1, MAX_SUFFIX_KEYS + 1, False),
+        # tiles of 4 tokens, and of 16
+        (3, MAX_SUFFIX_KEYS // 3, True),
+        (4, MAX_SUFFIX_KEYS // 4 + 1, False),
+        (40, MAX_SUFFIX_KEYS // 16, True),
+        (40, MAX_SUFFIX_KEYS // 16 + 1, False),
+        (16 * MAX_SUFFIX_TILES, 1, True),
+        (16 * MAX_SUFFIX_TILES + 1, 1, False),
+    ],
+)
+def test_room_for_suffixes(num_tokens, longest, room):
+    queries = QueryTiles.allocate(16 * MAX_SUFFIX_TILES + 16, 1, 40, 4, DEVICE)
+    assert queries.can_list_suffixes(num_tokens, longest, group=4) is room

@@ -94,6 +94,8 @@ def attend_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     i_p = tl.program_id(0)
+    # of one tile, while the kernel before still runs
+    b_token = token_of_row(tokens, first_tile, GP, ROWS)
     b_keys, b_work, b_programs, b_before, chunk = _plan(
         tiles, listed, first_tile, num_tiles, tl.num_programs(0), H, TILES, HP, BLOCK, CLUSTERS_PER_KEY, REST, PDL
     )
@@ -110,7 +112,8 @@ def attend_kernel(
     i_slot, num_tokens = tl.load(p_tile), tl.load(p_tile + 1)
     first_centroid, count, num_always = tl.load(p_tile + 3).to(tl.int64), tl.load(p_tile + 4), tl.load(p_tile + 5)
     num_suffix = tl.load(p_tile + 7)
-    b_token = token_of_row(tokens, first_tile + i_t, GP, ROWS)
+    if TILES > 1:
+        b_token = token_of_row(tokens, first_tile + i_t, GP, ROWS)
     b_q = load_queries(query, b_token, num_tokens, i_h, stride_query_token, stride_query_head, GROUP, GP, ROWS, D, DP)
     o_m, o_n, o_d = tl.arange(0, M), tl.arange(0, BLOCK), tl.arange(0, DP)
     m_m = (o_m // GP < num_tokens) & (o_m % GP < GROUP)
