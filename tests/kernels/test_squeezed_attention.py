@@ -10,7 +10,7 @@ from tests.kernels.conftest import Scene
 from vllm_squeeze.kernels import squeezed_attention as kernels
 from vllm_squeeze.kernels import workspace as workspaces
 from vllm_squeeze.kernels.reference import attend_causal, squeezed_attention_reference
-from vllm_squeeze.kernels.tiles import MAX_BLOCK, MAX_TILE_ROWS, tokens_per_tile
+from vllm_squeeze.kernels.tiles import MAX_BLOCK, MAX_TILE_ROWS, PART_KEYS, tokens_per_tile
 from vllm_squeeze.kernels.workspace import MAX_PROGRAMS_PER_MULTIPROCESSOR, MAX_SPLITS, Workspace
 
 UNEVEN = ((1, 70, 3, 11, 1, 1, 40, 6, 29) * 2,)
@@ -352,5 +352,6 @@ def test_workspace_counts_its_bytes():
     centroids, keys = 16 + MAX_BLOCK, 32 + MAX_BLOCK
     assert workspace.logits.shape[-1] == centroids and workspace.list_places.shape[-1] == keys
     per_split = 2 * splits * (MAX_TILE_ROWS + 1 + 1)
-    per_centroid = 2 * centroids * (MAX_TILE_ROWS + 5)
-    assert workspace.nbytes == 4 * (per_centroid + per_split + 2 * 2 * keys + 2 + programs * MAX_TILE_ROWS * 65)
+    per_centroid = 2 * centroids * (MAX_TILE_ROWS + 1)
+    parts = 2 * (centroids + keys // PART_KEYS) * 4
+    assert workspace.nbytes == 4 * (per_centroid + per_split + parts + 2 * 2 * keys + 2 + programs * MAX_TILE_ROWS * 65)

@@ -15,11 +15,12 @@ import triton.language as tl
 
 from vllm_squeeze.kernels.softmax import LOG2_E, finite_or_zero, logits_of
 from vllm_squeeze.kernels.tables import JOINS
-from vllm_squeeze.kernels.tiles import MAX_TILE_TOKENS, TILE_FACTS
+from vllm_squeeze.kernels.tiles import MAX_TILE_TOKENS, PART_KEYS, TILE_FACTS
 
 FACTS = tl.constexpr(TILE_FACTS)
 TOKENS = tl.constexpr(MAX_TILE_TOKENS)
 MEAN = tl.constexpr(JOINS.index("mean"))
+PART = tl.constexpr(PART_KEYS)
 
 
 @triton.jit
@@ -133,9 +134,9 @@ def _kept_before(p_kept, i_s, SPLITS: tl.constexpr):
 def choose_kernel(
     tiles, log_threshold, starts, sizes, members, block_table, always_places,
     logits, masses, chosen, picked, list_places, list_bits, listed, kept, kept_pairs,
-    first_tile, stride_size_head, stride_member_head, stride_row, stride_always, max_centroids, max_keys,
+    first_tile, stride_size_head, stride_member_head, stride_row, stride_always, max_centroids, max_parts, max_keys,
     GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    PICKED_BLOCK: tl.constexpr, KEYS_BLOCK: tl.constexpr, S: tl.constexpr, PDL: tl.constexpr,
+    PARTS_BLOCK: tl.constexpr, S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = ROWS * GP
     i_s, i_h, i_t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -154,7 +155,10 @@ def choose_kernel(
     i_th = (i_t * tl.num_programs(1) + i_h).to(tl.int64)
     p_sizes = sizes + i_h.to(tl.int64) * stride_size_head + first_centroid
     p_starts = starts + i_h.to(tl.int64) * stride_size_head + first_centroid
-    p_chosen, p_picked = chosen + i_th * max_centroids, picked + 4 * (i_th * max_centroids + begin)
+    p_chosen = chosen + i_th * max_centroids
+    # room for a part of each cluster of the splits before, and for their full parts
+    before = begin + (tl.load(p_starts + begin) - tl.load(p_starts)) // PART
+    p_picked = picked + 4 * (i_th * max_parts + before)
 
     o_m, o_c, o_s = tl.arange(0, M), tl.arange(0, BLOCK), tl.arange(0, SPLITS)
     o_r, o_g = tl.arange(0, ROWS), tl.arange(0, GP)
@@ -184,14 +188,19 @@ def choose_kernel(
         b_chosen = (b_joined > b_wanted) & (o_r < num_tokens)[:, None] & (b_size > 0)[None, :]
         b_bits = tl.sum(b_chosen.to(tl.int32) << o_r[:, None], 0)  # [BLOCK]
         tl.store(p_chosen + o_row, b_bits, mask=m_c)
-        # one scan counts clusters, above, and their keys
-        b_picked = tl.where(b_bits != 0, b_size.to(tl.int64) | (1 << 32), 0)
-        b_until = tl.cumsum(b_picked, 0)
-        p_entry = p_picked + 4 * (num_picked + (b_until >> 32).to(tl.int32) - 1)
-        tl.store(p_entry, num_kept + b_until.to(tl.int32) - b_size, mask=b_bits != 0)
-        tl.store(p_entry + 1, b_start, mask=b_bits != 0)
-        tl.store(p_entry + 2, b_size, mask=b_bits != 0)
-        tl.store(p_entry + 3, b_bits, mask=b_bits != 0)
+        # one scan counts parts of chosen clusters, above, and their keys
+        b_parts = tl.where(b_bits != 0, tl.cdiv(b_size, PART), 0)
+        b_picked = (b_parts.to(tl.int64) << 32) | tl.where(b_bits != 0, b_size, 0)
+        b_before = tl.cumsum(b_picked, 0) - b_picked
+        p_part = p_picked + 4 * (num_picked + (b_before >> 32).to(tl.int32))
+        b_key = num_kept + b_before.to(tl.int32)
+        for i_part in range(0, tl.max(b_parts, 0)):
+            m_part = i_part < b_parts
+            done = i_part * PART
+            tl.store(p_part + 4 * i_part, b_key + done, mask=m_part)
+            tl.store(p_part + 4 * i_part + 1, b_start + done, mask=m_part)
+            tl.store(p_part + 4 * i_part + 2, tl.minimum(b_size - done, PART), mask=m_part)
+            tl.store(p_part + 4 * i_part + 3, b_bits, mask=m_part)
         total = tl.sum(b_picked, 0)
         num_picked += (total >> 32).to(tl.int32)
         num_kept += total.to(tl.int32)
@@ -211,24 +220,21 @@ def choose_kernel(
     p_blocks = block_table + i_row * stride_row
     # what other threads stored above is read below
     tl.debug_barrier()
-    o_k = tl.arange(0, PICKED_BLOCK * KEYS_BLOCK)
-    o_p, o_n = o_k // KEYS_BLOCK, o_k % KEYS_BLOCK
+    o_k = tl.arange(0, PARTS_BLOCK * PART)
     first = -1
-    for i_p in range(0, num_picked, PICKED_BLOCK):
-        m_p = i_p + o_p < num_picked
-        p_entry = p_picked + 4 * (i_p + o_p)
-        b_size = tl.load(p_entry + 2, mask=m_p, other=0)
-        b_offset, b_start = tl.load(p_entry, mask=m_p, other=0), tl.load(p_entry + 1, mask=m_p, other=0)
-        b_bits = tl.load(p_entry + 3, mask=m_p, other=0)
-        for i_n in range(0, tl.max(b_size, 0), KEYS_BLOCK):
-            m_n = i_n + o_n < b_size
-            b_position = tl.load(p_members + b_start + i_n + o_n, mask=m_n, other=0)
-            b_block = tl.load(p_blocks + b_position // S, mask=m_n, other=0)
-            if first < 0:
-                # while these loads are under way
-                first = num_always + _kept_before(p_kept, i_s, SPLITS)
-            o_key = first + b_offset + i_n + o_n
-            tl.store(p_places + o_key, b_block * S + b_position % S, mask=m_n)
-            tl.store(p_bits + o_key, b_bits, mask=m_n)
+    for i_p in range(0, num_picked, PARTS_BLOCK):
+        m_p = i_p + o_k // PART < num_picked
+        p_part = p_picked + 4 * (i_p + o_k // PART)
+        m_n = o_k % PART < tl.load(p_part + 2, mask=m_p, other=0)
+        b_key, b_start = tl.load(p_part, mask=m_p, other=0), tl.load(p_part + 1, mask=m_p, other=0)
+        b_bits = tl.load(p_part + 3, mask=m_p, other=0)
+        b_position = tl.load(p_members + b_start + o_k % PART, mask=m_n, other=0)
+        b_block = tl.load(p_blocks + b_position // S, mask=m_n, other=0)
+        if first < 0:
+            # while these loads are under way
+            first = num_always + _kept_before(p_kept, i_s, SPLITS)
+        o_key = first + b_key + o_k % PART
+        tl.store(p_places + o_key, b_block * S + b_position % S, mask=m_n)
+        tl.store(p_bits + o_key, b_bits, mask=m_n)
     if end == count:
         tl.store(listed + i_th, num_always + _kept_before(p_kept, i_s, SPLITS) + num_kept)

@@ -21,14 +21,14 @@ class Tuning:
 
     Attributes:
         score: clusters scored at once, warps, and pipeline stages.
-        choose: clusters chosen from at once, chosen clusters whose keys are listed at once, keys of each, and warps.
+        choose: clusters chosen from at once, parts of chosen clusters whose keys are listed at once, and warps.
         attend: keys attended to at once, clusters of the rest, warps, pipeline stages, and programs for each
             multiprocessor.
         merge: parts merged at once, columns of the output, and warps.
     """
 
     score: tuple[int, int, int]
-    choose: tuple[int, int, int, int]
+    choose: tuple[int, int, int]
     attend: tuple[int, int, int, int, int]
     merge: tuple[int, int, int]
 
@@ -39,10 +39,10 @@ def tuning(head_size: int, element_size: int, tile_rows: int) -> Tuning:
     block = min(max(16384 // width, 16), 64)
     if tile_rows > MIN_TILE_ROWS:
         return Tuning(
-            score=(min(block, 32), 4, 3), choose=(32, 32, 32, 4), attend=(block, block, 4, 3, 2), merge=(64, 64, 2)
+            score=(min(block, 32), 4, 3), choose=(32, 32, 4), attend=(block, block, 4, 3, 2), merge=(64, 64, 2)
         )
     block = min(block, 32)
-    return Tuning(score=(block, 2, 3), choose=(128, 32, 32, 4), attend=(block, block, 2, 4, 4), merge=(64, 32, 2))
+    return Tuning(score=(block, 2, 3), choose=(128, 32, 4), attend=(block, block, 2, 4, 4), merge=(64, 32, 2))
 
 
 def squeezed_attention(
@@ -134,14 +134,14 @@ def squeezed_attention(
                 SPLITS=splits, BLOCK=block, STAGES=stages, SOFT_CAP=soft_cap > 0, num_warps=warps,
                 **tile, **head, **launch,
             )  # fmt: skip
-            block, picked_block, keys_block, warps = tuned.choose
+            block, parts_block, warps = tuned.choose
             choose_kernel[(splits, num_kv_heads, tiles_now)](
                 queries.tiles, prefixes.log_threshold, table.starts, table.sizes, table.members, block_table,
                 queries.always_places, workspace.logits, workspace.masses, workspace.chosen, workspace.picked,
                 workspace.list_places, workspace.list_bits, workspace.listed, workspace.kept, workspace.kept_pairs,
                 first_tile, table.sizes.stride(0), table.members.stride(0), block_table.stride(0),
-                queries.always_places.stride(0), max_centroids, max_keys,
-                SPLITS=splits, BLOCK=block, PICKED_BLOCK=picked_block, KEYS_BLOCK=keys_block, S=page_size,
+                queries.always_places.stride(0), max_centroids, workspace.picked.shape[2], max_keys,
+                SPLITS=splits, BLOCK=block, PARTS_BLOCK=parts_block, S=page_size,
                 num_warps=warps, **tile, **launch,
             )  # fmt: skip
         attend_kernel[(programs,)](

@@ -20,6 +20,9 @@ MAX_TILES_AT_ONCE = 64
 MAX_BLOCK = 128
 """Keys or clusters that a kernel takes at once, at most."""
 
+PART_KEYS = 32
+"""Keys of a part of a cluster: as many as a warp lists at once."""
+
 MAX_SUFFIX_TILES, MAX_SUFFIX_KEYS = 64, 32768
 """How many tiles can have their suffixes listed, and how many keys each. FlashAttention is as fast for more of them."""
 

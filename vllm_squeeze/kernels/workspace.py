@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_squeeze.kernels.tiles import MAX_BLOCK, MAX_TILE_ROWS, MAX_TILES_AT_ONCE, padded
+from vllm_squeeze.kernels.tiles import MAX_BLOCK, MAX_TILE_ROWS, MAX_TILES_AT_ONCE, PART_KEYS, padded
 
 MAX_PROGRAMS_PER_MULTIPROCESSOR = 4
 """Of programs that attend: small tiles need more of them at a time to hide their waits, and large ones have no room."""
@@ -28,9 +28,9 @@ class Workspace:
         logits: [N, H, M, C] float32, s q.c_i + log N_i, of all keys of a cluster together.
         masses: [N, H, SPLITS, M] float32, log-sum-exp of one split's logits.
         chosen: [N, H, C] int32, a bit for each token of the tile that chose the cluster.
-        picked: [N, H, C, 4] int32, of the clusters that any token chose, those of a split from where the split begins:
-            where their keys begin in the split's part of the list and among the members, how many they are, and the
-            bits.
+        picked: [N, H, parts, 4] int32, the chosen clusters in parts of up to PART_KEYS keys, those of a split together:
+            where a part's keys begin in the split's share of the list and among the members, how many they are, and
+            the bits of the tokens that chose them.
         list_places: [N, H, T] int32, where in the KV cache the listed keys lie: block times page size plus place in
             the block.
         list_bits: [N, H, T] int32, a bit for each token of the tile that attends to the key.
@@ -106,7 +106,7 @@ class Workspace:
             logits=empty(*heads, MAX_TILE_ROWS, max_centroids),
             masses=empty(*heads, num_splits, MAX_TILE_ROWS),
             chosen=empty(*heads, max_centroids, dtype=torch.int32),
-            picked=empty(*heads, max_centroids, 4, dtype=torch.int32),
+            picked=empty(*heads, max_centroids + max_keys // PART_KEYS, 4, dtype=torch.int32),
             list_places=empty(*heads, max_keys, dtype=torch.int32),
             list_bits=empty(*heads, max_keys, dtype=torch.int32),
             listed=empty(*heads, dtype=torch.int32),
