@@ -30,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 ARMS = ("stock", "cascade", "xformers", "exact", "drop", "squeezed")
 NUM_SINKS = 16
 KEYS_PER_CENTROID = 20
+# Standard deviation of the clusters' sizes over their mean: what K-means makes of the demo's text.
+SIZE_SPREAD = 0.46
 TOLERANCE = 1e-2
 REPLAYS = 20
 
@@ -88,10 +90,8 @@ def make_layer(shape: Shape, kept: float, likeness: float, beside: bool) -> Laye
     own = order[prefix_blocks:].view(shape.batch, suffix_blocks)
     block_table = torch.cat([order[:prefix_blocks].expand(shape.batch, -1), own], 1).contiguous()
 
-    def cuts() -> torch.Tensor:
-        return torch.randperm(num_members - 1, device=device)[: num_centroids - 1].sort().values + 1
-
-    starts = torch.nn.functional.pad(torch.stack([cuts() for _ in range(heads)]), (1, 0)).int()
+    weights = torch.distributions.Gamma(SIZE_SPREAD**-2, 1.0).sample((heads, num_centroids)).to(device)
+    starts = ((weights.cumsum(1) - weights) / weights.sum(1, keepdim=True) * num_members).int()
     sizes = torch.diff(starts, append=starts.new_full((heads, 1), num_members)).int()
     table = ClusterTable(
         centroids=torch.randn(heads, num_centroids, size, dtype=dtype, device=device),

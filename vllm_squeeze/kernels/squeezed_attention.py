@@ -42,7 +42,7 @@ def tuning(head_size: int, element_size: int, tile_rows: int) -> Tuning:
             score=(min(block, 32), 4, 3), choose=(32, 32, 4), attend=(block, block, 4, 3, 2), merge=(64, 64, 2)
         )
     block = min(block, 32)
-    return Tuning(score=(block, 2, 3), choose=(128, 32, 4), attend=(block, block, 2, 4, 4), merge=(64, 32, 2))
+    return Tuning(score=(block, 2, 3), choose=(128, 32, 4), attend=(block, block, 4, 3, 4), merge=(64, 32, 2))
 
 
 def squeezed_attention(
