@@ -147,8 +147,8 @@ def main() -> None:
     parser.add_argument(
         "--step-us",
         type=float,
-        default=1000,
-        help="that a step with our kernels takes beside them: what is left of the times of serve.py",
+        default=20,
+        help="that a step with our kernels takes beside them: four small kernels, once for all layers",
     )
     parser.add_argument("--out", type=Path, default=MEASURED_TIMES, help="file of all GPUs' times to write into")
     arguments = parser.parse_args()

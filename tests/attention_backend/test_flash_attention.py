@@ -29,6 +29,8 @@ def test_flash_attention_gets_what_follows_the_prefixes(monkeypatch):
     config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=MAX_ROWS, max_num_batched_tokens=32))
     rows = SuffixRows(PAGE_SIZE, config, SimpleNamespace(device=DEVICE, prefixes=prefixes, longest_prefix=32))
     rows.prepare(group=2)
+    rows.warm_up(PAGE_SIZE)
+    assert not rows.squeezing and (rows.queries.tiles[:, 0] == -1).all()
 
     def step(lengths, live, num_tokens):
         table = torch.arange(100, 100 + 4 * WIDTH, dtype=torch.int32).view(4, WIDTH)

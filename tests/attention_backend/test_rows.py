@@ -111,9 +111,10 @@ class Server:
     def schedule(self):
         """Picks rows in any order; returns the step and, of each row, its request and number of tokens."""
         new, cached, resumed, rows = [], [], set(), []
+        only_ready = self.random.random() < 0.3
         for sequence in self.random.sample(self.sequences, len(self.sequences)):
             id = sequence.request.request_id
-            if self.random.random() < 0.2:
+            if self.random.random() < 0.2 or (only_ready and self.expected(sequence) is None):
                 continue
             starts = not sequence.blocks
             if starts:

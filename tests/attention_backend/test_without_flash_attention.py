@@ -170,7 +170,9 @@ def test_a_layer_attends_to_the_prefix_and_to_what_follows_it(rows, monkeypatch,
     fields = (field.name for field in dataclasses.fields(triton_attn.TritonAttentionMetadata))
     metadata = triton_attn.TritonAttentionMetadata(**{name: known.get(name) for name in fields})
     scale = torch.ones((), device=device)
-    scales = SimpleNamespace(_q_scale=scale, _k_scale=scale, _v_scale=scale)
+    scales = SimpleNamespace(_q_scale=scale, _k_scale=scale, _v_scale=scale, impl=impl)
+    impl.warm_up(scales, kv_cache)
+    step = rows(lengths, alone)
     output = torch.full_like(query, 5.0)
     assert impl.forward(scales, query, None, None, kv_cache, metadata, output) is output
 
@@ -179,4 +181,5 @@ def test_a_layer_attends_to_the_prefix_and_to_what_follows_it(rows, monkeypatch,
         expected, _ = attend_causal(query[start:end].unflatten(1, (heads, -1)), keys, values, 0.1)
         check_close(output[start:end], expected.flatten(1, 2).to(output))
     assert (output[10:] == 5.0).all()
+    assert impl.residency.prefixes.counters[0, 4:].tolist() == [heads, (10 if alone else 5) * heads]
     assert metadata.seq_lens.tolist() == lengths, "vLLM's metadata are shared by all layers"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.conftest import ON_GPU
 from vllm_squeeze.kernels.tables import Prefixes
-from vllm_squeeze.kernels.tiles import MAX_SUFFIX_KEYS, MAX_SUFFIX_TILES, QueryTiles, tokens_per_tile
+from vllm_squeeze.kernels.tiles import MAX_SUFFIX_KEYS, MAX_SUFFIX_TILES, QueryTiles, kinds_of_tiles, tokens_per_tile
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 PAGE_SIZE, NUM_SLOTS = 16, 3
@@ -79,3 +79,11 @@ def test_tokens_are_grouped_by_prefix(rows, group, spare):
 def test_room_for_suffixes(num_tokens, longest, room):
     queries = QueryTiles.allocate(16 * MAX_SUFFIX_TILES + 16, 1, 40, 4, DEVICE)
     assert queries.can_list_suffixes(num_tokens, longest, group=4) is room
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "group", "kinds"), [(1, 4, [1, 5, 17]), (3, 4, [1, 2, 5]), (1, 1, [1, 17, 33]), (1, 16, [1, 2, 5])]
+)
+def test_kinds_of_tiles(num_slots, group, kinds):
+    """One tile of 16 rows or many, which several prefixes can make; then of 64."""
+    assert kinds_of_tiles(num_slots, group) == kinds

@@ -111,7 +111,7 @@ class SqueezeConnector(PassiveConnector):
         for layer in layers_of(self._vllm_config).values():
             residency = getattr(getattr(layer, "impl", None), "residency", None)
             if residency is not None:
-                self._worker = SqueezeWorker(self._vllm_config, residency, self._kv_cache_config)
+                self._worker = SqueezeWorker(self._vllm_config, residency, self._kv_cache_config, kv_caches)
                 if residency.device.type == "cuda":
                     compat.prepare_cuda_graphs()
                 return

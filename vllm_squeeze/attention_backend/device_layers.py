@@ -1,11 +1,13 @@
 """What our layers on GPUs share, whatever attention of vLLM's they extend."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_squeeze.attention_backend.layers import NotesRows, SqueezeLayer, as_stored, cache_scales
+from vllm_squeeze.attention_backend.matching import DENSE_SLOT, LiveBlock
 from vllm_squeeze.attention_backend.recorder import ObservesQueries
 from vllm_squeeze.attention_backend.residency import Residency
 from vllm_squeeze.attention_backend.rows import RowGroup
@@ -13,7 +15,7 @@ from vllm_squeeze.attention_backend.wiring import SERVE, options_of
 from vllm_squeeze.kernels.reference import dequantised
 from vllm_squeeze.kernels.rows import match_rows
 from vllm_squeeze.kernels.squeezed_attention import squeezed_attention
-from vllm_squeeze.kernels.tiles import QueryTiles
+from vllm_squeeze.kernels.tiles import QueryTiles, kinds_of_tiles
 from vllm_squeeze.kernels.workspace import Workspace
 
 # Tiles of queries that the prefix kernels take at once.
@@ -26,7 +28,10 @@ class DeviceRows(RowGroup):
     Attributes:
         queries: the query tokens of squeezed rows, in tiles.
         num_queries: how many of them there may be.
+        suffix_done: when another stream has attended to suffixes; None if none does.
     """
+
+    suffix_done: torch.cuda.Event | None = None
 
     _match_rows = staticmethod(match_rows)
 
@@ -41,6 +46,18 @@ class DeviceRows(RowGroup):
         self._group = group
         slots = len(self._residency.prefixes.slots)
         self.queries = QueryTiles.allocate(self._max_tokens, slots, self._residency.longest_prefix, group, self._device)
+
+    def warm_up(self, page_size: int) -> None:
+        """Compiles the kernels that find a step's rows, by a step that has none."""
+        nothing = torch.zeros(2, dtype=torch.int32, device=self._device)
+        metadata = SimpleNamespace(
+            block_table=nothing[None], seq_lens=nothing[:1], query_start_loc=nothing, num_actual_tokens=0, max_seq_len=1
+        )
+        self.note(metadata, page_size)
+        for alone in (False, True):
+            self.begin_step([LiveBlock(DENSE_SLOT, 0, 0, 0, 0)], 1, alone)
+        self.end_step()
+        self.queries.clear()
 
     def note(self, metadata: Any, kernel_block_size: int) -> None:
         super().note(metadata, kernel_block_size)
@@ -85,6 +102,26 @@ class DeviceLayer(SqueezeLayer):
             self.residency.device,
         )
 
+    def caches_of(self, layer: Any, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of vLLM's layer, views [num_blocks, S, H, D] in the dtype they are stored in."""
+        return as_stored(layer, kv_cache).transpose(1, 2).split(self.head_size, dim=-1)
+
+    def kernel_options(self, layer: Any) -> dict[str, Any]:
+        """How the kernels attend in vLLM's layer."""
+        key_scale, value_scale = cache_scales(layer)
+        return {"soft_cap": self.logits_soft_cap or 0.0, "key_scale": key_scale, "value_scale": value_scale}
+
+    def warm_up(self, layer: Any, kv_cache: torch.Tensor) -> None:
+        caches, dtype = self.caches_of(layer, kv_cache), self.table.centroids.dtype
+        self.rows.warm_up(caches[0].shape[1])
+        for num_tokens in kinds_of_tiles(len(self.residency.prefixes.slots), self.num_heads // self.num_kv_heads):
+            shape = num_tokens, self.num_heads, self.head_size
+            query = torch.zeros(shape, dtype=dtype, device=kv_cache.device)
+            suffix_lse = torch.zeros(self.num_heads, num_tokens, device=kv_cache.device)
+            self.rows.num_queries = num_tokens
+            for lse in (None, suffix_lse):
+                self.attend_prefixes(query, torch.empty_like(query), lse, *caches, **self.kernel_options(layer))
+
     def attend_prefixes(
         self,
         query: torch.Tensor,
@@ -112,6 +149,7 @@ class DeviceLayer(SqueezeLayer):
             self.scale,
             self.residency.options.rest == "value_centroids",
             self._workspace,
+            suffix_done=None if suffix_lse is None else rows.suffix_done,
             **options,
         )
 

@@ -12,7 +12,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from vllm_squeeze.attention_backend.device_layers import DeviceBuilder, DeviceLayer, DeviceRows, RecordingLayer
-from vllm_squeeze.attention_backend.layers import as_stored, cache_scales, in_model_dtype, mode_of_engine
+from vllm_squeeze.attention_backend.layers import in_model_dtype, mode_of_engine
 from vllm_squeeze.attention_backend.residency import Residency
 from vllm_squeeze.attention_backend.wiring import RECORD, SERVE
 from vllm_squeeze.kernels.rows import skip_prefixes
@@ -38,8 +38,8 @@ class SuffixRows(DeviceRows):
 
     def note(self, metadata: Any, kernel_block_size: int) -> None:
         super().note(metadata, kernel_block_size)
-        if not self.suffix_blocks.numel():
-            width = metadata.block_table.shape[1]
+        width = metadata.block_table.shape[1]
+        if self.suffix_blocks.shape[-1] != width:
             self.suffix_blocks = torch.zeros(self._max_rows, width, dtype=torch.int32, device=self._device)
 
     def set_rows(self, num_tokens: int) -> None:
@@ -83,26 +83,21 @@ class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
-        # FlashAttention's loads want canonical strides where there is one KV head.
-        caches = tuple(
-            map(
-                canonicalize_singleton_dim_strides,
-                as_stored(layer, kv_cache).transpose(1, 2).split(self.head_size, dim=-1),
-            )
-        )
-        key_scale, value_scale = cache_scales(layer)
+        caches = self.caches_of(layer, kv_cache)
         suffix_lse = None if rows.alone else self._attend_suffix(layer, query, *caches, attn_metadata, output)
         self.attend_prefixes(
             in_model_dtype(query, layer, output.dtype),
             output,
             suffix_lse,
             *caches,
-            soft_cap=self.logits_soft_cap,
-            key_scale=key_scale,
-            value_scale=value_scale,
-            suffix_done=None if rows.alone else rows.suffix_done,
+            **self.kernel_options(layer),
         )
         return output
+
+    def caches_of(self, layer: Any, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # FlashAttention's loads want canonical strides where there is one KV head.
+        keys, values = super().caches_of(layer, kv_cache)
+        return canonicalize_singleton_dim_strides(keys), canonicalize_singleton_dim_strides(values)
 
     def _attend_suffix(
         self,

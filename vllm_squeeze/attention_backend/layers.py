@@ -102,6 +102,9 @@ class SqueezeLayer:
             return
         self.table = self.residency.load_layer(name, self.num_kv_heads, self.head_size, act_dtype)
 
+    def warm_up(self, layer: Any, kv_cache: torch.Tensor) -> None:
+        """Compiles what steps with squeezed rows need, before the first of them. vLLM's layer holds this impl."""
+
 
 class NotesRows:
     """Mixed into vLLM's metadata builders: tells our layers of the rows of each step, in engines that serve indexes."""

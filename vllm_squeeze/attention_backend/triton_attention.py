@@ -99,22 +99,20 @@ class SqueezeTritonImpl(DeviceLayer, TritonAttentionImpl):
         rows = self.rows
         squeezing = rows is not None and rows.squeezing and attn_metadata is not None
         if squeezing and rows.alone:
-            self.attend_prefixes(query, output, None, *self._caches(kv_cache))
+            self.attend_prefixes(query, output, None, *self.caches_of(layer, kv_cache))
             return output
         if squeezing:
             lens = rows.dense_lens[: len(attn_metadata.seq_lens)]
             attn_metadata = dataclasses.replace(attn_metadata, seq_lens=lens)
         super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         if squeezing:
-            self._squeeze(query[: attn_metadata.num_actual_tokens], kv_cache, attn_metadata, output)
+            self._squeeze(layer, query[: attn_metadata.num_actual_tokens], kv_cache, attn_metadata, output)
         return output
 
-    def _caches(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the cache, [num_blocks, S, H, D] each."""
-        return kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-
-    def _squeeze(self, query: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: Any, output: torch.Tensor) -> None:
-        rows, output, caches = self.rows, output[: len(query)], self._caches(kv_cache)
+    def _squeeze(
+        self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: Any, output: torch.Tensor
+    ) -> None:
+        rows, output, caches = self.rows, output[: len(query)], self.caches_of(layer, kv_cache)
         suffix_lse = attend_suffix(
             query,
             output,

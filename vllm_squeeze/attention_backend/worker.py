@@ -34,7 +34,7 @@ class SqueezeWorker:
         alone: whether it has no others, and our kernels attend to what follows their prefixes too.
     """
 
-    def __init__(self, vllm_config: Any, residency: Residency, kv_cache_config: Any):
+    def __init__(self, vllm_config: Any, residency: Residency, kv_cache_config: Any, kv_caches: dict[str, Any]):
         self.squeezing = self.alone = False
         self._residency = residency
         residency.activate(
@@ -46,14 +46,16 @@ class SqueezeWorker:
         layers = layers_of(vllm_config)
         for group, block_size in full_attention_groups(kv_cache_config).items():
             names = kv_cache_config.kv_cache_groups[group].layer_names
-            impls = [layers[name].impl for name in names if getattr(layers[name].impl, "table", None) is not None]
-            if impls and residency.active:
-                rows = impls[0].rows_class(block_size, vllm_config, residency)
-                rows.prepare(impls[0].num_heads // impls[0].num_kv_heads)
+            names = [name for name in names if getattr(layers[name].impl, "table", None) is not None]
+            if names and residency.active:
+                first = layers[names[0]].impl
+                rows = first.rows_class(block_size, vllm_config, residency)
+                rows.prepare(first.num_heads // first.num_kv_heads)
                 rows.worker = self
                 self._groups[group] = rows
-                for impl in impls:
-                    impl.rows = rows
+                for name in names:
+                    layers[name].impl.rows = rows
+                first.warm_up(layers[names[0]], kv_caches[names[0]])
         self._counted = CounterReader(residency.prefixes.counters)
 
     def expect(self, step: Step) -> None:

@@ -130,7 +130,7 @@ def _kept_before(p_kept, i_s, SPLITS: tl.constexpr):
     return tl.sum(b_kept, 0)
 
 
-@triton.jit(do_not_specialize=["first_tile"])
+@triton.jit(do_not_specialize=["first_tile", "stride_row"])
 def choose_kernel(
     tiles, log_threshold, starts, sizes, members, block_table, always_places,
     logits, masses, chosen, picked, list_places, list_bits, listed, kept, kept_pairs,

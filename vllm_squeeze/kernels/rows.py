@@ -17,7 +17,7 @@ _LIVE_BLOCK = 8
 _COLUMNS_BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["width", "num_rows", "num_live", "num_tokens"])
+@triton.jit(do_not_specialize=["stride_row", "width", "num_rows", "num_live", "num_tokens"])
 def _match_kernel(
     block_table, seq_lens, query_start_loc, live, row_slot, prefix_len,
     stride_row, width, num_rows, num_live, num_tokens,
@@ -77,7 +77,7 @@ def match_rows(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["width", "num_columns"])
+@triton.jit(do_not_specialize=["stride_row", "stride_suffix", "width", "num_columns"])
 def _skip_kernel(
     block_table, seq_lens, prefix_len, suffix_lens, suffix_blocks,
     stride_row, stride_suffix, width, num_columns,

@@ -99,7 +99,7 @@ def _group_kernel(
         tl.store(p_facts + 7, tl.zeros_like(o_t), mask=m_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_row", "max_keys"])
 def _list_always_kernel(
     slot_rows, slots, block_table, always_places, stride_row, max_keys, S: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -115,13 +115,22 @@ def _list_always_kernel(
     tl.store(p_places, b_block * S + o_position % S, mask=m_n)
 
 
+def kinds_of_tiles(num_slots: int, group: int) -> list[int]:
+    """Numbers of tokens whose tiles differ in what the kernels are compiled for: their size, and whether they are many."""
+    kinds = {
+        (tokens_per_tile(tokens, group), most_tiles(tokens, num_slots, group) > 1): tokens
+        for tokens in range(MAX_TILE_ROWS + 1, 0, -1)
+    }
+    return sorted(kinds.values())
+
+
 @triton.jit
 def _bits_below(n):
     """The lowest ``n`` of 32 bits."""
     return tl.where(n < 32, (1 << tl.minimum(n, 31)) - 1, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_row"])
 def _list_suffixes_kernel(
     tiles, tokens, token_rows, seq_lens, prefix_lens, query_start_loc, block_table, suffix_places, suffix_bits,
     stride_row, stride_tile,
