@@ -143,8 +143,8 @@ def on_gpu(monkeypatch, name: str) -> None:
 
 @pytest.mark.parametrize(("mode", "gpu"), [("squeezed", DEFAULT_GPU), ("exact", DEFAULT_GPU), ("auto", None)])
 def test_nothing_is_chosen_where_a_mode_is_forced_or_without_a_gpu(monkeypatch, vllm_config, mode, gpu):
-    if gpu:
-        on_gpu(monkeypatch, gpu)
+    on_gpu(monkeypatch, gpu or "no GPU")
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda *args: gpu is not None)
     choose = arms_of(options(mode), vllm_config, 24)
     assert choose is always_squeezed
     placement = make_placement(0, 100, {0: 16})

@@ -3,9 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from tests.kernels.conftest import ON_GPU
 from vllm_squeeze.attention_backend.matching import DENSE_SLOT, LiveBlock, Step
-from vllm_squeeze.attention_backend.worker import SqueezeWorker
+from vllm_squeeze.attention_backend.worker import CounterReader, SqueezeWorker
 
 ROOM = 100
 
@@ -43,3 +45,27 @@ def worker():
 def test_which_steps_are_squeezed_and_which_alone(worker, slots, longest_suffix, squeezing, alone):
     worker.expect(Step([LiveBlock(slot, 0, 3, 7, 64) for slot in slots], 1, longest_suffix))
     assert (worker.squeezing, worker.alone) == (squeezing, alone)
+
+
+def test_counters_are_read_when_they_may_have_changed():
+    """Steps that leave all rows to vLLM copy nothing; what was counted is told once."""
+    counters = torch.zeros(2, 6, dtype=torch.int64, device="cuda" if ON_GPU else "cpu")
+    reader = CounterReader(counters)
+
+    def take_all():
+        grown = torch.zeros(2, 6, dtype=torch.int64)
+        for _ in range(3):
+            if ON_GPU:
+                torch.cuda.synchronize()
+            if taken := reader.take():
+                grown += torch.tensor(taken)
+        return grown[1].tolist()
+
+    assert reader.take() == []
+    for added in (3, 4):
+        counters[1] += added
+        reader.expect_change()
+        assert take_all() == [added] * 6
+        assert reader.take() == []
+    counters[1] += 5
+    assert take_all() == [0] * 6, "nothing was expected to count"

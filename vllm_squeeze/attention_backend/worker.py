@@ -74,6 +74,7 @@ class SqueezeWorker:
         self.expect(step)
         if not self.squeezing:
             return
+        self._counted.expect_change()
         self._residency.attend_exactly(frozenset(block.slot for block in step.live if block.exact))
         for group, rows in self._groups.items():
             live = [b for b in step.live if b.group == group and (b.slot < 0 or b.slot in self._residency.active)]
@@ -118,19 +119,24 @@ class CounterReader:
         on_gpu = counters.is_cuda
         self._copy = torch.zeros_like(counters, device="cpu", pin_memory=on_gpu)
         self._copied = torch.cuda.Event() if on_gpu else None
-        self._pending = False
+        self._changed = self._pending = False
         self._taken = self._copy.clone()
 
+    def expect_change(self) -> None:
+        """Takes note that kernels which count are launched before the next ``take``. Others cost the device nothing."""
+        self._changed = True
+
     def take(self) -> list[list[int]]:
-        """Returns by how much each counter grew since the last call, as far as known."""
+        """Returns by how much each counter grew since the last call, as far as known; nothing if none is known to."""
+        if not (self._changed or self._pending) or (self._pending and not self._copied.query()):
+            return []
         if self._copied is None:
             self._copy.copy_(self._counters)
-        elif self._pending and not self._copied.query():
-            return []
         growth = self._copy - self._taken
         self._taken += growth
-        if self._copied is not None:
+        self._pending = self._copied is not None and self._changed
+        if self._pending:
             self._copy.copy_(self._counters, non_blocking=True)
             self._copied.record()
-            self._pending = True
+        self._changed = False
         return growth.tolist()
