@@ -24,7 +24,7 @@ PART_KEYS = 32
 """Keys of a part of a cluster: as many as a warp lists at once."""
 
 MAX_SUFFIX_TILES, MAX_SUFFIX_KEYS = 64, 32768
-"""How many tiles can have their suffixes listed, and how many keys each. FlashAttention is as fast for more of them."""
+"""How many tiles can have their suffixes listed, and how many keys each. More are left to FlashAttention."""
 
 TILE_FACTS = 8
 _ROWS_BLOCK = 256
