@@ -50,7 +50,8 @@ def test_tokens_are_grouped_by_prefix(rows, group, spare):
     queries.fill(slots, starts, block_table, prefixes, num_tokens + spare, group, PAGE_SIZE)
 
     tiles, slot_rows = expected_tiles(row_slot, counts, tokens_per_tile(num_tokens + spare, group))
-    assert queries.tiles[: len(tiles), :7].tolist() == [facts for facts, _ in tiles]
+    # and no suffixes yet
+    assert queries.tiles[: len(tiles)].tolist() == [[*facts, 0] for facts, _ in tiles]
     assert (queries.tiles[len(tiles) :, 0] == -1).all()
     for held, (_, tokens) in zip(queries.tokens.tolist(), tiles, strict=False):
         assert held[: len(tokens)] == tokens
