@@ -1,5 +1,7 @@
 """RULER's tasks: what they plant, what they ask, and how answers are scored."""
 
+import itertools
+import random
 import re
 from pathlib import Path
 
@@ -7,7 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.quality.tasks import HOPS, NIAH, NOISE, QUERIES, TASKS, VALUES_PER_KEY, VT, Question, Task, make_task
+from benchmarks.quality.tasks import (
+    HOPS,
+    NIAH,
+    NOISE,
+    QUERIES,
+    TASKS,
+    VALUES_PER_KEY,
+    VT,
+    Question,
+    Task,
+    distinct_names,
+    distinct_numbers,
+    make_task,
+)
 
 ESSAY = (Path(__file__).parents[2] / "examples" / "data" / "persuasion.txt").read_text(encoding="utf-8")
 NEEDLE = re.compile(r"One of the special magic numbers for ([a-z]+-[a-z]+) is: (\d{7})\.")
@@ -94,6 +109,26 @@ def test_without_its_needles_a_haystack_is_the_text_from_its_start(name: str):
     rest = " ".join(NEEDLE.sub("", task.prefix.removeprefix(NIAH)).split())
     repeated = " ".join((ESSAY + " " + ESSAY + " " + ESSAY).split())
     assert len(rest) > len(ESSAY) and repeated.startswith(rest)
+
+
+class Scripted(random.Random):
+    """Draws what it is told."""
+
+    def __init__(self, *draws):
+        super().__init__()
+        self.draws = iter(draws)
+
+    def randrange(self, *_, **__):
+        return next(self.draws)
+
+    choices = randrange
+
+
+def test_what_was_drawn_before_is_drawn_anew():
+    numbers = distinct_numbers(Scripted(1000000, 1000000, 1000001))
+    assert list(itertools.islice(numbers, 2)) == ["1000000", "1000001"]
+    names = distinct_names(Scripted("ABCDE", "GRASS", "ABCDE", "FGHIJ"))
+    assert list(itertools.islice(names, 2)) == ["ABCDE", "FGHIJ"]
 
 
 def test_questions_ask_at_all_depths():
