@@ -49,11 +49,6 @@ def answer(arguments: argparse.Namespace) -> dict[str, Any]:
     generating = time.monotonic()
     results = [result.outputs[0] for result in llm.chat(conversations, sampling, use_tqdm=False)]
     done = time.monotonic()
-    counters = {
-        f"{metric.name}{metric.labels.get('outcome', '')}": metric.value
-        for metric in llm.get_metrics()
-        if "squeeze" in metric.name
-    }
     dtype = str(llm.llm_engine.vllm_config.model_config.dtype).removeprefix("torch.")
     return {
         "tokens": [list(result.token_ids) for result in results],
@@ -61,11 +56,31 @@ def answer(arguments: argparse.Namespace) -> dict[str, Any]:
             [sorted((p.logprob for p in step.values()), reverse=True)[:2] for step in r.logprobs] for r in results
         ],
         "texts": [result.text for result in results],
-        "counters": counters,
+        "counters": server_counters(llm),
         "dtype": dtype,
         "start_s": round(ready - started, 1),
         "answers_s": round(done - generating, 2),
     }
+
+
+def server_counters(llm: Any) -> dict[str, float]:
+    """The server's own counters of squeezing; those of rows by what became of them."""
+    return {
+        f"{metric.name}{metric.labels.get('outcome', '')}": metric.value
+        for metric in llm.get_metrics()
+        if "squeeze" in metric.name
+    }
+
+
+def budget_used(counters: dict[str, float]) -> float | None:
+    """Bytes read of prefixes over those that dense attention would read; None where no row was on an index."""
+    read, whole = (counters.get(f"vllm:squeeze_prefix_bytes_{kind}", 0) for kind in ("alone", "dense"))
+    return read / whole if whole else None
+
+
+def rows_of(counters: dict[str, float]) -> dict[str, float]:
+    """Rows by what became of them."""
+    return {name.removeprefix("vllm:squeeze_rows"): n for name, n in counters.items() if "rows" in name}
 
 
 def compare(dense: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -82,13 +97,12 @@ def compare(dense: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         high, low = best[first]
         step = 2.0 ** (math.floor(math.log2(max(abs(high), 1e-30))) - MANTISSA_BITS[dense["dtype"]])
         counts["ties" if high - low <= step else "errors"] += 1
-    counters = other["counters"]
-    read, whole = (counters.get(f"vllm:squeeze_prefix_bytes_{kind}", 0) for kind in ("alone", "dense"))
+    used = budget_used(other["counters"])
     return {
         **counts,
         "tokens_before_first_difference": round(agreed / total, 3),
-        "budget_used": round(read / whole, 4) if whole else None,
-        "rows": {name.removeprefix("vllm:squeeze_rows"): n for name, n in counters.items() if "rows" in name},
+        "budget_used": None if used is None else round(used, 4),
+        "rows": rows_of(other["counters"]),
     }
 
 

@@ -23,20 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from agreement import questions
-from running import count_decoding, metrics, steps
-
-
-def prompts_of(llm: Any, text: str, count: int) -> list[list[int]]:
-    """Token ids of conversations that ask different questions about a text."""
-    tokenizer = llm.get_tokenizer()
-    conversations = [
-        [{"role": "system", "content": text}, {"role": "user", "content": question}]
-        for question in questions(text, count)
-    ]
-    return [
-        tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
-        for conversation in conversations
-    ]
+from running import chat_prompts, count_decoding, metrics, steps
 
 
 def start(arguments: argparse.Namespace) -> Any:
@@ -90,7 +77,8 @@ def main() -> int:
         parser.error(f"--batches: {odd[0]} does not divide {arguments.questions} questions")
 
     llm = start(arguments)
-    prompts = prompts_of(llm, arguments.prefix.read_text(encoding="utf-8"), arguments.questions)
+    text = arguments.prefix.read_text(encoding="utf-8")
+    prompts = chat_prompts(llm.get_tokenizer(), text, questions(text, arguments.questions))
     for _ in steps(llm, prompts[:1], 1):
         pass
     rows = [overlap(llm, prompts, batch, arguments.tokens) for batch in arguments.batches]

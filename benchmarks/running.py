@@ -1,5 +1,5 @@
-"""What the benchmarks share that run vLLM's engine in this process: requests that run together, step by step, and the
-server's own counters of what it did for them."""
+"""What the benchmarks share that run vLLM's engine in this process: prompts, requests that run together, step by step,
+and the server's own counters of what it did for them."""
 
 import itertools
 import os
@@ -13,6 +13,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+# Of the engine's arguments, those that the indexer chooses for itself.
+INDEXER_SETS = ("enforce_eager", "enable_prefix_caching", "max_model_len", "max_num_seqs", "gpu_memory_utilization")
 REQUEST_NUMBERS = itertools.count()
 
 
@@ -60,6 +62,34 @@ class Counts:
     def tokens_per_pass(self) -> float:
         """Query tokens that share loads; NaN where nothing was counted."""
         return self.pairs / self.passes if self.passes else float("nan")
+
+
+def indexer_args(engine_args: dict[str, Any]) -> dict[str, Any]:
+    """A server's arguments that its indexer should have too."""
+    return {name: value for name, value in engine_args.items() if name not in INDEXER_SETS}
+
+
+def machine() -> dict[str, Any]:
+    """What figures were measured on."""
+    import torch
+    import triton
+    import vllm
+
+    return {
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "triton": triton.__version__},
+    }
+
+
+def chat_prompts(tokenizer: Any, text: str, questions: list[str]) -> list[list[int]]:
+    """Token ids of conversations that ask questions about a text, which is their system message."""
+    conversations = (
+        [{"role": "system", "content": text}, {"role": "user", "content": question}] for question in questions
+    )
+    return [
+        tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+        for conversation in conversations
+    ]
 
 
 def residency_of(worker: Any) -> Any:

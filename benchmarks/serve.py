@@ -75,7 +75,6 @@ LLAMA = {
 }
 # vLLM's name of its own made-up weights ends like this, by which an index knows them as made up.
 LOAD_FORMAT = "spread-dummy"
-INDEXER_SETS = ("enforce_eager", "enable_prefix_caching", "max_model_len", "max_num_seqs", "gpu_memory_utilization")
 
 # By how much a kept share may differ from the wanted, relative to it: in the search, and later with other questions.
 SEARCH_TOLERANCE = 0.02
@@ -130,11 +129,12 @@ def register_spread_weights() -> None:
 def make_index(arguments: argparse.Namespace) -> None:
     """Indexes the prefix where the arms will look for it."""
     import numpy as np
+    from running import indexer_args
 
     from vllm_squeeze.offline_tools.index import index
     from vllm_squeeze.prefix_index.manifest import IndexParameters
 
-    engine_args = {name: value for name, value in arguments.engine_args.items() if name not in INDEXER_SETS}
+    engine_args = indexer_args(arguments.engine_args)
     if arguments.model:
         from vllm.tokenizers import get_tokenizer
 
@@ -319,10 +319,7 @@ def run_batch(llm: Any, arguments: argparse.Namespace, prefix: list[int], batch:
 
 def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs one arm over all batch sizes."""
-    import torch
-    import triton
-    import vllm
-    from running import steps
+    from running import machine, steps
 
     from vllm_squeeze.prefix_index.index_folder import PrefixIndex, find_indexes
 
@@ -332,10 +329,7 @@ def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.arm.startswith("ordinary"):
         for _ in steps(llm, [prefix + [10]], 1):
             pass
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {
-        "machine": machine,
-        "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "triton": triton.__version__},
+    return machine() | {
         "prefix_tokens": len(prefix),
         "rows": [run_batch(llm, arguments, prefix, batch) for batch in arguments.batches],
     }

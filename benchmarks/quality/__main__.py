@@ -1,0 +1,250 @@
+"""Measures what squeezing costs in answers: RULER's tasks, many questions on one prefix, against dense answers.
+
+    python -m benchmarks.quality --model M --tasks niah_single vt --length 4096 --questions 20 \\
+        --budgets 0.5 0.33 0.125 --work folder/ --out quality.json
+
+Indexes each task's prefix and asks its questions on vLLM's own backend and at each budget, each arm in a fresh process,
+one question at a time, so that an answer depends on no other. A prefix is the system message of a conversation and a
+question its user message; without a chat template they are a raw prompt, "prefix, question, Answer:". Answers are
+greedy. How the tasks differ from RULER's is in ``tasks.py``: scores compare with those of the same command only.
+
+    used      budget really used, by the server's own counters
+    score     references found in answers, in percent, mean over questions
+    change    of the score, from dense answers to the same questions
+    interval  that 95% of such changes lie in if questions are drawn anew from those asked (percentile bootstrap); few
+              questions, or scores that are all the same, make it too narrow
+    same      percent of answers that are the same token for token
+    before    percent of an answer's tokens before the first that differs, mean over answers
+
+All is kept in the work folder, answers one a line: the command goes on where it was stopped, and adds tasks and budgets
+to those that are there. An arm whose rows were not all squeezed, or that did not answer all questions, has no figures,
+and the exit code is 1.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.agreement import server_counters
+from benchmarks.quality.answers import DENSE, go_on, read, summarise
+from benchmarks.quality.tasks import TASKS, Question, Task, make_task
+
+# Sets the environment before vLLM is imported.
+from benchmarks.running import chat_prompts, indexer_args, machine
+
+ESSAY = Path(__file__).parents[2] / "examples" / "data" / "persuasion.txt"
+# What all of a work folder was made with.
+SETTINGS = ("model", "essay", "length", "questions", "answer_tokens", "seed", "engine_args")
+
+
+# in a process of its own
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Makes a task and the index of its prefix, then notes the task."""
+    from vllm.tokenizers import get_tokenizer
+
+    from vllm_squeeze.offline_tools.index import index
+    from vllm_squeeze.prefix_index.manifest import IndexParameters
+
+    tokenizer = get_tokenizer(arguments.model)
+    task = make_task(
+        arguments.task,
+        arguments.questions,
+        arguments.length,
+        lambda text: len(tokenizer(text).input_ids),
+        arguments.essay.read_text(encoding="utf-8"),
+        arguments.seed,
+    )
+    if arguments.answer_tokens is not None:
+        task = replace(task, answer_tokens=arguments.answer_tokens)
+    folder = arguments.work / task.name
+    folder.mkdir(exist_ok=True)
+    prefix = folder / "prefix.txt"
+    prefix.write_text(task.prefix, encoding="utf-8")
+    engine_args = indexer_args(arguments.engine_args)
+    index(arguments.model, prefix, None, None, folder / "index", IndexParameters(), engine_args)
+    # Whole or not at all: it says that the index is there.
+    unfinished = folder / "task.json.part"
+    unfinished.write_text(json.dumps(asdict(task), indent=2), encoding="utf-8")
+    unfinished.rename(folder / "task.json")
+
+
+def run_arm(arguments: argparse.Namespace) -> None:
+    """Answers the questions that an arm has no answer to."""
+    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.tokenizers import get_tokenizer
+
+    task = read_task(arguments.work, arguments.task)
+    tokenizer = get_tokenizer(arguments.model)
+    texts = [question.text for question in task.questions]
+    if getattr(tokenizer, "chat_template", None):
+        prompts = chat_prompts(tokenizer, task.prefix, texts)
+    else:
+        prompts = [tokenizer(f"{task.prefix}\n{text}\nAnswer:").input_ids for text in texts]
+    engine_args = {
+        "max_model_len": max(map(len, prompts)) + task.answer_tokens,
+        "max_num_seqs": 1,
+        "enable_prefix_caching": True,
+        "disable_log_stats": False,
+    }
+    if arguments.arm != DENSE:
+        index = str(arguments.work / task.name / "index")
+        settings = {"index": index, "budget": float(arguments.arm), "mode": "squeezed"}
+        engine_args |= {"attention_backend": "squeeze", "additional_config": {"squeeze": settings}}
+    llm = LLM(arguments.model, **(engine_args | arguments.engine_args))
+
+    def generate(prompt: list[int], num_tokens: int) -> Any:
+        sampling = SamplingParams(temperature=0, max_tokens=num_tokens)
+        (result,) = llm.generate([TokensPrompt(prompt_token_ids=prompt)], sampling, use_tqdm=False)
+        return result.outputs[0]
+
+    def answer(number: int) -> dict[str, Any]:
+        before = server_counters(llm)
+        output = generate(prompts[number], task.answer_tokens)
+        growth = {name: value - before.get(name, 0) for name, value in server_counters(llm).items()}
+        counters = {name: grown for name, grown in growth.items() if grown}
+        return {"text": output.text, "tokens": list(output.token_ids), "counters": counters} | machine()
+
+    # Brings the prefix into the KV cache, without which no row is squeezed.
+    generate(prompts[0], 1)
+    go_on(answers_path(arguments.work, task.name, arguments.arm), len(prompts), answer, f"{task.name}, {arguments.arm}")
+
+
+# all tasks and arms
+
+
+def read_task(work: Path, name: str) -> Task:
+    fields = json.loads((work / name / "task.json").read_text(encoding="utf-8"))
+    questions = tuple(Question(**{**one, "references": tuple(one["references"])}) for one in fields["questions"])
+    return Task(**{**fields, "questions": questions})
+
+
+def answers_path(work: Path, task: str, arm: str) -> Path:
+    return work / task / f"{arm}.jsonl"
+
+
+def in_process(task: str, arm: str | None) -> int:
+    """Prepares a task (``arm`` is None) or runs an arm in a fresh process; returns its exit code."""
+    command = [sys.executable, "-m", "benchmarks.quality", *sys.argv[1:], "--task", task]
+    return subprocess.run(command + (["--arm", arm] if arm else []), check=False, stdout=sys.stderr).returncode
+
+
+def keep_settings(arguments: argparse.Namespace) -> None:
+    """Notes what a work folder is made with.
+
+    Raises:
+        ValueError: the folder was made with something else.
+    """
+    settings = {name: getattr(arguments, name) for name in SETTINGS} | {"essay": str(arguments.essay)}
+    path = arguments.work / "settings.json"
+    if path.exists():
+        for name, known in json.loads(path.read_text()).items():
+            if known != settings[name]:
+                raise ValueError(f"{name} is {settings[name]!r}; {arguments.work} was made with {known!r}")
+    path.write_text(json.dumps(settings, indent=2))
+
+
+def run_task(arguments: argparse.Namespace, name: str) -> list[dict[str, Any]]:
+    """Does what is missing of a task; returns the figures of its arms."""
+    if not (arguments.work / name / "task.json").exists() and (code := in_process(name, None)):
+        return [{"task": name, "arm": "index", "problem": f"exit code {code}"}]
+    task = read_task(arguments.work, name)
+    arms = {}
+    for arm in dict.fromkeys([DENSE, *arguments.budgets]):
+        path = answers_path(arguments.work, name, arm)
+        if len(read(path)) < len(task.questions):
+            in_process(name, arm)
+        arms[arm] = read(path)
+    return summarise(task, arms)
+
+
+COLUMNS = (
+    ("used", "budget_used", 1, ".4f"),
+    ("score", "score", 100, ".1f"),
+    ("change", "difference", 100, "+.1f"),
+    ("from", "low", 100, "+.1f"),
+    ("to", "high", 100, "+.1f"),
+    ("same", "same", 100, ".0f"),
+    ("before", "before_difference", 100, ".0f"),
+)
+
+
+def print_table(arguments: argparse.Namespace, summaries: list[dict[str, Any]]) -> None:
+    folders = (arguments.work / summary["task"] for summary in summaries)
+    rows = (row for folder in folders for path in folder.glob("*.jsonl") for row in read(path))
+    for device, versions in {(row["machine"], tuple(row["versions"].items())) for row in rows}:
+        print(f"{device}, {', '.join(f'{name} {version}' for name, version in versions)}, {datetime.now(UTC):%Y-%m-%d}")
+    print(f"python -m benchmarks.quality {shlex.join(sys.argv[1:])}")
+    print(f"{'task':<18}{'arm':<8}" + "".join(f"{title:>8}" for title, *_ in COLUMNS))
+    for summary in summaries:
+        start = f"{summary['task']:<18}{summary['arm']:<8}"
+        if "problem" in summary:
+            print(f"{start}  {summary['problem']}")
+            continue
+        values = ((summary.get(name), scale, form) for _, name, scale, form in COLUMNS)
+        print(start + "".join(f"{'-' if v is None else format(v * scale, form):>8}" for v, scale, form in values))
+
+
+def budget(text: str) -> str:
+    """A budget as its arm is called.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no budget; must be above 0 and at most 1")
+    return f"{value:g}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--length", type=int, default=4096, help="most tokens of a prefix")
+    parser.add_argument("--questions", type=int, default=20, help="of each task")
+    parser.add_argument("--answer-tokens", type=int, help="most tokens of an answer, instead of RULER's")
+    parser.add_argument("--budgets", nargs="+", type=budget, default=["0.5", "0.33", "0.125"])
+    parser.add_argument("--work", type=Path, required=True, help="folder that keeps prefixes, indexes and answers")
+    parser.add_argument("--essay", type=Path, default=ESSAY, help="text that needles are planted in")
+    parser.add_argument("--seed", type=int, default=0, help="of the tasks")
+    parser.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON")
+    parser.add_argument("--out", type=Path, help="where to write all figures, as JSON")
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.arm:
+        run_arm(arguments)
+        return 0
+    if arguments.task:
+        try:
+            prepare(arguments)
+        except ValueError as error:
+            parser.error(str(error))
+        return 0
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    try:
+        keep_settings(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    summaries = [summary for name in arguments.tasks for summary in run_task(arguments, name)]
+    print_table(arguments, summaries)
+    if arguments.out:
+        arguments.out.write_text(json.dumps({"command": sys.argv, "rows": summaries}, indent=2))
+    return int(any("problem" in summary for summary in summaries))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

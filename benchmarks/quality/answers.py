@@ -1,0 +1,85 @@
+"""Answers of an arm to a task's questions: kept one a line, so that a run that was stopped goes on where it was."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.agreement import budget_used, rows_of
+from benchmarks.quality.paired import compare
+from benchmarks.quality.tasks import Task
+
+DENSE = "dense"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Answers that were written whole; none if there is no file."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def go_on(path: Path, count: int, answer: Callable[[int], dict[str, Any]], title: str = "") -> None:
+    """Answers those of ``count`` questions that have no answer yet, and writes each as soon as it is there.
+
+    Args:
+        path: of the answers, JSON lines.
+        count: questions there are.
+        answer: answers a question, given its number.
+        title: of the progress bar.
+    """
+    known = read(path)
+    # A line that was broken off would swallow the next.
+    path.write_text("".join(json.dumps(row) + "\n" for row in known), encoding="utf-8")
+    missing = sorted(set(range(count)) - {row["question"] for row in known})
+    with path.open("a", encoding="utf-8") as file:
+        for number in tqdm(missing, desc=title, total=count, initial=count - len(missing)):
+            file.write(json.dumps({"question": number} | answer(number)) + "\n")
+            file.flush()
+
+
+def problem_of(arm: str, rows: list[dict[str, Any]], count: int) -> str | None:
+    """Why an arm has no figures; None if it has."""
+    if len(rows) != count:
+        return f"{len(rows)} of {count} questions were answered"
+    outcomes = sorted(rows_of(total(rows)))
+    expected = [] if arm == DENSE else ["squeezed"]
+    return None if outcomes == expected else f"rows are {rows_of(total(rows))}, not only {expected}"
+
+
+def total(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The server's counters, summed up over answers."""
+    summed: Counter[str] = Counter()
+    for row in rows:
+        summed.update(row["counters"])
+    return dict(summed)
+
+
+def summarise(task: Task, arms: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The figures of a task's arms, the dense one first; an arm with a problem has that instead.
+
+    Args:
+        task: with the questions.
+        arms: each arm's answers.
+    """
+    sorted_arms = {arm: sorted(rows, key=lambda row: row["question"]) for arm, rows in arms.items()}
+    summaries: list[dict[str, Any]] = []
+    scores: dict[str, list[float]] = {}
+    for arm, rows in sorted_arms.items():
+        summary: dict[str, Any] = {"task": task.name, "arm": arm}
+        summaries.append(summary)
+        if problem := problem_of(arm, rows, len(task.questions)):
+            summary["problem"] = problem
+            continue
+        scores[arm] = [question.score(row["text"]) for question, row in zip(task.questions, rows, strict=True)]
+        summary |= {"budget_used": budget_used(total(rows)), "score": sum(scores[arm]) / len(rows)}
+        if arm != DENSE and DENSE in scores:
+            tokens = [[row["tokens"] for row in sorted_arms[name]] for name in (DENSE, arm)]
+            found = compare(scores[DENSE], scores[arm], *tokens)
+            summary |= {"difference": found.difference, "low": found.low, "high": found.high}
+            summary |= {"same": found.same, "before_difference": found.before_difference}
+    return summaries

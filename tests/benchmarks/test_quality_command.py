@@ -1,0 +1,70 @@
+"""The command ``python -m benchmarks.quality`` on a work folder whose answers are all there: no engine runs."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.benchmarks.test_answers import DENSE_ROWS, SQUEEZED, TASK, row
+
+ROOT = Path(__file__).parents[2]
+MACHINE = {"machine": "Imaginary 9000", "versions": {"vllm": "1.2.3"}}
+
+
+def quality(work: Path, *arguments: str, model: str = "no-such-model") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.quality", "--model", model, "--tasks", "vt", "--questions", "2"]
+    command += ["--budgets", "0.25", "--work", str(work), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def answered(work: Path, squeezed: list[dict[str, Any]]) -> None:
+    """Fills a work folder as if the command had run."""
+    folder = work / "vt"
+    folder.mkdir(parents=True)
+    (folder / "task.json").write_text(json.dumps(asdict(TASK)))
+    for arm, rows in {"dense": DENSE_ROWS, "0.25": squeezed}.items():
+        (folder / f"{arm}.jsonl").write_text("".join(json.dumps(one | MACHINE) + "\n" for one in rows))
+
+
+def test_what_is_there_is_not_run_again(tmp_path: Path):
+    answered(tmp_path / "work", [row(0, "a", [1, 2], SQUEEZED), row(1, "nothing", [5, 4], SQUEEZED)])
+    ran = quality(tmp_path / "work", "--out", str(tmp_path / "out.json"))
+    assert ran.returncode == 0, ran.stderr
+    device, command, header, dense, squeezed = ran.stdout.splitlines()
+    assert device.startswith("Imaginary 9000, vllm 1.2.3, 20")
+    assert command.startswith("python -m benchmarks.quality --model no-such-model")
+    assert header.split() == ["task", "arm", "used", "score", "change", "from", "to", "same", "before"]
+    assert dense.split() == ["vt", "dense", "-", "75.0", "-", "-", "-", "-", "-"]
+    assert squeezed.split() == ["vt", "0.25", "0.2500", "50.0", "-25.0", "-50.0", "+0.0", "50", "50"]
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [(figures["arm"], figures["score"]) for figures in rows] == [("dense", 0.75), ("0.25", 0.5)]
+
+
+def test_an_arm_with_dense_rows_has_no_figures(tmp_path: Path):
+    answered(
+        tmp_path / "work", [row(0, "a", [1, 2], SQUEEZED), row(1, "b", [3], {"vllm:squeeze_rowsdense: faster": 1})]
+    )
+    ran = quality(tmp_path / "work")
+    assert ran.returncode == 1
+    assert "dense: faster" in ran.stdout.splitlines()[-1]
+
+
+def test_a_work_folder_is_of_one_model(tmp_path: Path):
+    answered(tmp_path / "work", [row(0, "a", [1, 2], SQUEEZED), row(1, "b", [3, 4], SQUEEZED)])
+    assert quality(tmp_path / "work").returncode == 0
+    ran = quality(tmp_path / "work", model="another")
+    assert ran.returncode == 2
+    assert "model is 'another'" in ran.stderr and "was made with 'no-such-model'" in ran.stderr
+
+
+@pytest.mark.parametrize("budget", ["0", "1.5", "half"])
+def test_budgets_that_are_none(tmp_path: Path, budget: str):
+    ran = quality(tmp_path / "work", "--budgets", budget)
+    assert ran.returncode == 2
+    assert f"'{budget}' is no budget; must be above 0 and at most 1" in ran.stderr
