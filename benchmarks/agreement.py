@@ -5,6 +5,7 @@
 Each arm runs in a fresh process, over the same questions on one prefix. Where an answer first differs, it counts as a
 tie if the dense run's two best logits lie within one step of the model's dtype, as an error otherwise; what follows in
 that answer is not compared. At a budget of 1 there must be no errors: the exit code says so.
+``--ordinary`` requests without the prefix are answered together with the others, in the same steps, and compared too.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+ORDINARY = "Name a river, a mountain and a city, and say a sentence about each. Number {i}."
 MANTISSA_BITS = {"bfloat16": 7, "float16": 10, "float32": 23}
 
 
@@ -34,7 +36,7 @@ def answer(arguments: argparse.Namespace) -> dict[str, Any]:
 
     engine_args = dict(arguments.engine_args)
     if arguments.arm != "dense":
-        settings = {"index": str(arguments.index), "budget": float(arguments.arm), "mode": "squeezed"}
+        settings = {"index": str(arguments.index), "budget": float(arguments.arm), "mode": arguments.mode}
         engine_args |= {"attention_backend": "squeeze", "additional_config": {"squeeze": settings}}
     started = time.monotonic()
     llm = LLM(str(arguments.model), disable_log_stats=False, logprobs_mode="raw_logits", **engine_args)
@@ -44,6 +46,7 @@ def answer(arguments: argparse.Namespace) -> dict[str, Any]:
         [{"role": "system", "content": text}, {"role": "user", "content": question}]
         for question in questions(text, arguments.questions)
     ]
+    conversations += [[{"role": "user", "content": ORDINARY.format(i=i)}] for i in range(arguments.ordinary)]
     llm.chat(conversations[:1], SamplingParams(max_tokens=1), use_tqdm=False)
     sampling = SamplingParams(temperature=0, max_tokens=arguments.tokens, logprobs=2)
     generating = time.monotonic()
@@ -112,7 +115,9 @@ def main() -> int:
     parser.add_argument("--index", type=Path, required=True)
     parser.add_argument("--prefix", type=Path, required=True, help="the text that was indexed with --chat-system")
     parser.add_argument("--budget", action="append", default=[], help="an arm at this budget; may be repeated")
-    parser.add_argument("--questions", type=int, default=24)
+    parser.add_argument("--mode", choices=("squeezed", "exact", "auto"), default="squeezed", help="of the server")
+    parser.add_argument("--questions", type=int, default=24, help="on the prefix")
+    parser.add_argument("--ordinary", type=int, default=0, help="requests without the prefix")
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
     parser.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON")
     parser.add_argument("--out", type=Path, help="where to write all answers and figures, as JSON")

@@ -17,10 +17,8 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from agreement import questions
+from agreement import ORDINARY, questions
 from openai import AsyncOpenAI, OpenAIError
-
-ORDINARY = "Name a river, a mountain and a city, and say a sentence about each. Number {i}."
 
 
 @dataclass(frozen=True)

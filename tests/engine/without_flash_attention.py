@@ -15,6 +15,8 @@ from typing import Any
 from tests.engine.conftest import ENGINE_ARGS, engine, outcomes, tokens
 
 PREFIX_TOKENS, REQUESTS, ANSWER_TOKENS = 600, 20, 8
+# Given, so that vLLM need not measure the GPU's memory, which others use at the same time.
+SHARED_GPU = {**ENGINE_ARGS, "dtype": "float16", "kv_cache_memory_bytes": 1 << 28}
 
 
 def switch_off_flash_attention() -> None:
@@ -53,7 +55,7 @@ def main() -> None:
     from vllm_squeeze.offline_tools.index import index
     from vllm_squeeze.prefix_index.manifest import IndexParameters
 
-    settings = {"dtype": "float16", "enforce_eager": not options.graphs, "max_num_seqs": 16}
+    settings = {**SHARED_GPU, "enforce_eager": not options.graphs, "max_num_seqs": 16}
     prefix = tokens(1, PREFIX_TOKENS)
     # others have no index: rows of both kinds meet in a step
     prompts = [(prefix if seed % 4 else tokens(2, PREFIX_TOKENS)) + tokens(seed, 3 + seed) for seed in range(REQUESTS)]
@@ -61,11 +63,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ids = Path(folder, "tokens.json")
         ids.write_text(json.dumps(prefix))
-        arguments = {**ENGINE_ARGS, "dtype": "float16"}
-        store = index(str(options.model), None, ids, None, Path(folder, "store"), IndexParameters(), arguments)
+        store = index(str(options.model), None, ids, None, Path(folder, "store"), IndexParameters(), SHARED_GPU)
         with engine(options.model, **settings, attention_backend="TRITON_ATTN") as llm:
             report["dense"], report["margins"] = answer(llm, prompts)
-        with engine(options.model, store, **settings) as llm:
+        with engine(options.model, store, squeeze={"mode": "squeezed"}, **settings) as llm:
             answer(llm, prompts[1:2])  # brings the prefix into the KV cache
             report["squeezed"], _ = answer(llm, prompts)
             report["outcomes"], report["layers"] = outcomes(llm), layers(llm)
