@@ -77,7 +77,8 @@ def make_layer(shape: Shape, kept: float, likeness: float, beside: bool) -> Laye
     """
     import torch
 
-    from vllm_squeeze.kernels.tables import ClusterTable, Prefixes
+    from vllm_squeeze.kernels.reference import dequantised
+    from vllm_squeeze.kernels.tables import ClusterTable, Prefixes, quantised
 
     heads, group, size, page = shape.kv_heads, shape.group, shape.head_size, shape.page_size
     device, dtype = "cuda", torch.bfloat16
@@ -93,18 +94,22 @@ def make_layer(shape: Shape, kept: float, likeness: float, beside: bool) -> Laye
     weights = torch.distributions.Gamma(SIZE_SPREAD**-2, 1.0).sample((heads, num_centroids)).to(device)
     starts = ((weights.cumsum(1) - weights) / weights.sum(1, keepdim=True) * num_members).int()
     sizes = torch.diff(starts, append=starts.new_full((heads, 1), num_members)).int()
+    means = torch.randn(2, heads, num_centroids, size, device=device)
+    (centroids, value_centroids), (centroid_scales, value_scales) = quantised(means)
     table = ClusterTable(
-        centroids=torch.randn(heads, num_centroids, size, dtype=dtype, device=device),
-        value_centroids=torch.randn(heads, num_centroids, size, dtype=dtype, device=device),
+        centroids=centroids,
+        centroid_scales=centroid_scales,
+        value_centroids=value_centroids,
+        value_scales=value_scales,
         starts=starts,
         sizes=sizes,
         members=torch.stack([torch.randperm(num_members, device=device) for _ in range(heads)]).int() + NUM_SINKS,
     )
     common, own = torch.randn(2, shape.batch, heads * group, size, device=device)
     query = (common[:1] * likeness**0.5 + own * (1 - likeness) ** 0.5).to(dtype)
-    log_p = []
+    log_p, as_read = [], dequantised(centroids, centroid_scales[..., None])
     for row in query[:4]:
-        scores = row.float().view(heads, group, size) @ table.centroids.float().mT * size**-0.5
+        scores = row.float().view(heads, group, size) @ as_read.mT * size**-0.5
         mass = (scores + sizes.log()[:, None]).logsumexp(-1, keepdim=True)
         log_p.append((scores - mass).amax(1))
     prefixes = Prefixes(

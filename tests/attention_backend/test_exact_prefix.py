@@ -73,7 +73,7 @@ def test_it_takes_no_memory_of_the_device(exact):
 def test_alone_it_has_empty_tables_of_every_layer(exact, reside):
     residency = reside(exact)
     for name in ("any.layer", "another.layer"):
-        table = residency.load_layer(name, NUM_HEADS, HEAD_SIZE, torch.float32)
+        table = residency.load_layer(name, NUM_HEADS, HEAD_SIZE)
         assert table.centroids.shape == (NUM_HEADS, 0, HEAD_SIZE) and table.members.shape == (NUM_HEADS, 0)
     residency.activate({0: place(exact, 0, OPTIONS, {0: 16}, 4)})
     assert residency.active.keys() == {0} and residency.most_centroids == 0
@@ -84,7 +84,7 @@ def test_alone_it_has_empty_tables_of_every_layer(exact, reside):
 def test_beside_clusters_it_has_none(exact, clustered, reside):
     residency = reside(clustered, exact, clustered)
     for name in LAYER_NAMES:
-        assert residency.load_layer(name, NUM_HEADS, HEAD_SIZE, torch.float32).centroids.shape[1] == 2 * 7
+        assert residency.load_layer(name, NUM_HEADS, HEAD_SIZE).centroids.shape[1] == 2 * 7
     residency.activate(
         {slot: place(index, slot, OPTIONS, {0: 8}, 4) for slot, index in enumerate((clustered, exact, clustered))}
     )
@@ -93,7 +93,7 @@ def test_beside_clusters_it_has_none(exact, clustered, reside):
 
 def test_a_clustered_prefix_is_attended_to_exactly_for_a_while(exact, clustered, reside):
     residency = reside(clustered, exact, clustered)
-    residency.load_layer(LAYER_NAMES[0], NUM_HEADS, HEAD_SIZE, torch.float32)
+    residency.load_layer(LAYER_NAMES[0], NUM_HEADS, HEAD_SIZE)
     residency.activate({slot: place(index, slot, OPTIONS, {0: 8}, 4) for slot, index in ((0, clustered), (1, exact))})
     choosing = [[0, 7, 4, 0], [7, 0, 40, 0], [0, 0, 0, 0]]
     exactly = [[0, 0, 40, 0], [7, 0, 40, 0], [0, 0, 0, 0]]
@@ -104,7 +104,7 @@ def test_a_clustered_prefix_is_attended_to_exactly_for_a_while(exact, clustered,
 
 def test_clusters_are_not_loaded_where_all_attention_is_exact(clustered, reside):
     residency = reside(clustered, mode="exact")
-    assert residency.load_layer("any.layer", NUM_HEADS, HEAD_SIZE, torch.float32).sizes.shape == (NUM_HEADS, 0)
+    assert residency.load_layer("any.layer", NUM_HEADS, HEAD_SIZE).sizes.shape == (NUM_HEADS, 0)
     options = SimpleNamespace(**{**vars(OPTIONS), "mode": "exact"})
     residency.activate({0: place(clustered, 0, options, {0: 8}, 4)})
     assert residency.prefixes.slots.tolist() == [[0, 0, 40, 0]] and residency.most_centroids == 0
@@ -126,10 +126,10 @@ def test_what_a_layer_that_does_not_fit_keeps_from_being_served(
     exact, clustered, reside, name, num_heads, head_size, active
 ):
     residency = reside(clustered, exact)
-    assert residency.load_layer(name, num_heads, head_size, torch.float32) is not None
+    assert residency.load_layer(name, num_heads, head_size) is not None
     residency.activate({slot: place(index, slot, OPTIONS, {0: 8}, 4) for slot, index in enumerate((clustered, exact))})
     assert residency.active.keys() == active
 
 
 def test_a_layer_that_no_clustered_index_has_stays_dense(clustered, reside):
-    assert reside(clustered).load_layer("a layer that was not indexed", NUM_HEADS, HEAD_SIZE, torch.float32) is None
+    assert reside(clustered).load_layer("a layer that was not indexed", NUM_HEADS, HEAD_SIZE) is None

@@ -18,7 +18,7 @@ from vllm_squeeze.attention_backend.compat import has_flash_attention
 from vllm_squeeze.attention_backend.matching import LiveBlock
 from vllm_squeeze.attention_backend.triton_attention import PackedRows, SqueezeTritonImpl
 from vllm_squeeze.kernels.reference import attend_causal
-from vllm_squeeze.kernels.tables import ClusterTable, Prefixes
+from vllm_squeeze.kernels.tables import ClusterTable, Prefixes, quantised
 
 PAGE_SIZE, ROWS, WIDTH = 16, 6, 12
 
@@ -146,9 +146,9 @@ def test_a_layer_attends_to_the_prefix_and_to_what_follows_it(rows, monkeypatch,
         monkeypatch.setattr(triton_attn, "unified_attention", unified_attention)
     with set_current_vllm_config(VllmConfig()):
         impl = SqueezeTritonImpl(2 * heads, size, 0.1, heads, None, None, "auto")
-    nothing = torch.zeros(heads, 0, size, dtype=torch.float16, device=device)
+    nothing = quantised(torch.zeros(heads, 0, size, device=device))
     numbers = torch.zeros(heads, 0, dtype=torch.int32, device=device)
-    impl.table, impl.rows = ClusterTable(nothing, nothing, numbers, numbers, numbers), step
+    impl.table, impl.rows = ClusterTable(*nothing, *nothing, numbers, numbers, numbers), step
     impl.residency = step._residency
     impl._workspace = impl.make_workspace()
     impl._packed = torch.full((2, 64, heads, size), torch.nan, dtype=torch.float16, device=device)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.engine.conftest import check_answers_are_dense, tokens
+from vllm_squeeze.kernels.reference import dequantised
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
 
 pytestmark = pytest.mark.skipif(
@@ -49,7 +50,8 @@ def mean_key_and_value(index: Path, layer: int) -> torch.Tensor:
     """Of all clustered tokens, [2, H, D]."""
     clusters = PrefixIndex.open(index).layer(layer)
     sizes = clusters.sizes[..., None]
-    sums = [(means * sizes).sum(1) for means in (clusters.centroids, clusters.value_centroids)]
+    in_8_bits = (clusters.centroids, clusters.centroid_scales), (clusters.value_centroids, clusters.value_scales)
+    sums = [(dequantised(means, scales[..., None]) * sizes).sum(1) for means, scales in in_8_bits]
     return torch.stack(sums) / sizes.sum(1)
 
 

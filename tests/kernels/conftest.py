@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from vllm_squeeze.kernels.reference import attend_causal
-from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes
+from vllm_squeeze.kernels.reference import attend_causal, dequantised
+from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes, quantised
 from vllm_squeeze.kernels.tiles import QueryTiles
 
 ON_GPU = torch.cuda.is_available()
@@ -30,6 +30,14 @@ def check_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float |
 def poisoned(tensor: torch.Tensor) -> torch.Tensor:
     """Fills memory with what must not be used: NaN, or -1 for integers."""
     return tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
+
+
+def centroids_of(table: ClusterTable) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean keys and mean values [H, C, D] of a table's clusters, as they are read."""
+    return (
+        dequantised(table.centroids, table.centroid_scales[..., None]),
+        dequantised(table.value_centroids, table.value_scales[..., None]),
+    )
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ class Scene:
         first, count, _, join = self.prefixes.slots[self.slot_of[token]].tolist()
         table = self.table.prefix(first, count)
         query = self.query[token].view(self.num_kv_heads, self.group, -1).double()
-        scores = query @ table.centroids.double().mT * self.scale
+        scores = query @ centroids_of(table)[0].double().mT * self.scale
         mass = (table.sizes[:, None] * scores.exp()).sum(-1, keepdim=True).log()
         log_p = scores - mass
         return log_p.exp().mean(1).log() if JOINS[join] == "mean" else log_p.amax(1)
@@ -171,8 +179,9 @@ class Scene:
             for head, cluster in replaced.nonzero().tolist():
                 start, size = int(table.starts[head, cluster]), int(table.sizes[head, cluster])
                 members = table.members[head, start : start + size].long()
-                keys[head, members] = table.centroids[head, cluster].double()
-                values[head, members] = table.value_centroids[head, cluster].double()
+                means, value_means = centroids_of(table)
+                keys[head, members] = means[head, cluster].double()
+                values[head, members] = value_means[head, cluster].double()
         suffix_keys, suffix_values = self.suffix[token].double()
         keys, values = torch.cat([keys, suffix_keys], 1), torch.cat([values, suffix_values], 1)
         query = self.query[token].view(self.num_kv_heads, self.group, -1).double()
@@ -196,7 +205,7 @@ def build_scene(
 ) -> Scene:
     """A step of N tokens, one of each request. ``sizes`` holds the sizes of the clusters of each prefix.
 
-    Pages in use are scattered over the cache, which is NaN elsewhere, as are the centroids between two prefixes;
+    Pages in use are scattered over the cache, which is NaN elsewhere, as are centroids' scales between two prefixes;
     rows of query, block table and log-sum-exp are padded with NaN or numbers of pages that do not exist. With an 8-bit
     float as ``cache_dtype`` the prefixes' keys and values are what the cache and its scales make of them.
     """
@@ -275,9 +284,12 @@ def build_scene(
     scales = {"key_scale": key_scale, "value_scale": value_scale} if cache_dtype else {}
     wide_query = torch.full((num_tokens, num_heads, head_size + 8), torch.nan)
     wide_query[..., :head_size] = query
+    of_keys, of_values = (quantised(torch.cat(means, 1).to(device)) for means in (centroids, value_centroids))
     table = ClusterTable(
-        centroids=torch.cat(centroids, 1).to(device, dtype),
-        value_centroids=torch.cat(value_centroids, 1).to(device, dtype),
+        centroids=of_keys[0],
+        centroid_scales=of_keys[1],
+        value_centroids=of_values[0],
+        value_scales=of_values[1],
         starts=starts_per_head.to(device),
         sizes=sizes_per_head.to(device),
         members=torch.cat(members, 1).int().to(device),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.kernels.conftest import Scene
+from tests.kernels.conftest import Scene, centroids_of
 from vllm_squeeze.kernels.reference import (
     attend_causal,
     attend_prefix,
@@ -79,7 +79,7 @@ def test_a_needle_is_always_chosen(make_scene):
     scene = make_scene(sizes=SIZES, slot_of=(0,))
     table = scene.table.prefix(0, len(SIZES[0]))
     query = scene.query[:1].view(1, scene.num_kv_heads, scene.group, -1).clone()
-    query[:, :, -1] = 30 * table.centroids[:, 5]
+    query[:, :, -1] = 30 * centroids_of(table)[0][:, 5]
     _, chosen = choose_clusters(query, table, torch.tensor(0.49).log().item(), scene.scale)
     assert chosen[0, :, 5].all() and chosen.sum() == scene.num_kv_heads
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vllm_squeeze.kernels.tables import quantised
 from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.index_folder import IndexWriter, LayerClusters, tokens_digest
 from vllm_squeeze.prefix_index.manifest import FORMAT_VERSION, IndexParameters, LayerEntry, Manifest
@@ -38,17 +39,17 @@ def make_tokens(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 2**31, NUM_TOKENS, dtype=np.int32)
 
 
-def make_clusters(seed: int = 0, dtype: str = "float32") -> LayerClusters:
+def make_clusters(seed: int = 0) -> LayerClusters:
     """Random clusters of at most ``max_cluster`` members, one of them empty in each head."""
     generator = torch.Generator().manual_seed(seed)
-    vectors = torch.randn(2, NUM_HEADS, NUM_CENTROIDS, HEAD_SIZE, generator=generator).to(getattr(torch, dtype))
+    vectors = torch.randn(2, NUM_HEADS, NUM_CENTROIDS, HEAD_SIZE, generator=generator)
     sizes = torch.tensor([[12, 1, 0, 9, 6, 7, 2], [0, 5, 5, 5, 11, 11, 0]], dtype=torch.int32)
     members = torch.stack([torch.randperm(NUM_MEMBERS, generator=generator) for _ in range(NUM_HEADS)])
     members = members.int() + PARAMETERS.num_sinks
     for head in range(NUM_HEADS):
         parts = members[head].split(sizes[head].tolist())
         members[head] = torch.cat([part.sort().values for part in parts])
-    return LayerClusters(vectors[0], vectors[1], sizes, members)
+    return LayerClusters(*quantised(vectors[0]), *quantised(vectors[1]), sizes, members)
 
 
 def make_manifest(token_ids: np.ndarray, layers: list[LayerEntry], **changes) -> Manifest:
@@ -80,7 +81,7 @@ def write_index(
     token_ids = make_tokens(seed)
     with IndexWriter(store, name) as writer:
         writer.write_tokens(token_ids)
-        layers = layers or [make_clusters(10 * seed + i, dtype) for i in range(len(LAYER_NAMES))]
+        layers = layers or [make_clusters(10 * seed + i) for i in range(len(LAYER_NAMES))]
         entries = [writer.write_layer(i, LAYER_NAMES[i], clusters) for i, clusters in enumerate(layers)]
         return writer.publish(make_manifest(token_ids, entries, model=make_identity(dtype=dtype), **changes))
 

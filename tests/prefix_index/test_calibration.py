@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from vllm_squeeze.kernels.reference import choose_clusters
-from vllm_squeeze.kernels.tables import JOINS, ClusterTable
+from vllm_squeeze.kernels.reference import choose_clusters, dequantised
+from vllm_squeeze.kernels.tables import JOINS, ClusterTable, quantised
 from vllm_squeeze.prefix_index.calibration import (
     LEAST_SHARE,
     LOWEST_LOG_P,
@@ -29,12 +29,20 @@ def case(num_rows: int = 5, num_queries: int = 90, group: int = 7, num_centroids
     for row in range(num_rows):
         sizes[row, num_centroids - row :] = 0
         centroids[row, num_centroids - row :] = 0
-    return query, centroids, sizes
+    # as they are stored: what is read back from 8 bits stays as it is when stored once more
+    return query, dequantised(*stored(centroids)), sizes
+
+
+def stored(centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centroids in 8 bits, and their scales, to multiply with."""
+    values, scales = quantised(centroids)
+    return values, scales[..., None]
 
 
 def table(centroids: torch.Tensor, sizes: torch.Tensor) -> ClusterTable:
     starts = sizes.cumsum(1, dtype=torch.int32) - sizes
-    return ClusterTable(centroids, torch.zeros_like(centroids), starts, sizes, sizes.new_zeros(len(sizes), 0))
+    in_8_bits = quantised(centroids)
+    return ClusterTable(*in_8_bits, *in_8_bits, starts, sizes, sizes.new_zeros(len(sizes), 0))
 
 
 def kept_share(query, centroids, sizes, threshold: float, soft_cap: float = 0.0, join: str = "max") -> float:

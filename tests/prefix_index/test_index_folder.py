@@ -84,7 +84,7 @@ def test_round_trip(tmp_path, dtype):
     assert index.token_ids.dtype == np.int32 and np.array_equal(index.token_ids, make_tokens())
     assert [layer.name for layer in index.manifest.layers] == list(LAYER_NAMES)
     for i in range(2):
-        for field, expected in vars(make_clusters(i, dtype)).items():
+        for field, expected in vars(make_clusters(i)).items():
             read = getattr(index.layer(i), field)
             assert read.dtype == expected.dtype and torch.equal(read, expected)
     index.verify()
@@ -222,10 +222,10 @@ def test_no_pickle_is_loaded(tmp_path, folder):
         lambda tensors: tensors.update(more=torch.zeros(1)),
         lambda tensors: tensors.update(members=tensors["members"].float()),
         lambda tensors: tensors.update(members=tensors["members"].T.contiguous()),
-        lambda tensors: tensors.update(centroids=tensors["centroids"].view(torch.int32)),
+        lambda tensors: tensors.update(centroid_scales=tensors["centroid_scales"].view(torch.int32)),
         lambda tensors: tensors.update(centroids=tensors["centroids"][:1].clone()),
     ],
-    ids=["one missing", "one more", "float members", "transposed members", "int centroids", "one head"],
+    ids=["one missing", "one more", "float members", "transposed members", "int scales", "one head"],
 )
 def test_other_tensors_than_the_manifests_are_refused(folder, change):
     tensors = safetensors.torch.load_file(folder / LAYER_FILE)
@@ -263,10 +263,24 @@ def move_member_to_next_cluster(clusters: LayerClusters) -> None:
         (set_value("sizes", (0, 2), -1), "sizes must be from 0 to 12"),
         (set_value("sizes", (0, 0), 13), "sizes must be from 0 to 12"),
         (move_member_to_next_cluster, "sizes must add up to 37 for each head"),
-        (set_value("centroids", (1, 2, 3), float("nan")), "centroids has values that are not finite"),
-        (set_value("value_centroids", (0, 0, 0), float("inf")), "value_centroids has values that are not finite"),
+        (set_value("centroid_scales", (1, 2), float("nan")), "centroid_scales has values that are negative or not"),
+        (set_value("value_scales", (0, 0), float("inf")), "value_scales has values that are negative or not finite"),
+        (set_value("value_scales", (0, 6), -1.0), "value_scales has values that are negative or not finite"),
     ],
-    ids=["sink", "observed", "negative", "far", "twice", "order", "negative size", "large", "sum", "nan", "inf"],
+    ids=[
+        "sink",
+        "observed",
+        "negative",
+        "far",
+        "twice",
+        "order",
+        "negative size",
+        "large",
+        "sum",
+        "nan",
+        "inf",
+        "negative scale",
+    ],
 )
 def test_clusters_that_no_indexer_writes_are_neither_read_nor_published(tmp_path, folder, change, message):
     clusters = make_clusters()

@@ -112,7 +112,7 @@ class DeviceLayer(SqueezeLayer):
         return {"soft_cap": self.logits_soft_cap or 0.0, "key_scale": key_scale, "value_scale": value_scale}
 
     def warm_up(self, layer: Any, kv_cache: torch.Tensor) -> None:
-        caches, dtype = self.caches_of(layer, kv_cache), self.table.centroids.dtype
+        caches, dtype = self.caches_of(layer, kv_cache), self._vllm_config.model_config.dtype
         self.rows.warm_up(caches[0].shape[1])
         for num_tokens in kinds_of_tiles(len(self.residency.prefixes.slots), self.num_heads // self.num_kv_heads):
             shape = num_tokens, self.num_heads, self.head_size

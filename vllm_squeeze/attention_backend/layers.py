@@ -100,7 +100,7 @@ class SqueezeLayer:
         if reason := self.why_dense(layers[name], act_dtype):
             logger.warning_once("squeeze: layers with %s stay dense.", reason)
             return
-        self.table = self.residency.load_layer(name, self.num_kv_heads, self.head_size, act_dtype)
+        self.table = self.residency.load_layer(name, self.num_kv_heads, self.head_size)
 
     def warm_up(self, layer: Any, kv_cache: torch.Tensor) -> None:
         """Compiles what steps with squeezed rows need, before the first of them. vLLM's layer holds this impl."""

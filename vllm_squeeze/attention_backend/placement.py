@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_squeeze.attention_backend.compat import logger
 from vllm_squeeze.attention_backend.model_identity import model_identity
-from vllm_squeeze.prefix_index.budget import ReadCost
+from vllm_squeeze.prefix_index.budget import BYTES_PER_CLUSTER, BYTES_PER_MEMBER, BYTES_PER_SCALE, ReadCost
 from vllm_squeeze.prefix_index.calibration import log_threshold
 from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
@@ -132,8 +132,10 @@ def num_centroids(manifest: Manifest) -> int:
 def device_bytes(manifest: Manifest, vllm_config: Any) -> int:
     """Bytes that an index takes on one rank's device."""
     heads = local_kv_heads(manifest, vllm_config.parallel_config.tensor_parallel_size)
-    centroid = 2 * manifest.model.head_size * vllm_config.model_config.dtype.itemsize + 8
-    return len(manifest.layers) * heads * (num_centroids(manifest) * centroid + 4 * manifest.num_members)
+    per_cluster = 2 * (manifest.model.head_size + BYTES_PER_SCALE) + BYTES_PER_CLUSTER
+    return (
+        len(manifest.layers) * heads * (num_centroids(manifest) * per_cluster + BYTES_PER_MEMBER * manifest.num_members)
+    )
 
 
 def full_attention_groups(kv_cache_config: Any) -> dict[int, int]:
@@ -182,7 +184,6 @@ def place(index: PrefixIndex, slot: int, options: Options, block_sizes: dict[int
         num_centroids=0 if exact else num_centroids(manifest),
         head_size=manifest.model.head_size,
         element_size=element_size,
-        centroid_element_size=manifest.model.element_size,
         rest=options.rest == "value_centroids",
     )
     threshold = math.inf

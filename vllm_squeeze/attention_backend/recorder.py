@@ -22,6 +22,8 @@ from vllm_squeeze.attention_backend.layers import in_model_dtype, why_dense
 from vllm_squeeze.attention_backend.placement import full_attention_groups
 from vllm_squeeze.attention_backend.wiring import RECORD, options_of
 from vllm_squeeze.attention_backend.worker import layers_of
+from vllm_squeeze.kernels.reference import dequantised
+from vllm_squeeze.kernels.tables import quantised
 from vllm_squeeze.prefix_index.calibration import score_histogram
 from vllm_squeeze.prefix_index.clustering import Clusters, cluster_keys, mean_cosine
 from vllm_squeeze.prefix_index.manifest import IndexParameters
@@ -50,7 +52,7 @@ class Part:
     """Clusters of one layer on one rank, as the recorder wrote them.
 
     Attributes:
-        tensors: centroids, value_centroids, sizes, members (see LayerClusters), and scores, the histogram.
+        tensors: those of LayerClusters, and scores, the histogram.
         mean_cosine: of keys to their centroids.
     """
 
@@ -221,7 +223,7 @@ class SqueezeRecorder(PassiveConnector):
     def _cluster(
         self, keys: Any, values: Any, queries: Any, scales: Any, soft_caps: Any
     ) -> Iterator[tuple[dict, float]]:
-        num_heads, dtype = len(keys[0]), self._vllm_config.model_config.dtype
+        num_heads = len(keys[0])
         parameters = IndexParameters(**self._options.parameters)
         all_keys = torch.cat(keys).float()
         clusters = cluster_keys(all_keys, torch.cat(values).float(), parameters)
@@ -234,14 +236,19 @@ class SqueezeRecorder(PassiveConnector):
                 clusters.members[heads],
             )
             cosine = mean_cosine(all_keys[heads], of_layer)
-            # The threshold is calibrated with the centroids as the server will read them.
+            centroids, centroid_scales = quantised(of_layer.centroids)
+            value_centroids, value_scales = quantised(of_layer.value_centroids)
             tensors = {
-                "centroids": of_layer.centroids.to(dtype),
-                "value_centroids": of_layer.value_centroids.to(dtype),
+                "centroids": centroids,
+                "centroid_scales": centroid_scales,
+                "value_centroids": value_centroids,
+                "value_scales": value_scales,
                 "sizes": of_layer.sizes,
                 "members": of_layer.members,
             }
+            # The threshold is calibrated with the centroids as the server will read them.
+            as_read = dequantised(centroids, centroid_scales[..., None])
             tensors["scores"] = score_histogram(
-                query.float(), tensors["centroids"], tensors["sizes"], scales[layer], soft_caps[layer], parameters.join
+                query.float(), as_read, of_layer.sizes, scales[layer], soft_caps[layer], parameters.join
             )
             yield {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, cosine

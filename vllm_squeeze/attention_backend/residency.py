@@ -91,14 +91,13 @@ class Residency:
         """Tokens of the longest prefix."""
         return max((index.manifest.num_tokens for index in self._indexes.values()), default=1)
 
-    def load_layer(self, name: str, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> ClusterTable | None:
+    def load_layer(self, name: str, num_kv_heads: int, head_size: int) -> ClusterTable | None:
         """Loads one layer of all indexes that have it; None if none does. What is exact has all layers, empty.
 
         Args:
             name: of the layer, in vLLM.
             num_kv_heads: of the layer on this rank.
             head_size: of the layer.
-            dtype: of the model, as queries have it.
         """
         if not self._unclustered and all(layer_number(index, name) is None for index in self._indexes.values()):
             return None
@@ -107,8 +106,10 @@ class Residency:
             return torch.zeros(num_kv_heads, *shape, dtype=dtype, device=self.device)
 
         table = ClusterTable(
-            centroids=empty(self.num_centroids, head_size, dtype=dtype),
-            value_centroids=empty(self.num_centroids, head_size, dtype=dtype),
+            centroids=empty(self.num_centroids, head_size, dtype=torch.int8),
+            centroid_scales=empty(self.num_centroids, dtype=torch.float32),
+            value_centroids=empty(self.num_centroids, head_size, dtype=torch.int8),
+            value_scales=empty(self.num_centroids, dtype=torch.float32),
             starts=empty(self.num_centroids, dtype=torch.int32),
             sizes=empty(self.num_centroids, dtype=torch.int32),
             members=empty(self._num_members, dtype=torch.int32),
@@ -131,9 +132,8 @@ class Residency:
         clusters = index.layer(number)
         count = clusters.sizes.shape[1]
         within = slice(span.first_centroid, span.first_centroid + count)
-        table.centroids[:, within] = clusters.centroids[heads].to(table.centroids)
-        table.value_centroids[:, within] = clusters.value_centroids[heads].to(table.centroids)
-        table.sizes[:, within] = clusters.sizes[heads].to(self.device)
+        for field in ("centroids", "centroid_scales", "value_centroids", "value_scales", "sizes"):
+            getattr(table, field)[:, within] = getattr(clusters, field)[heads].to(self.device)
         table.members[:, span.members] = clusters.members[heads].to(self.device)
         sizes = table.sizes[:, span.centroids]
         table.starts[:, span.centroids] = span.first_member + sizes.cumsum(1, dtype=torch.int32) - sizes

@@ -80,11 +80,11 @@ def _load_places(p_places, o_key, last):
 @triton.jit(do_not_specialize=["first_tile", "num_tiles"])
 def attend_kernel(
     query, tokens, tiles, always_places, suffix_places, suffix_bits, key_cache, value_cache,
-    key_scale, value_scale, value_centroids,
+    key_scale, value_scale, value_centroids, value_centroid_scales,
     logits, chosen, list_places, list_bits, listed, kept_pairs, counters, partial_output, partial_lse,
     first_tile, num_tiles, H, scale, soft_cap,
     stride_query_token, stride_query_head, stride_block, stride_token, stride_head,
-    stride_centroid_head, stride_centroid, stride_always, stride_suffix, max_centroids, max_keys,
+    stride_centroid_head, stride_centroid, stride_size_head, stride_always, stride_suffix, max_centroids, max_keys,
     GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     TILES: tl.constexpr, HP: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
     CLUSTERS_PER_KEY: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, SOFT_CAP: tl.constexpr,
@@ -171,12 +171,15 @@ def attend_kernel(
         p_logits = logits + (i_th_64 * M + o_m[:, None]) * max_centroids
         p_chosen = chosen + i_th_64 * max_centroids
         p_means = value_centroids + i_h.to(tl.int64) * stride_centroid_head + first_centroid * stride_centroid
+        p_scales = value_centroid_scales + i_h.to(tl.int64) * stride_size_head + first_centroid
         for i_c in tl.range(first, stop, REST_BLOCK, num_stages=STAGES):
             o_row = tl.multiple_of(i_c, GRAIN) + o_c
             b_s = tl.load(p_logits + o_row[None, :])  # [M, REST_BLOCK]
             b_chosen = tl.where(o_row < stop, tl.load(p_chosen + o_row), -1)
-            p_v = p_means + tl.minimum(o_row, stop - 1)[:, None].to(tl.int64) * stride_centroid + o_d[None, :]
-            b_v = tl.load(p_v, mask=(o_d < D)[None, :], other=0.0)  # [REST_BLOCK, DP]
+            o_mean = tl.minimum(o_row, stop - 1)
+            p_v = p_means + o_mean[:, None].to(tl.int64) * stride_centroid + o_d[None, :]
+            b_v = tl.load(p_v, mask=(o_d < D)[None, :], other=0).to(tl.float32)  # [REST_BLOCK, DP]
+            b_v = (b_v * tl.load(p_scales + o_mean)[:, None]).to(b_q.dtype)
             b_s = tl.where((b_chosen[None, :] & b_bit[:, None]) == 0, b_s, float("-inf"))
             b_max, b_sum, b_o = accumulate(b_s, 1.0, b_v, b_max, b_sum, b_o)
 

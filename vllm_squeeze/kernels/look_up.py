@@ -67,7 +67,7 @@ def load_queries(
 
 @triton.jit(do_not_specialize=["first_tile"])
 def score_kernel(
-    query, tokens, tiles, centroids, sizes,
+    query, tokens, tiles, centroids, centroid_scales, sizes,
     logits, masses, kept,
     first_tile, scale, soft_cap,
     stride_query_token, stride_query_head, stride_centroid_head, stride_centroid, stride_size_head, max_centroids,
@@ -98,15 +98,17 @@ def score_kernel(
             query, b_token, num_tokens, i_h, stride_query_token, stride_query_head, GROUP, GP, ROWS, D, DP
         )
         p_centroids = centroids + i_h.to(tl.int64) * stride_centroid_head + first_centroid * stride_centroid
+        p_scales = centroid_scales + i_h.to(tl.int64) * stride_size_head + first_centroid
         p_sizes = sizes + i_h.to(tl.int64) * stride_size_head + first_centroid
         p_logits = logits + (i_th * M + o_m[:, None]) * max_centroids
         for i_c in tl.range(begin, end, BLOCK, num_stages=STAGES):
             o_row = i_c + o_c
             m_c = o_row < end
             p_c = p_centroids + o_row[:, None].to(tl.int64) * stride_centroid + o_d[None, :]
-            b_c = tl.load(p_c, mask=m_c[:, None] & (o_d < D)[None, :], other=0.0)  # [BLOCK, DP]
+            b_c = tl.load(p_c, mask=m_c[:, None] & (o_d < D)[None, :], other=0)  # [BLOCK, DP]
+            b_scale = tl.load(p_scales + o_row, mask=m_c, other=0.0)
             b_size = tl.load(p_sizes + o_row, mask=m_c, other=0)
-            b_s, unit = logits_of(b_q, b_c, scale, soft_cap, SOFT_CAP)
+            b_s, unit = logits_of(b_q, b_c.to(b_q.dtype), scale * b_scale[None, :], soft_cap, SOFT_CAP)
             b_logits = b_s * unit + log_of_size(b_size)[None, :]  # [M, BLOCK]
             tl.store(p_logits + o_row[None, :], b_logits, mask=m_m[:, None] & m_c[None, :])
             b_next = tl.maximum(b_max, tl.max(b_logits, 1))

@@ -76,7 +76,7 @@ def squeezed_attention(
         value_cache: the same, with the same strides.
         block_table: [B, max_blocks] int32.
         queries: the tokens to squeeze, in tiles.
-        table: the clusters of all prefixes, in the dtype of ``query``.
+        table: the clusters of all prefixes.
         prefixes: none with more clusters or tokens than the workspace has room for.
         scale: softmax scale.
         rest: whether clusters that were not chosen contribute through their mean value.
@@ -92,12 +92,13 @@ def squeezed_attention(
     assert workspace.logits.shape[1] == num_kv_heads and workspace.partial_output.shape[2] == head_size
     assert query.shape == output.shape and query.shape[1:] == (num_kv_heads * group, head_size)
     assert page_size & (page_size - 1) == 0
-    assert table.centroids.dtype == table.value_centroids.dtype == query.dtype
+    assert table.centroids.dtype == table.value_centroids.dtype == torch.int8
     assert key_cache.dtype == value_cache.dtype and (key_cache.dtype == query.dtype or key_cache.itemsize == 1)
     assert key_cache.stride() == value_cache.stride() and all(s % head_size == 0 for s in key_cache.stride()[:2])
     # where a key lies is told in 32 bits, in units of D elements
     assert key_cache.shape[0] * key_cache.stride(0) < 2**31 * head_size
-    assert table.starts.stride() == table.sizes.stride()
+    per_cluster = (table.starts, table.centroid_scales, table.value_scales)
+    assert all(tensor.stride() == table.sizes.stride() for tensor in per_cluster)
     assert table.centroids.stride() == table.value_centroids.stride()
     contiguous = (queries.tokens, queries.tiles, prefixes.log_threshold, prefixes.counters)
     assert all(tensor.is_contiguous() for tensor in contiguous)
@@ -127,7 +128,7 @@ def squeezed_attention(
         if table.sizes.shape[1]:  # else all prefixes are exact, and there is nothing to look up
             block, warps, stages = tuned.score
             score_kernel[(splits, num_kv_heads, tiles_now)](
-                query, queries.tokens, queries.tiles, table.centroids, table.sizes,
+                query, queries.tokens, queries.tiles, table.centroids, table.centroid_scales, table.sizes,
                 workspace.logits, workspace.masses, workspace.kept,
                 first_tile, scale, soft_cap,
                 *query.stride()[:2], *table.centroids.stride()[:2], table.sizes.stride(0), max_centroids,
@@ -146,11 +147,11 @@ def squeezed_attention(
             )  # fmt: skip
         attend_kernel[(programs,)](
             query, queries.tokens, queries.tiles, queries.always_places, queries.suffix_places, queries.suffix_bits,
-            key_cache, value_cache, key_scale, value_scale, table.value_centroids,
+            key_cache, value_cache, key_scale, value_scale, table.value_centroids, table.value_scales,
             workspace.logits, workspace.chosen, workspace.list_places, workspace.list_bits, workspace.listed,
             workspace.kept_pairs, prefixes.counters, workspace.partial_output, workspace.partial_lse,
             first_tile, tiles_now, num_kv_heads, scale, soft_cap,
-            *query.stride()[:2], *key_cache.stride()[:3], *table.centroids.stride()[:2],
+            *query.stride()[:2], *key_cache.stride()[:3], *table.centroids.stride()[:2], table.sizes.stride(0),
             queries.always_places.stride(0), queries.suffix_places.stride(0), max_centroids, max_keys,
             SPLITS=splits, BLOCK=key_block, REST_BLOCK=rest_block, S=page_size, STAGES=key_stages,
             SOFT_CAP=soft_cap > 0, num_warps=key_warps, **tile, **head, **plan, **launch,

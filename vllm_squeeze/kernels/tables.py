@@ -14,6 +14,13 @@ STOCK_SLOT = -2
 """In a slot's place: of a row on an indexed prefix that vLLM's own attention serves in this step."""
 
 
+def quantised(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors [..., D] as int8 [..., D], and what to multiply each with, [...] float32."""
+    vectors = vectors.float()
+    scales = vectors.abs().amax(-1) / 127
+    return (vectors / scales.where(scales > 0, 1)[..., None]).round().to(torch.int8), scales
+
+
 @dataclass(frozen=True)
 class ClusterTable:
     """Clusters of prefix keys in one layer, of one prefix or of several laid one after the other.
@@ -21,16 +28,20 @@ class ClusterTable:
     H counts the KV heads of this rank, C clusters, M members, D the head size.
 
     Attributes:
-        centroids: [H, C, D], the mean key of each cluster, in the model's dtype.
-        value_centroids: [H, C, D], the mean value of each cluster, in the model's dtype.
+        centroids: [H, C, D] int8, the mean key of each cluster, over its scale.
+        centroid_scales: [H, C] float32.
+        value_centroids: [H, C, D] int8, the mean value of each cluster, over its scale.
+        value_scales: [H, C] float32.
         starts: [H, C] int32, where the members of a cluster begin in ``members``; never decreasing along C.
         sizes: [H, C] int32, how many members a cluster has. 0 marks an empty cluster, which is
-            never chosen; its centroids must be finite all the same.
+            never chosen; its scales must be finite all the same.
         members: [H, M] int32, positions of tokens in the prefix, ascending inside a cluster.
     """
 
     centroids: torch.Tensor
+    centroid_scales: torch.Tensor
     value_centroids: torch.Tensor
+    value_scales: torch.Tensor
     starts: torch.Tensor
     sizes: torch.Tensor
     members: torch.Tensor
@@ -40,7 +51,9 @@ class ClusterTable:
         clusters = slice(first_centroid, first_centroid + num_centroids)
         return ClusterTable(
             self.centroids[:, clusters],
+            self.centroid_scales[:, clusters],
             self.value_centroids[:, clusters],
+            self.value_scales[:, clusters],
             self.starts[:, clusters],
             self.sizes[:, clusters],
             self.members if num_centroids else self.members[:, :0],

@@ -285,7 +285,9 @@ def join(parts: list[LayerClusters]) -> LayerClusters:
 
     return LayerClusters(
         centroids=padded("centroids", 0, 0),
+        centroid_scales=padded("centroid_scales"),
         value_centroids=padded("value_centroids", 0, 0),
+        value_scales=padded("value_scales"),
         sizes=padded("sizes"),
         members=torch.cat([part.members for part in parts]),
     )
@@ -326,7 +328,6 @@ def clustered_facts(manifest: Manifest, size: int, cosine: float) -> dict[str, s
         num_centroids=max(layer.num_centroids for layer in manifest.layers),
         head_size=model.head_size,
         element_size=model.cache_element_size,
-        centroid_element_size=model.element_size,
         rest=True,
     )
     kv = len(manifest.layers) * model.num_kv_heads * cost.dense_bytes

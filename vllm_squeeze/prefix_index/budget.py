@@ -1,12 +1,14 @@
 """What a byte budget means: the bytes that attention over a prefix reads, divided by those that a dense pass reads.
 
-Read are the keys and values of kept and of always attended tokens, the centroids with the place and size of their
-clusters, and the member list of kept clusters.
+Read are the keys and values of kept and of always attended tokens, the centroids with their scales and the place and
+size of their clusters, and the member list of kept clusters.
 """
 
 import math
 from dataclasses import dataclass
 
+BYTES_PER_SCALE = 4
+"""What a centroid's elements, of one byte each, are multiplied by: float32."""
 BYTES_PER_CLUSTER = 8
 """Where the members of a cluster start and how many there are, int32 each."""
 BYTES_PER_MEMBER = 4
@@ -24,7 +26,6 @@ class ReadCost:
         num_centroids: clusters.
         head_size: elements of a key, and of a value.
         element_size: bytes of an element of the KV cache.
-        centroid_element_size: bytes of an element of a centroid, of keys or of values.
         rest: whether the values' centroids are read, for the clusters that were not chosen.
     """
 
@@ -34,7 +35,6 @@ class ReadCost:
     num_centroids: int
     head_size: int
     element_size: int
-    centroid_element_size: int
     rest: bool
 
     @property
@@ -45,7 +45,7 @@ class ReadCost:
     @property
     def fixed_bytes(self) -> int:
         """Bytes read even if no cluster is kept."""
-        centroid_bytes = self.head_size * self.centroid_element_size
+        centroid_bytes = self.head_size + BYTES_PER_SCALE
         bytes_per_cluster = centroid_bytes * (2 if self.rest else 1) + BYTES_PER_CLUSTER
         return self.num_always * 2 * self._vector_bytes + self.num_centroids * bytes_per_cluster
 

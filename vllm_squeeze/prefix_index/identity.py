@@ -52,7 +52,7 @@ class ModelIdentity:
 
     @property
     def element_size(self) -> int:
-        """Bytes of one number in the model's dtype, as centroids have it."""
+        """Bytes of one number in the model's dtype."""
         return DTYPE_BYTES[self.dtype]
 
     @property

@@ -43,14 +43,18 @@ class LayerClusters:
     """The clusters of one layer's keys, of all KV heads.
 
     Attributes:
-        centroids: [H, C, D], the mean key of each cluster, in the model's dtype.
-        value_centroids: [H, C, D], the mean value of each cluster, in the model's dtype.
+        centroids: [H, C, D] int8, the mean key of each cluster, over its scale.
+        centroid_scales: [H, C] float32, not negative.
+        value_centroids: [H, C, D] int8, the mean value of each cluster, over its scale.
+        value_scales: [H, C] float32, not negative.
         sizes: [H, C] int32, how many members a cluster has, 0 if it is empty.
         members: [H, M] int32, positions of tokens in the prefix, ordered by cluster and ascending inside a cluster.
     """
 
     centroids: torch.Tensor
+    centroid_scales: torch.Tensor
     value_centroids: torch.Tensor
+    value_scales: torch.Tensor
     sizes: torch.Tensor
     members: torch.Tensor
 
@@ -178,12 +182,13 @@ def check_clusters(clusters: LayerClusters, manifest: Manifest, num_centroids: i
         InvalidIndex: they are not. Names the tensor.
     """
     model, parameters, num_members = manifest.model, manifest.parameters, manifest.num_members
-    dtype = getattr(torch, model.dtype)
-    vectors = (dtype, (model.num_kv_heads, num_centroids, model.head_size))
+    of_clusters = (model.num_kv_heads, num_centroids)
     expected = {
-        "centroids": vectors,
-        "value_centroids": vectors,
-        "sizes": (torch.int32, (model.num_kv_heads, num_centroids)),
+        "centroids": (torch.int8, (*of_clusters, model.head_size)),
+        "centroid_scales": (torch.float32, of_clusters),
+        "value_centroids": (torch.int8, (*of_clusters, model.head_size)),
+        "value_scales": (torch.float32, of_clusters),
+        "sizes": (torch.int32, of_clusters),
         "members": (torch.int32, (model.num_kv_heads, num_members)),
     }
     for name, (dtype, shape) in expected.items():
@@ -191,9 +196,11 @@ def check_clusters(clusters: LayerClusters, manifest: Manifest, num_centroids: i
         if tensor.dtype != dtype or tensor.shape != shape:
             found = f"{tensor.dtype} {list(tensor.shape)}"
             raise InvalidIndex(f"{name} is {found}, must be {dtype} {list(shape)}")
+    for name in ("centroid_scales", "value_scales"):
         # The bounds are NaN if any value is; a mask of all values would take 30 times as long.
-        if not all(bound.isfinite() for bound in tensor.aminmax()):
-            raise InvalidIndex(f"{name} has values that are not finite")
+        lowest, highest = getattr(clusters, name).aminmax()
+        if not (lowest >= 0 and highest.isfinite()):
+            raise InvalidIndex(f"{name} has values that are negative or not finite")
 
     sizes, members = clusters.sizes.long(), clusters.members
     if sizes.min() < 0 or sizes.max() > parameters.max_cluster:

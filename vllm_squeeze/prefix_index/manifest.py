@@ -13,9 +13,9 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from vllm_squeeze.kernels.tables import JOINS
-from vllm_squeeze.prefix_index.identity import DTYPE_BYTES, ModelIdentity, check_ranges
+from vllm_squeeze.prefix_index.identity import ModelIdentity, check_ranges
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_HEADER_BYTES = 4096
 """Bytes that a safetensors file of an index may have beyond its tensors."""
 
@@ -157,9 +157,9 @@ class Manifest:
                 raise ValueError(f"layers[{i}].num_bytes is {layer.num_bytes}, but the layer's tensors take {needed}")
 
     def tensor_bytes(self, layer: LayerEntry) -> int:
-        """Bytes of a layer's tensors: two centroids and a size per cluster, and the members, of each KV head."""
-        vector = self.model.head_size * DTYPE_BYTES[self.model.dtype]
-        return self.model.num_kv_heads * (layer.num_centroids * (2 * vector + 4) + self.num_members * 4)
+        """Bytes of a layer's tensors: per cluster two centroids with scales and a size, and members, of each KV head."""
+        per_cluster = 2 * (self.model.head_size + 4) + 4
+        return self.model.num_kv_heads * (layer.num_centroids * per_cluster + self.num_members * 4)
 
     def to_json(self) -> str:
         """The manifest as text, closed by a digest of all the rest."""
@@ -170,7 +170,7 @@ class Manifest:
         """Reads what ``to_json`` wrote.
 
         Raises:
-            InvalidIndex: a newer format, a value that is missing, unknown, of a wrong type or not allowed, or any
+            InvalidIndex: another format, a value that is missing, unknown, of a wrong type or not allowed, or any
                 change of the text.
         """
         try:
@@ -180,9 +180,10 @@ class Manifest:
         version = body.get("format_version") if type(body) is dict else None
         if type(version) is not int:
             raise InvalidIndex("the manifest has no format_version")
-        if version > FORMAT_VERSION:
+        if version != FORMAT_VERSION:
             formats = f"format {reprlib.repr(version)}; this one reads format {FORMAT_VERSION}"
-            raise InvalidIndex(f"made by a newer vllm-squeeze ({formats})")
+            made_by = "a newer" if version > FORMAT_VERSION else "an older"
+            raise InvalidIndex(f"made by {made_by} vllm-squeeze ({formats})")
         body.pop("digest", None)
         manifest = decode(cls, body, "")
         if text != with_digest(body):
