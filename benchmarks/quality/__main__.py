@@ -36,7 +36,7 @@ from benchmarks.quality.answers import DENSE, go_on, read, summarise
 from benchmarks.quality.tasks import TASKS, Question, Task, make_task
 
 # Sets the environment before vLLM is imported.
-from benchmarks.running import chat_prompts, indexer_args, machine
+from benchmarks.running import indexer_args, machine, question_prompts
 
 ESSAY = Path(__file__).parents[2] / "examples" / "data" / "persuasion.txt"
 # What all of a work folder was made with.
@@ -84,10 +84,7 @@ def run_arm(arguments: argparse.Namespace) -> None:
     task = read_task(arguments.work, arguments.task)
     tokenizer = get_tokenizer(arguments.model)
     texts = [question.text for question in task.questions]
-    if getattr(tokenizer, "chat_template", None):
-        prompts = chat_prompts(tokenizer, task.prefix, texts)
-    else:
-        prompts = [tokenizer(f"{task.prefix}\n{text}\nAnswer:").input_ids for text in texts]
+    prompts = question_prompts(tokenizer, task.prefix, texts)
     engine_args = {
         "max_model_len": max(map(len, prompts)) + task.answer_tokens,
         "max_num_seqs": 1,
