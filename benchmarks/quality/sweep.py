@@ -36,13 +36,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.fidelity import divergence, mean_and_error
+from benchmarks.quality import plots
+from benchmarks.quality.answers import read
+from benchmarks.quality.fidelity import divergence
+from benchmarks.quality.paired import mean_and_error
 from benchmarks.quality.selection import cost_of, parse
 
 # Sets the environment before vLLM is imported.
 from benchmarks.running import count, machine, metrics, question_prompts
 
 SERVED = "served"
+TITLE = "KL from dense, nats"
 
 
 class Sweep:
@@ -215,7 +219,13 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, default=0.02, help="how far bytes may be from the budget, relative")
     parser.add_argument("--most-runs", type=int, default=4, help="of an arm, to meet its budget")
     parser.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="where to draw KL against bytes, of all arms so far")
     arguments, further = parser.parse_known_args()
+    if arguments.plot:
+        try:
+            plots.check()
+        except ValueError as error:
+            parser.error(str(error))
     folder = arguments.work / arguments.task
     if not (folder / "task.json").exists():
         arguments.work.mkdir(parents=True, exist_ok=True)
@@ -251,6 +261,12 @@ def main() -> int:
             file.write(json.dumps(row) + "\n")
             file.flush()
             print(table_line(row), flush=True)
+    if arguments.plot:
+        lines: plots.Lines = {}
+        for row in read(folder / "sweep.jsonl"):
+            if "kl" in row:
+                lines.setdefault(row["arm"], []).append((row["bytes"], row["kl"]))
+        plots.plot(arguments.plot, {TITLE: lines}, logarithmic=frozenset({TITLE}))
     return 0
 
 

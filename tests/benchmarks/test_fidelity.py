@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from benchmarks.quality.fidelity import divergence, mean_and_error
+from benchmarks.quality.fidelity import divergence
+from benchmarks.quality.paired import mean_and_error
 
 
 def test_divergence_of_known_distributions():
