@@ -31,5 +31,6 @@ def plot(path: Path, panels: dict[str, Lines], logarithmic: frozenset[str] = fro
         if title in logarithmic:
             axes.set_yscale("log", nonpositive="mask")
         axes.grid(which="both", alpha=0.3)
-        axes.legend()
+        if lines:
+            axes.legend()
     figure.savefig(path)

@@ -20,10 +20,11 @@ def sweep(models, indexes):
 
 
 def test_at_a_budget_of_one_nothing_is_lost(sweep):
-    for figures in (sweep.run("ours", 1), sweep.run_served(1)):
+    ours, served = sweep.run("ours", 1), sweep.run_served(1)
+    assert ours["recall"] == pytest.approx(1)
+    for figures in (ours, served):
         assert abs(figures["kl"]) < NOTHING
         assert figures["top1"] == 1
-    assert sweep.run("ours", 1)["recall"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("budget", [0.6, 0.35])
@@ -40,6 +41,8 @@ def test_arms_meet_their_budget_and_the_oracle_is_ahead(sweep):
     arms = {name: sweep.run(name, 0.45) for name in ("oracle", "ours", "random")}
     for figures in arms.values():
         assert figures["bytes"] == pytest.approx(0.45, rel=0.02)
+    # Measured: 0.028, 2.39 and 3.07. Keys of random weights hardly cluster.
+    assert arms["oracle"]["kl"] < 0.05 and arms["ours"]["kl"] < 2.7
     assert 0 < arms["oracle"]["kl"] < arms["ours"]["kl"] < arms["random"]["kl"]
     assert arms["oracle"]["recall"] > arms["ours"]["recall"] > arms["random"]["recall"]
 
