@@ -95,7 +95,8 @@ class Sweep:
         """Leaves nothing but the prefix in the KV cache, computed densely."""
         from vllm import SamplingParams, TokensPrompt
 
-        assert self.llm.reset_prefix_cache(), "requests are still running"
+        emptied = self.llm.reset_prefix_cache()
+        assert emptied, "requests are still running"
         prefix = self._prompts[0][: len(self._index.token_ids) + 1]
         self.llm.generate(TokensPrompt(prompt_token_ids=prefix), SamplingParams(max_tokens=1), use_tqdm=False)
 
