@@ -92,6 +92,13 @@ def chat_prompts(tokenizer: Any, text: str, questions: list[str]) -> list[list[i
     ]
 
 
+def question_prompts(tokenizer: Any, text: str, questions: list[str]) -> list[list[int]]:
+    """Token ids of what asks questions about a text: conversations, or without a chat template raw prompts."""
+    if getattr(tokenizer, "chat_template", None):
+        return chat_prompts(tokenizer, text, questions)
+    return [tokenizer(f"{text}\n{question}\nAnswer:").input_ids for question in questions]
+
+
 def residency_of(worker: Any) -> Any:
     """What a worker holds of indexes; None if it serves none."""
     from vllm_squeeze.attention_backend.worker import layers_of

@@ -6,7 +6,7 @@
 Indexes each task's prefix and asks its questions on vLLM's own backend and at each budget, each arm in a fresh process,
 one question at a time, so that an answer depends on no other. A prefix is the system message of a conversation and a
 question its user message; without a chat template they are a raw prompt, "prefix, question, Answer:". Answers are
-greedy. How the tasks differ from RULER's is in ``tasks.py``: scores compare with those of the same command only.
+greedy, and computed by vLLM's V1 runner, which shows logits to a benchmark in all versions. How the tasks differ from RULER's is in ``tasks.py``: scores compare with those of the same command only.
 
     used      budget really used, by the server's own counters
     score     references found in answers, in percent, mean over questions
@@ -15,6 +15,10 @@ greedy. How the tasks differ from RULER's is in ``tasks.py``: scores compare wit
               questions, or scores that are all the same, make it too narrow
     same      percent of answers that are the same token for token
     before    percent of an answer's tokens before the first that differs, mean over answers
+    KL        of dense to other next-token distributions at the first 32 tokens of the dense answers, which are forced for
+              this one after the other, in nats, mean over all these places; and its standard error if questions are drawn
+              anew
+    top-1     percent of these places where both have the same most likely token
 
 All is kept in the work folder, answers one a line: the command goes on where it was stopped, and adds tasks and budgets
 to those that are there. An arm whose rows were not all squeezed, or that did not answer all questions, has no figures,
@@ -23,6 +27,7 @@ and the exit code is 1.
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -32,13 +37,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.agreement import server_counters
+from benchmarks.quality import plots
 from benchmarks.quality.answers import DENSE, go_on, read, summarise
 from benchmarks.quality.tasks import TASKS, Question, Task, make_task
 
 # Sets the environment before vLLM is imported.
-from benchmarks.running import chat_prompts, indexer_args, machine
+from benchmarks.running import indexer_args, machine, question_prompts
 
 ESSAY = Path(__file__).parents[2] / "examples" / "data" / "persuasion.txt"
+# Of an answer, that distributions are compared at: the logits of each take as much disk as the vocabulary is large.
+FORCED_TOKENS = 32
 # What all of a work folder was made with.
 SETTINGS = ("model", "essay", "length", "questions", "answer_tokens", "seed", "engine_args")
 
@@ -78,16 +86,18 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 def run_arm(arguments: argparse.Namespace) -> None:
     """Answers the questions that an arm has no answer to."""
+    import torch
+    from safetensors.torch import load_file, save_file
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.tokenizers import get_tokenizer
+
+    from benchmarks.quality import forcing
+    from benchmarks.quality.fidelity import divergence
 
     task = read_task(arguments.work, arguments.task)
     tokenizer = get_tokenizer(arguments.model)
     texts = [question.text for question in task.questions]
-    if getattr(tokenizer, "chat_template", None):
-        prompts = chat_prompts(tokenizer, task.prefix, texts)
-    else:
-        prompts = [tokenizer(f"{task.prefix}\n{text}\nAnswer:").input_ids for text in texts]
+    prompts = question_prompts(tokenizer, task.prefix, texts)
     engine_args = {
         "max_model_len": max(map(len, prompts)) + task.answer_tokens,
         "max_num_seqs": 1,
@@ -98,22 +108,30 @@ def run_arm(arguments: argparse.Namespace) -> None:
         index = str(arguments.work / task.name / "index")
         settings = {"index": index, "budget": float(arguments.arm), "mode": "squeezed"}
         engine_args |= {"attention_backend": "squeeze", "additional_config": {"squeeze": settings}}
-    llm = LLM(arguments.model, **(engine_args | arguments.engine_args))
-
-    def generate(prompt: list[int], num_tokens: int) -> Any:
-        sampling = SamplingParams(temperature=0, max_tokens=num_tokens)
-        (result,) = llm.generate([TokensPrompt(prompt_token_ids=prompt)], sampling, use_tqdm=False)
-        return result.outputs[0]
+    llm = LLM(arguments.model, **(engine_args | forcing.ENGINE_ARGS | arguments.engine_args))
+    logits_folder = arguments.work / task.name / "logits"
+    logits_folder.mkdir(exist_ok=True)
 
     def answer(number: int) -> dict[str, Any]:
         before = server_counters(llm)
-        output = generate(prompts[number], task.answer_tokens)
+        ((output, logits),) = forcing.answer(llm, [prompts[number]], task.answer_tokens)
         growth = {name: value - before.get(name, 0) for name, value in server_counters(llm).items()}
         counters = {name: grown for name, grown in growth.items() if grown}
-        return {"text": output.text, "tokens": list(output.token_ids), "counters": counters} | machine()
+        found = {"text": output.text, "tokens": list(output.token_ids), "counters": counters} | machine()
+        path = logits_folder / f"{number}.safetensors"
+        if arguments.arm == DENSE:
+            places = {"logits": logits[:FORCED_TOKENS].contiguous(), "tokens": torch.tensor(found["tokens"])}
+            save_file(places, path)
+        elif path.exists():
+            dense = load_file(path)
+            tokens = dense["tokens"][:FORCED_TOKENS].tolist()
+            (forced,) = forcing.force(llm, [prompts[number]], [tokens])
+            found["kl"], found["same_top"] = divergence(dense["logits"], forced.cpu())
+        return found
 
-    # Brings the prefix into the KV cache, without which no row is squeezed.
-    generate(prompts[0], 1)
+    # Brings the prefix, and of no question more than all have, into the KV cache, without which no row is squeezed.
+    prefix = TokensPrompt(prompt_token_ids=os.path.commonprefix(prompts))
+    llm.generate(prefix, SamplingParams(max_tokens=1), use_tqdm=False)
     go_on(answers_path(arguments.work, task.name, arguments.arm), len(prompts), answer, f"{task.name}, {arguments.arm}")
 
 
@@ -173,6 +191,9 @@ COLUMNS = (
     ("to", "high", 100, "+.1f"),
     ("same", "same", 100, ".0f"),
     ("before", "before_difference", 100, ".0f"),
+    ("KL", "kl", 1, ".4f"),
+    ("+-", "kl_error", 1, ".4f"),
+    ("top-1", "top1", 100, ".1f"),
 )
 
 
@@ -190,6 +211,17 @@ def print_table(arguments: argparse.Namespace, summaries: list[dict[str, Any]]) 
             continue
         values = ((summary.get(name), scale, form) for _, name, scale, form in COLUMNS)
         print(start + "".join(f"{'-' if v is None else format(v * scale, form):>8}" for v, scale, form in values))
+
+
+def plot_summaries(path: Path, summaries: list[dict[str, Any]]) -> None:
+    """Scores and KL of each task against the budget that was really used."""
+    panels: dict[str, plots.Lines] = {"score, percent": {}, "KL from dense, nats": {}}
+    for summary in summaries:
+        used = 1 if summary["arm"] == DENSE else summary.get("budget_used")
+        for title, name, scale in (("score, percent", "score", 100), ("KL from dense, nats", "kl", 1)):
+            if name in summary:
+                panels[title].setdefault(summary["task"], []).append((used, summary[name] * scale))
+    plots.plot(path, panels, logarithmic=frozenset({"KL from dense, nats"}))
 
 
 def budget(text: str) -> str:
@@ -222,6 +254,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the tasks")
     parser.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON")
     parser.add_argument("--out", type=Path, help="where to write all figures, as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="where to draw scores and KL against budgets")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -236,6 +269,8 @@ def main() -> int:
         return 0
     arguments.work.mkdir(parents=True, exist_ok=True)
     try:
+        if arguments.plot:
+            plots.check()
         keep_settings(arguments)
     except ValueError as error:
         parser.error(str(error))
@@ -243,6 +278,8 @@ def main() -> int:
     print_table(arguments, summaries)
     if arguments.out:
         arguments.out.write_text(json.dumps({"command": sys.argv, "rows": summaries}, indent=2))
+    if arguments.plot:
+        plot_summaries(arguments.plot, summaries)
     return int(any("problem" in summary for summary in summaries))
 
 

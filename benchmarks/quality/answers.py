@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.agreement import budget_used, rows_of
-from benchmarks.quality.paired import compare
+from benchmarks.quality.paired import compare, mean_and_error
 from benchmarks.quality.tasks import Task
 
 DENSE = "dense"
@@ -82,4 +82,7 @@ def summarise(task: Task, arms: dict[str, list[dict[str, Any]]]) -> list[dict[st
             found = compare(scores[DENSE], scores[arm], *tokens)
             summary |= {"difference": found.difference, "low": found.low, "high": found.high}
             summary |= {"same": found.same, "before_difference": found.before_difference}
+            if all("kl" in row for row in rows):
+                summary["kl"], summary["kl_error"] = mean_and_error([row["kl"] for row in rows])
+                summary["top1"], _ = mean_and_error([row["same_top"] for row in rows])
     return summaries

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,19 @@ def answered(work: Path, squeezed: list[dict[str, Any]]) -> None:
 
 
 def test_what_is_there_is_not_run_again(tmp_path: Path):
-    answered(tmp_path / "work", [row(0, "a", [1, 2], SQUEEZED), row(1, "nothing", [5, 4], SQUEEZED)])
+    rows = [row(0, "a", [1, 2], SQUEEZED), row(1, "nothing", [5, 4], SQUEEZED)]
+    divergence = [{"kl": [0.1, 0.1], "same_top": [True, True]}, {"kl": [0.2, 0.4], "same_top": [True, False]}]
+    answered(tmp_path / "work", [one | compared for one, compared in zip(rows, divergence, strict=True)])
     ran = quality(tmp_path / "work", "--out", str(tmp_path / "out.json"))
     assert ran.returncode == 0, ran.stderr
     device, command, header, dense, squeezed = ran.stdout.splitlines()
     assert device.startswith("Imaginary 9000, vllm 1.2.3, 20")
     assert command.startswith("python -m benchmarks.quality --model no-such-model")
-    assert header.split() == ["task", "arm", "used", "score", "change", "from", "to", "same", "before"]
-    assert dense.split() == ["vt", "dense", "-", "75.0", "-", "-", "-", "-", "-"]
-    assert squeezed.split() == ["vt", "0.25", "0.2500", "50.0", "-25.0", "-50.0", "+0.0", "50", "50"]
+    titles = ["task", "arm", "used", "score", "change", "from", "to", "same", "before", "KL", "+-", "top-1"]
+    assert header.split() == titles
+    assert dense.split() == ["vt", "dense", "-", "75.0", *["-"] * 8]
+    figures = ["0.2500", "50.0", "-25.0", "-50.0", "+0.0", "50", "50", "0.2000", "0.1000", "75.0"]
+    assert squeezed.split() == ["vt", "0.25", *figures]
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [(figures["arm"], figures["score"]) for figures in rows] == [("dense", 0.75), ("0.25", 0.5)]
 
@@ -61,6 +66,13 @@ def test_a_work_folder_is_of_one_model(tmp_path: Path):
     ran = quality(tmp_path / "work", model="another")
     assert ran.returncode == 2
     assert "model is 'another'" in ran.stderr and "was made with 'no-such-model'" in ran.stderr
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is not None, reason="matplotlib is installed")
+def test_a_plot_needs_matplotlib(tmp_path: Path):
+    ran = quality(tmp_path / "work", "--plot", str(tmp_path / "plot.svg"))
+    assert ran.returncode == 2
+    assert "--plot needs matplotlib, which is not installed: pip install matplotlib" in ran.stderr
 
 
 @pytest.mark.parametrize("budget", ["0", "1.5", "half"])

@@ -18,7 +18,14 @@ from vllm_squeeze.attention_backend.layers import NotesRows, SqueezeLayer, as_st
 from vllm_squeeze.attention_backend.recorder import ObservesQueries
 from vllm_squeeze.attention_backend.rows import RowGroup
 from vllm_squeeze.attention_backend.wiring import RECORD, SERVE
-from vllm_squeeze.kernels.reference import attend_causal, attend_prefix, count_reads, dequantised, merge
+from vllm_squeeze.kernels.reference import (
+    ReadTokens,
+    attend_causal,
+    attend_prefix,
+    count_reads,
+    dequantised,
+    merge,
+)
 from vllm_squeeze.kernels.tables import JOINS
 
 # Query tokens scored at once. Bounds the memory of a long question over a long prefix.
@@ -166,11 +173,25 @@ class SqueezeCPUImpl(SqueezeLayer, CPUAttentionBackendImpl):
             suffix_output, suffix_lse = (torch.cat(parts) for parts in zip(*suffix))
             read = functools.partial(pages.read, blocks[rows[0][0]])
             for chunk in torch.arange(len(tokens)).split(QUERY_CHUNK):
-                prefix_output, prefix_lse = self._attend_prefix(query[tokens[chunk]], slot, read)
-                merged = merge(suffix_output[chunk], suffix_lse[chunk], prefix_output, prefix_lse)
+                suffix = suffix_output[chunk], suffix_lse[chunk]
+                merged = self.attend_prefix(query[tokens[chunk]], *suffix, slot, read)
                 output[tokens[chunk]] = merged.to(output.dtype)
 
-    def _attend_prefix(self, query: torch.Tensor, slot: int, read: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend_prefix(
+        self, query: torch.Tensor, suffix_output: torch.Tensor, suffix_lse: torch.Tensor, slot: int, read: ReadTokens
+    ) -> torch.Tensor:
+        """Attention over a prefix, joined to that over what follows it.
+
+        Args:
+            query: [R, H, G, D].
+            suffix_output: [R, H, G, D] float32, over what follows the prefix.
+            suffix_lse: [R, H, G] float32, its log-sum-exp.
+            slot: of the prefix.
+            read: reads keys and values of the prefix.
+
+        Returns:
+            [R, H, G, D] float32.
+        """
         prefixes = self.residency.prefixes
         first, count, num_sinks, join = prefixes.slots[slot].tolist()
         output, lse, kept, loaded = attend_prefix(
@@ -185,7 +206,7 @@ class SqueezeCPUImpl(SqueezeLayer, CPUAttentionBackendImpl):
             JOINS[join],
         )
         count_reads(prefixes.counters[slot], count > 0, kept, loaded)
-        return output, lse
+        return merge(suffix_output, suffix_lse, output, lse)
 
 
 class SqueezeCPUBuilder(NotesRows, CPUAttentionMetadataBuilder):

@@ -1,0 +1,348 @@
+"""Ways to choose what of a prefix is read, in plain torch: this project's rule, its variants, and what to hold it against.
+
+All choose among units of keys: clusters, pages, or keys alone. A rule gives each unit a rank, for each query token and
+KV head; units whose rank exceeds one threshold, the same for all tokens, heads and layers, are attended to exactly. Top-k
+and top-p are such rules too: their ranks are minus the keys, or the mass, that come before a unit.
+
+    ours      clusters by predicted attention probability; the others contribute through their mean value
+    paper     the same with query heads joined by their mean, and nothing of the others
+    oracle    single keys by true attention probability, as many for each token and head
+    pages     pages of 16 keys by an upper bound from their least and largest key elements (Quest), as many for each
+    random    clusters drawn by lot; all else as in ours
+
+Options follow a plus: ``ours+mean+drop``.
+
+    mean, max          how query heads of a KV head are joined
+    drop               nothing of what is not chosen
+    threshold          what exceeds a predicted probability
+    topk               as many keys for each token and head
+    topp               as much predicted mass for each token and head, within FLOOR and CAP of the keys wanted
+    sigma, variance    scores are raised by |s q| sigma / 2 or |s q|^2 variance / 2 of the cluster's keys, s the softmax
+                       scale; those of the mean values are not
+    int8               centroids in 8-bit integers, with a scale for each
+    tile               one choice for all tokens of a tile of the kernels
+
+R counts query tokens, H KV heads, G query heads of each, D the head size, T tokens of the prefix, of which K are in
+units, U units.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from vllm_squeeze.kernels.reference import capped, joined, softmax_weighted
+from vllm_squeeze.kernels.tables import ClusterTable
+from vllm_squeeze.kernels.tiles import tokens_per_tile
+from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, ReadCost
+
+PAGE = 16
+FLOOR, CAP = 0.25, 4.0
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to choose; see above."""
+
+    units: str = "clusters"
+    lot: bool = False
+    choice: str = "threshold"
+    join: str = "max"
+    rest: bool = True
+    spread: str = ""
+    int8: bool = False
+    tile: bool = False
+
+
+RULES = {
+    "ours": Arm(),
+    "paper": Arm(join="mean", rest=False),
+    "oracle": Arm(units="keys", choice="topk", rest=False),
+    "pages": Arm(units="pages", choice="topk", rest=False),
+    "random": Arm(lot=True),
+}
+OPTIONS = {
+    "max": {"join": "max"},
+    "mean": {"join": "mean"},
+    "drop": {"rest": False},
+    "threshold": {"choice": "threshold"},
+    "topk": {"choice": "topk"},
+    "topp": {"choice": "topp"},
+    "sigma": {"spread": "sigma"},
+    "variance": {"spread": "variance"},
+    "int8": {"int8": True},
+    "tile": {"tile": True},
+}
+
+
+def parse(name: str) -> Arm:
+    """The arm of a name such as ``ours+mean``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    rule, *options = name.split("+")
+    if rule not in RULES or not set(options) <= OPTIONS.keys():
+        raise ValueError(f"{name!r} is no arm; must be one of {', '.join(RULES)}, and +option of {', '.join(OPTIONS)}")
+    arm = RULES[rule]
+    for option in options:
+        arm = replace(arm, **OPTIONS[option])
+    if arm.units != "clusters" and (arm.int8 or arm.spread):
+        raise ValueError(f"{name!r} is no arm; {arm.units} have no centroids")
+    return arm
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes that one KV head reads for one query token, counted as ``ReadCost`` counts them.
+
+    Attributes:
+        dense_bytes: of a dense pass.
+        fixed_bytes: whatever is chosen.
+        bytes_per_key: of each chosen key.
+        num_keys: that there are to choose from.
+    """
+
+    dense_bytes: int
+    fixed_bytes: int
+    bytes_per_key: int
+    num_keys: int
+
+    def budget_used(self, share: float) -> float:
+        """The budget that reading a share of the keys comes to."""
+        return (self.fixed_bytes + share * self.num_keys * self.bytes_per_key) / self.dense_bytes
+
+    def share(self, budget: float) -> float:
+        """The share of the keys to choose for a budget; all for a budget of 1, although that reads more than all keys.
+
+        Raises:
+            ValueError: what is read whatever is chosen takes more.
+        """
+        if budget >= 1:
+            return 1.0
+        share = (budget * self.dense_bytes - self.fixed_bytes) / (self.num_keys * self.bytes_per_key)
+        if share < 0:
+            raise ValueError(f"budget: {budget} is less than the {self.budget_used(0):.3f} that is read in any case")
+        return min(share, 1.0)
+
+
+def cost_of(arm: Arm, cost: ReadCost) -> Cost:
+    """What an arm reads, from what the server's own rule reads. Keys alone and pages need no list of members."""
+    if arm.units == "clusters":
+        scale_bytes, spread_bytes = (2 if arm.int8 else 0), (cost.centroid_element_size if arm.spread else 0)
+        ours = replace(cost, rest=arm.rest, centroid_element_size=1 if arm.int8 else cost.centroid_element_size)
+        per_cluster = scale_bytes * (2 if arm.rest else 1) + spread_bytes
+        fixed, per_key = ours.fixed_bytes + cost.num_centroids * per_cluster, cost.bytes_per_key
+    else:
+        fixed = replace(cost, num_centroids=0).fixed_bytes
+        per_key = cost.bytes_per_key - BYTES_PER_MEMBER
+        if arm.units == "pages":
+            fixed += -(-cost.num_clustered // PAGE) * 2 * cost.head_size * cost.element_size
+    return Cost(cost.dense_bytes, fixed, per_key, cost.num_clustered)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The squeezed part of a prefix in one layer.
+
+    Attributes:
+        keys, values: [H, T, D] float32.
+        table: its clusters, and no other prefix's.
+        num_always: T - K, first tokens that are always attended to.
+        scale: softmax scale.
+        soft_cap: bound on the logits; 0 for none.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    table: ClusterTable
+    num_always: int
+    scale: float
+    soft_cap: float = 0.0
+
+
+@dataclass(frozen=True)
+class Units:
+    """What an arm chooses among in one layer.
+
+    Attributes:
+        of_key: [H, K] int64, the unit of each key.
+        sizes: [H, U] float32, keys of each unit.
+        low, high: [H, U, D] float32, bounds on its keys' elements; where equal, their mean.
+        values: [H, U, D] float32, its mean value; None where what is not chosen contributes nothing.
+        variance: [H, U] float32, of an element of its keys, mean over elements; None where the arm needs none.
+    """
+
+    of_key: torch.Tensor
+    sizes: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+    values: torch.Tensor | None = None
+    variance: torch.Tensor | None = None
+
+
+def units_of(arm: Arm, prefix: Prefix) -> Units:
+    """The units that an arm chooses among."""
+    keys, values = (vectors[:, prefix.num_always :] for vectors in (prefix.keys, prefix.values))
+    heads, count, size = keys.shape
+    if arm.units == "clusters":
+        table = prefix.table
+        vectors = table.centroids, table.value_centroids
+        centroids, means = (in_int8(v.float()) if arm.int8 else v.float() for v in vectors)
+        of_key, sizes = cluster_of_key(table)[:, prefix.num_always : prefix.num_always + count], table.sizes.float()
+        variance = None
+        if arm.spread:
+            squares = (keys - centroids.gather(1, of_key[..., None].expand(-1, -1, size))).square().mean(-1)
+            variance = torch.zeros_like(sizes).scatter_add_(1, of_key, squares) / sizes.clamp(min=1)
+        return Units(of_key, sizes, centroids, centroids, means if arm.rest else None, variance)
+    of_key = torch.arange(count, device=keys.device).expand(heads, -1)
+    if arm.units == "keys":
+        return Units(of_key, torch.ones_like(keys[..., 0]), keys, keys, values if arm.rest else None)
+    of_key = of_key // PAGE
+    index, num_pages = of_key[..., None].expand_as(keys), -(-count // PAGE)
+    low, high, means = (
+        keys.new_zeros(heads, num_pages, size).scatter_reduce(1, index, vectors, how, include_self=False)
+        for vectors, how in ((keys, "amin"), (keys, "amax"), (values, "mean"))
+    )
+    sizes = keys.new_zeros(heads, num_pages).scatter_add_(1, of_key, torch.ones_like(keys[..., 0]))
+    return Units(of_key, sizes, low, high, means if arm.rest else None)
+
+
+def cluster_of_key(table: ClusterTable) -> torch.Tensor:
+    """The cluster of the token at each position of a prefix, [H, positions] int64; any where it has none."""
+    heads, num_members = table.members.shape
+    place = torch.arange(num_members, device=table.members.device, dtype=torch.int32).expand(heads, -1).contiguous()
+    cluster = torch.searchsorted(table.starts.contiguous(), place, right=True) - 1
+    positions = table.members.long()
+    return torch.zeros(heads, int(positions.max()) + 1, dtype=torch.int64, device=place.device).scatter_(
+        1, positions, cluster
+    )
+
+
+def in_int8(vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors [..., D] as they are after rounding to 8-bit integers times a scale of each vector."""
+    scale = vectors.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return (vectors / scale).round() * scale
+
+
+def unit_scores(query: torch.Tensor, units: Units, prefix: Prefix) -> torch.Tensor:
+    """The logits of units [R, H, G, U] for queries [R, H, G, D]; upper bounds of them where units have bounds."""
+    if units.low is units.high:
+        products = torch.einsum("rhgd,hud->rhgu", query, units.low)
+    else:
+        products = torch.einsum("rhgd,hud->rhgu", query.clamp(min=0), units.high)
+        products += torch.einsum("rhgd,hud->rhgu", query.clamp(max=0), units.low)
+    return capped(products * prefix.scale, prefix.soft_cap)
+
+
+def rank(
+    arm: Arm,
+    query: torch.Tensor,
+    scores: torch.Tensor,
+    units: Units,
+    prefix: Prefix,
+    share: float,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """The rank of each unit, [R, H, U]: what is higher is chosen sooner.
+
+    Args:
+        arm: how to choose.
+        query: [R, H, G, D] float32.
+        scores: of units, [R, H, G, U].
+        units, prefix: of the layer.
+        share: of the keys that are wanted.
+        generator: of lots.
+    """
+    if arm.lot:
+        shape = scores[:, :, 0].shape
+        return torch.rand(shape, generator=generator, device=scores.device)
+    if arm.spread:
+        length = query.norm(dim=-1)[..., None] * prefix.scale  # |s q|
+        deviation = units.variance.sqrt()[:, None] * length
+        scores = scores + (deviation if arm.spread == "sigma" else deviation.square()) / 2
+    mass = (scores + units.sizes.log()[:, None]).logsumexp(-1, keepdim=True)
+    log_p = joined((scores - mass).masked_fill((units.sizes == 0)[:, None], -torch.inf), arm.join)
+    if arm.tile:
+        log_p = largest_of_tile(log_p, tokens_per_tile(len(query), query.shape[2]))
+    if arm.choice == "threshold":
+        return log_p
+    order = log_p.argsort(dim=-1, descending=True)
+    keys_before = before(units.sizes.expand_as(log_p).gather(-1, order))
+    ranks = -keys_before
+    if arm.choice == "topp":
+        probability = (log_p.exp() * units.sizes).gather(-1, order)
+        ranks = -before(probability) / probability.sum(-1, keepdim=True)
+        wanted = share * units.of_key.shape[1]
+        ranks = ranks.masked_fill(keys_before < FLOOR * wanted, torch.inf)
+        ranks = ranks.masked_fill(keys_before >= CAP * wanted, -torch.inf)
+    return torch.empty_like(ranks).scatter_(-1, order, ranks)
+
+
+def before(amounts: torch.Tensor) -> torch.Tensor:
+    """Sums of what comes before each along the last dimension."""
+    return amounts.cumsum(-1) - amounts
+
+
+def largest_of_tile(log_p: torch.Tensor, size: int) -> torch.Tensor:
+    """The largest of each unit [R, H, U] over tiles of ``size`` tokens, for every token of the tile."""
+    return torch.cat([tile.amax(0, keepdim=True).expand_as(tile) for tile in log_p.split(size)])
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention of R query tokens over a prefix.
+
+    Attributes:
+        output: [R, H, G, D] float32.
+        lse: [R, H, G], its log-sum-exp.
+        kept: [R, H], keys chosen.
+        exact_lse, whole_lse: [R, H, G], log-sum-exp over the keys that are attended to exactly, and over all.
+        ranks: [R, H, U], of the units.
+    """
+
+    output: torch.Tensor
+    lse: torch.Tensor
+    kept: torch.Tensor
+    exact_lse: torch.Tensor
+    whole_lse: torch.Tensor
+    ranks: torch.Tensor
+
+
+def attend(
+    arm: Arm,
+    query: torch.Tensor,
+    prefix: Prefix,
+    units: Units,
+    threshold: float,
+    share: float,
+    generator: torch.Generator,
+) -> Attention:
+    """Attention over what an arm chooses of a prefix.
+
+    Args:
+        arm: how to choose.
+        query: [R, H, G, D] float32.
+        prefix: of the layer.
+        units: of the arm and the layer.
+        threshold: on ranks. Minus infinity chooses all.
+        share: of the keys that are wanted.
+        generator: of lots.
+    """
+    scores = unit_scores(query, units, prefix)
+    ranks = rank(arm, query, scores, units, prefix, share, generator)
+    chosen = ranks > threshold if threshold > -math.inf else torch.ones_like(ranks, dtype=torch.bool)
+    of_key = units.of_key.expand(len(query), -1, -1)
+    keys_chosen = chosen.gather(-1, of_key)
+    attended = torch.nn.functional.pad(keys_chosen, (prefix.num_always, 0), value=True)
+
+    logits = capped(torch.einsum("rhgd,htd->rhgt", query, prefix.keys) * prefix.scale, prefix.soft_cap)
+    whole_lse = logits.logsumexp(-1)
+    logits = logits.masked_fill(~attended[:, :, None], -torch.inf)
+    exact_lse, values = logits.logsumexp(-1), prefix.values
+    if arm.rest:
+        lumped = scores + units.sizes.log()[:, None]
+        logits = torch.cat([logits, lumped.masked_fill(chosen[:, :, None], -torch.inf)], -1)
+        values = torch.cat([values, units.values], 1)
+    output, lse = softmax_weighted(logits, values)
+    return Attention(output, lse, keys_chosen.sum(-1), exact_lse, whole_lse, ranks)

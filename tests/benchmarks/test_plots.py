@@ -1,0 +1,16 @@
+"""Plots, where matplotlib is installed."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality.plots import plot
+
+pytest.importorskip("matplotlib")
+
+
+def test_a_plot_names_its_lines_and_figures(tmp_path: Path):
+    path = tmp_path / "plot.svg"
+    plot(path, {"score": {"ours": [(0.5, 3), (0.1, 2)]}, "KL": {"oracle": [(0.1, 1), (1, 0)]}}, frozenset({"KL"}))
+    drawn = path.read_text()
+    assert all(f"<!-- {text} -->" in drawn for text in ("score", "KL", "ours", "oracle"))

@@ -1,0 +1,178 @@
+"""Ways to choose what of a prefix is read, on clusters of random keys."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.quality.selection import Arm, Prefix, attend, cost_of, parse, rank, unit_scores, units_of
+from vllm_squeeze.kernels.reference import attend_prefix, capped
+from vllm_squeeze.kernels.tables import ClusterTable
+from vllm_squeeze.prefix_index.budget import ReadCost
+from vllm_squeeze.prefix_index.clustering import cluster_keys
+from vllm_squeeze.prefix_index.manifest import IndexParameters
+
+HEADS, GROUP, SIZE, TOKENS, SINKS = 2, 3, 16, 272, 16
+KEYS = TOKENS - SINKS
+LEFT_OUT = 3  # the last clustered tokens, which no whole block holds
+
+
+@pytest.fixture(scope="module")
+def query() -> torch.Tensor:
+    return torch.randn(5, HEADS, GROUP, SIZE, generator=torch.Generator().manual_seed(1)) * 2
+
+
+@pytest.fixture(scope="module")
+def prefix() -> Prefix:
+    generator = torch.Generator().manual_seed(0)
+    window = 8
+    keys, values = torch.randn(2, HEADS, TOKENS + LEFT_OUT + window, SIZE, generator=generator)
+    found = cluster_keys(keys, values, IndexParameters(centroids=0.1, num_sinks=SINKS, observation_window=window))
+    sizes = found.sizes.clone()
+    covered = found.members < TOKENS
+    for head, cluster in (~covered).nonzero():
+        sizes[head, torch.searchsorted(found.starts[head], cluster, right=True) - 1] -= 1
+    # and an empty cluster at the end, as a layer with fewer clusters than another has
+    empty = [torch.nn.functional.pad(c, (0, 0, 0, 1)) for c in (found.centroids, found.value_centroids)]
+    starts = torch.nn.functional.pad(found.starts, (0, 1), value=found.members.shape[1])
+    table = ClusterTable(*empty, starts, torch.nn.functional.pad(sizes, (0, 1)), found.members)
+    return Prefix(keys[:, :TOKENS], values[:, :TOKENS], table, SINKS, SIZE**-0.5)
+
+
+def run(arm: str | Arm, query: torch.Tensor, prefix: Prefix, threshold: float, share: float = 0.25):
+    arm = parse(arm) if isinstance(arm, str) else arm
+    return attend(arm, query, prefix, units_of(arm, prefix), threshold, share, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 2.0])
+@pytest.mark.parametrize("name", ["ours", "ours+mean", "ours+drop", "paper"])
+def test_the_built_in_rules_are_those_of_the_oracle(query, prefix, name: str, soft_cap: float):
+    prefix, arm, threshold = replace(prefix, soft_cap=soft_cap), parse(name), -math.log(KEYS)
+    found = run(arm, query, prefix, threshold)
+    heads = torch.arange(HEADS)[:, None]
+    output, lse, kept, _ = attend_prefix(
+        query,
+        prefix.table,
+        lambda positions: (prefix.keys[heads, positions], prefix.values[heads, positions]),
+        threshold,
+        SINKS,
+        prefix.scale,
+        arm.rest,
+        soft_cap,
+        arm.join,
+    )
+    assert 0 < kept.float().mean() < KEYS
+    assert torch.equal(found.kept, kept)
+    torch.testing.assert_close(found.output, output)
+    torch.testing.assert_close(found.lse, lse)
+
+
+@pytest.mark.parametrize("name", ["ours", "paper", "oracle", "pages", "random", "ours+topp", "ours+int8", "pages+mean"])
+def test_everything_chosen_is_dense_attention(query, prefix, name: str):
+    found = run(name, query, prefix, -math.inf)
+    logits = torch.einsum("rhgd,htd->rhgt", query, prefix.keys) * prefix.scale
+    torch.testing.assert_close(found.output, torch.einsum("rhgt,htd->rhgd", logits.softmax(-1), prefix.values))
+    torch.testing.assert_close(found.exact_lse, found.whole_lse)
+    assert (found.kept == KEYS).all()
+
+
+def test_the_oracle_chooses_the_most_likely_keys(query, prefix):
+    one = query[:, :, :1]  # of a single query head, nothing is to be joined
+    found = run("oracle", one, prefix, -40)
+    assert (found.kept == 40).all()
+    logits = torch.einsum("rhgd,htd->rhgt", one, prefix.keys) * prefix.scale
+    best = logits[..., SINKS:].sort(descending=True).values[..., :40]
+    expected = torch.cat([logits[..., :SINKS], best], -1).logsumexp(-1)
+    torch.testing.assert_close(found.exact_lse, expected)
+
+
+def test_what_is_chosen_by_truth_is_worth_more_than_by_clusters_and_by_lot(query, prefix):
+    recall = {}
+    for name in ("oracle", "ours+topk", "random+topk"):
+        threshold = {"random+topk": 0.75}.get(name, -KEYS / 4)
+        found = run(name, query, prefix, threshold)
+        assert found.kept.float().mean() == pytest.approx(KEYS / 4, rel=0.15)
+        recall[name] = (found.exact_lse - found.whole_lse).exp().mean()
+    assert recall["oracle"] > recall["ours+topk"] + 0.05 and recall["ours+topk"] > recall["random+topk"] + 0.05
+
+
+def test_scores_of_pages_bound_those_of_their_keys(query, prefix):
+    units = units_of(parse("pages"), prefix)
+    bounds = unit_scores(query, units, prefix).gather(-1, units.of_key[None, :, None].expand(5, -1, GROUP, -1))
+    logits = capped(torch.einsum("rhgd,htd->rhgt", query, prefix.keys[:, SINKS:]) * prefix.scale, 0)
+    assert (bounds >= logits - 1e-5).all()
+    assert (units.sizes == 16).all()
+
+
+def test_top_p_stays_between_floor_and_cap(query, prefix):
+    for threshold, bound in ((0.0, 0.25), (-2.0, 4.0)):  # no mass at all, and all of it
+        kept = run("ours+topp", query, prefix, threshold, share=0.1).kept
+        # a cluster is chosen as a whole
+        largest = prefix.table.sizes.max()
+        assert (kept >= bound * 0.1 * KEYS).all() and (kept <= bound * 0.1 * KEYS + largest).all()
+    free = run("ours+topp", query, prefix, -0.3, share=0.1).kept
+    assert free.float().std() > 1, "as many keys whatever the mass"
+
+
+def test_spread_raises_the_scores_of_wide_clusters(query, prefix):
+    arms = [parse(name) for name in ("ours", "ours+sigma", "ours+variance")]
+    units = units_of(arms[1], prefix)
+    cluster = int(prefix.table.sizes[0].argmax())
+    members = units.of_key[0] == cluster
+    expected = prefix.keys[0, SINKS:][members].var(0, correction=0).mean().item()
+    # of the keys that are covered; the centroid is that of all
+    assert units.variance[0, cluster] == pytest.approx(expected, rel=0.2)
+    scores = unit_scores(query, units, prefix)
+    lots = torch.Generator()
+    plain, sigma, variance = (rank(arm, query, scores, units, prefix, 1, lots) for arm in arms)
+    wide, narrow = units.variance.argmax(-1), units.variance.masked_fill(units.variance == 0, torch.inf).argmin(-1)
+    for raised in (sigma, variance):
+        gain = raised - plain
+        for head in range(HEADS):
+            assert (gain[:, head, wide[head]] > gain[:, head, narrow[head]]).all()
+
+
+def test_a_tile_has_one_choice(query, prefix):
+    many = query.repeat(10, 1, 1, 1)
+    kept = run("ours+tile", many, prefix, -math.log(KEYS)).kept
+    size = 16  # tokens of a tile of the kernels: 64 rows of 4 padded query heads
+    assert all((tile == tile[0]).all() for tile in kept.split(size))
+    assert (kept >= run("ours", many, prefix, -math.log(KEYS)).kept).all()
+
+
+COST = ReadCost(
+    num_tokens=1000,
+    num_always=116,
+    num_clustered=884,
+    num_centroids=50,
+    head_size=64,
+    element_size=2,
+    centroid_element_size=2,
+    rest=True,
+)
+
+
+def test_bytes_of_arms():
+    always = 116 * 256
+    assert cost_of(parse("ours"), COST).fixed_bytes == COST.fixed_bytes == always + 50 * (256 + 8)
+    assert cost_of(parse("ours+drop"), COST).fixed_bytes == always + 50 * (128 + 8)
+    assert cost_of(parse("ours+int8"), COST).fixed_bytes == always + 50 * (128 + 4 + 8)
+    assert cost_of(parse("ours+sigma"), COST).fixed_bytes == always + 50 * (256 + 2 + 8)
+    assert cost_of(parse("oracle"), COST).fixed_bytes == always
+    assert cost_of(parse("pages"), COST).fixed_bytes == always + 56 * 256
+    assert [cost_of(parse(name), COST).bytes_per_key for name in ("ours", "oracle", "pages")] == [260, 256, 256]
+
+
+def test_shares_meet_budgets():
+    cost = cost_of(parse("ours"), COST)
+    assert cost.budget_used(cost.share(0.3)) == pytest.approx(0.3)
+    assert cost.share(1) == 1
+    with pytest.raises(ValueError, match=r"budget: 0.1 is less than the 0.168"):
+        cost.share(0.1)
+
+
+@pytest.mark.parametrize("name", ["best", "ours+worse", "oracle+int8", "pages+sigma", ""])
+def test_names_that_are_none(name: str):
+    with pytest.raises(ValueError, match="is no arm"):
+        parse(name)
