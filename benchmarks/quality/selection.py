@@ -19,7 +19,9 @@ Options follow a plus: ``ours+mean+drop``.
     topp               as much predicted mass for each token and head, within FLOOR and CAP of the keys wanted
     sigma, variance    scores are raised by |s q| sigma / 2 or |s q|^2 variance / 2 of the cluster's keys, s the softmax
                        scale; those of the mean values are not
-    int8               centroids in 8-bit integers, with a scale for each
+    error              ranks are raised by the log of what lumping a key together with its cluster's others costs, in
+                       proportion: how far apart its keys are, times how large its values are (root mean squares)
+    wide               centroids in 16 bits, not in 8
     tile               one choice for all tokens of a tile of the kernels
 
 R counts query tokens, H KV heads, G query heads of each, D the head size, T tokens of the prefix, of which K are in
@@ -31,10 +33,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vllm_squeeze.kernels.reference import capped, joined, softmax_weighted
+from vllm_squeeze.kernels.reference import capped, dequantised, joined, softmax_weighted
 from vllm_squeeze.kernels.tables import ClusterTable
 from vllm_squeeze.kernels.tiles import tokens_per_tile
-from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, ReadCost
+from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, BYTES_PER_SCALE, ReadCost
 
 PAGE = 16
 FLOOR, CAP = 0.25, 4.0
@@ -50,7 +52,8 @@ class Arm:
     join: str = "max"
     rest: bool = True
     spread: str = ""
-    int8: bool = False
+    error: bool = False
+    wide: bool = False
     tile: bool = False
 
 
@@ -70,7 +73,8 @@ OPTIONS = {
     "topp": {"choice": "topp"},
     "sigma": {"spread": "sigma"},
     "variance": {"spread": "variance"},
-    "int8": {"int8": True},
+    "error": {"error": True},
+    "wide": {"wide": True},
     "tile": {"tile": True},
 }
 
@@ -87,7 +91,7 @@ def parse(name: str) -> Arm:
     arm = RULES[rule]
     for option in options:
         arm = replace(arm, **OPTIONS[option])
-    if arm.units != "clusters" and (arm.int8 or arm.spread):
+    if arm.units != "clusters" and (arm.spread or arm.error or arm.wide):
         raise ValueError(f"{name!r} is no arm; {arm.units} have no centroids")
     return arm
 
@@ -129,10 +133,10 @@ class Cost:
 def cost_of(arm: Arm, cost: ReadCost) -> Cost:
     """What an arm reads, from what the server's own rule reads. Keys alone and pages need no list of members."""
     if arm.units == "clusters":
-        scale_bytes, spread_bytes = (2 if arm.int8 else 0), (cost.centroid_element_size if arm.spread else 0)
-        ours = replace(cost, rest=arm.rest, centroid_element_size=1 if arm.int8 else cost.centroid_element_size)
-        per_cluster = scale_bytes * (2 if arm.rest else 1) + spread_bytes
-        fixed, per_key = ours.fixed_bytes + cost.num_centroids * per_cluster, cost.bytes_per_key
+        more = 4 * (bool(arm.spread) + arm.error)
+        if arm.wide:
+            more += (cost.head_size - BYTES_PER_SCALE) * (2 if arm.rest else 1)
+        fixed, per_key = replace(cost, rest=arm.rest).fixed_bytes + cost.num_centroids * more, cost.bytes_per_key
     else:
         fixed = replace(cost, num_centroids=0).fixed_bytes
         per_key = cost.bytes_per_key - BYTES_PER_MEMBER
@@ -171,6 +175,7 @@ class Units:
         low, high: [H, U, D] float32, bounds on its keys' elements; where equal, their mean.
         values: [H, U, D] float32, its mean value; None where what is not chosen contributes nothing.
         variance: [H, U] float32, of an element of its keys, mean over elements; None where the arm needs none.
+        loudness: [H, U] float32, mean square of an element of its values; likewise.
     """
 
     of_key: torch.Tensor
@@ -179,6 +184,7 @@ class Units:
     high: torch.Tensor
     values: torch.Tensor | None = None
     variance: torch.Tensor | None = None
+    loudness: torch.Tensor | None = None
 
 
 def units_of(arm: Arm, prefix: Prefix) -> Units:
@@ -187,14 +193,23 @@ def units_of(arm: Arm, prefix: Prefix) -> Units:
     heads, count, size = keys.shape
     if arm.units == "clusters":
         table = prefix.table
-        vectors = table.centroids, table.value_centroids
-        centroids, means = (in_int8(v.float()) if arm.int8 else v.float() for v in vectors)
         of_key, sizes = cluster_of_key(table)[:, prefix.num_always : prefix.num_always + count], table.sizes.float()
-        variance = None
-        if arm.spread:
-            squares = (keys - centroids.gather(1, of_key[..., None].expand(-1, -1, size))).square().mean(-1)
-            variance = torch.zeros_like(sizes).scatter_add_(1, of_key, squares) / sizes.clamp(min=1)
-        return Units(of_key, sizes, centroids, centroids, means if arm.rest else None, variance)
+        index = of_key[..., None].expand(-1, -1, size)
+
+        def mean(of_keys: torch.Tensor) -> torch.Tensor:
+            sums = of_keys.new_zeros(*sizes.shape, of_keys.shape[-1])
+            return sums.scatter_add_(1, index[..., : of_keys.shape[-1]], of_keys) / sizes.clamp(min=1)[..., None]
+
+        if arm.wide:
+            centroids, means = (mean(vectors).bfloat16().float() for vectors in (keys, values))
+        else:
+            centroids = dequantised(table.centroids, table.centroid_scales[..., None])
+            means = dequantised(table.value_centroids, table.value_scales[..., None])
+        variance = loudness = None
+        if arm.spread or arm.error:
+            apart = (keys - centroids.gather(1, index)).square()
+            variance, loudness = (mean(s.mean(-1, keepdim=True))[..., 0] for s in (apart, values.square()))
+        return Units(of_key, sizes, centroids, centroids, means if arm.rest else None, variance, loudness)
     of_key = torch.arange(count, device=keys.device).expand(heads, -1)
     if arm.units == "keys":
         return Units(of_key, torch.ones_like(keys[..., 0]), keys, keys, values if arm.rest else None)
@@ -217,12 +232,6 @@ def cluster_of_key(table: ClusterTable) -> torch.Tensor:
     return torch.zeros(heads, int(positions.max()) + 1, dtype=torch.int64, device=place.device).scatter_(
         1, positions, cluster
     )
-
-
-def in_int8(vectors: torch.Tensor) -> torch.Tensor:
-    """Vectors [..., D] as they are after rounding to 8-bit integers times a scale of each vector."""
-    scale = vectors.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
-    return (vectors / scale).round() * scale
 
 
 def unit_scores(query: torch.Tensor, units: Units, prefix: Prefix) -> torch.Tensor:
@@ -263,6 +272,8 @@ def rank(
         scores = scores + (deviation if arm.spread == "sigma" else deviation.square()) / 2
     mass = (scores + units.sizes.log()[:, None]).logsumexp(-1, keepdim=True)
     log_p = joined((scores - mass).masked_fill((units.sizes == 0)[:, None], -torch.inf), arm.join)
+    if arm.error:
+        log_p = log_p + (units.variance * units.loudness).log() / 2
     if arm.tile:
         log_p = largest_of_tile(log_p, tokens_per_tile(len(query), query.shape[2]))
     if arm.choice == "threshold":

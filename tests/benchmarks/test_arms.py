@@ -20,7 +20,6 @@ COST = ReadCost(
     num_centroids=len(SIZES),
     head_size=64,
     element_size=4,
-    centroid_element_size=4,
     rest=True,
 )
 

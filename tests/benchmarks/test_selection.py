@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.quality.selection import Arm, Prefix, attend, cost_of, parse, rank, unit_scores, units_of
 from vllm_squeeze.kernels.reference import attend_prefix, capped
-from vllm_squeeze.kernels.tables import ClusterTable
+from vllm_squeeze.kernels.tables import ClusterTable, quantised
 from vllm_squeeze.prefix_index.budget import ReadCost
 from vllm_squeeze.prefix_index.clustering import cluster_keys
 from vllm_squeeze.prefix_index.manifest import IndexParameters
@@ -36,7 +36,9 @@ def prefix() -> Prefix:
     # and an empty cluster at the end, as a layer with fewer clusters than another has
     empty = [torch.nn.functional.pad(c, (0, 0, 0, 1)) for c in (found.centroids, found.value_centroids)]
     starts = torch.nn.functional.pad(found.starts, (0, 1), value=found.members.shape[1])
-    table = ClusterTable(*empty, starts, torch.nn.functional.pad(sizes, (0, 1)), found.members)
+    (keys_of, key_scales), (values_of, value_scales) = map(quantised, empty)
+    sizes = torch.nn.functional.pad(sizes, (0, 1))
+    table = ClusterTable(keys_of, key_scales, values_of, value_scales, starts, sizes, found.members)
     return Prefix(keys[:, :TOKENS], values[:, :TOKENS], table, SINKS, SIZE**-0.5)
 
 
@@ -68,7 +70,9 @@ def test_the_built_in_rules_are_those_of_the_oracle(query, prefix, name: str, so
     torch.testing.assert_close(found.lse, lse)
 
 
-@pytest.mark.parametrize("name", ["ours", "paper", "oracle", "pages", "random", "ours+topp", "ours+int8", "pages+mean"])
+@pytest.mark.parametrize(
+    "name", ["ours", "paper", "oracle", "pages", "random", "ours+topp", "ours+wide", "ours+error", "pages+mean"]
+)
 def test_everything_chosen_is_dense_attention(query, prefix, name: str):
     found = run(name, query, prefix, -math.inf)
     logits = torch.einsum("rhgd,htd->rhgt", query, prefix.keys) * prefix.scale
@@ -148,17 +152,16 @@ COST = ReadCost(
     num_centroids=50,
     head_size=64,
     element_size=2,
-    centroid_element_size=2,
     rest=True,
 )
 
 
 def test_bytes_of_arms():
     always = 116 * 256
-    assert cost_of(parse("ours"), COST).fixed_bytes == COST.fixed_bytes == always + 50 * (256 + 8)
-    assert cost_of(parse("ours+drop"), COST).fixed_bytes == always + 50 * (128 + 8)
-    assert cost_of(parse("ours+int8"), COST).fixed_bytes == always + 50 * (128 + 4 + 8)
-    assert cost_of(parse("ours+sigma"), COST).fixed_bytes == always + 50 * (256 + 2 + 8)
+    assert cost_of(parse("ours"), COST).fixed_bytes == COST.fixed_bytes == always + 50 * (128 + 8 + 8)
+    assert cost_of(parse("ours+drop"), COST).fixed_bytes == always + 50 * (64 + 4 + 8)
+    assert cost_of(parse("ours+wide"), COST).fixed_bytes == always + 50 * (256 + 8)
+    assert cost_of(parse("ours+sigma+error"), COST).fixed_bytes == always + 50 * (128 + 8 + 4 + 4 + 8)
     assert cost_of(parse("oracle"), COST).fixed_bytes == always
     assert cost_of(parse("pages"), COST).fixed_bytes == always + 56 * 256
     assert [cost_of(parse(name), COST).bytes_per_key for name in ("ours", "oracle", "pages")] == [260, 256, 256]
@@ -168,11 +171,11 @@ def test_shares_meet_budgets():
     cost = cost_of(parse("ours"), COST)
     assert cost.budget_used(cost.share(0.3)) == pytest.approx(0.3)
     assert cost.share(1) == 1
-    with pytest.raises(ValueError, match=r"budget: 0.1 is less than the 0.168"):
+    with pytest.raises(ValueError, match=r"budget: 0.1 is less than the 0.144"):
         cost.share(0.1)
 
 
-@pytest.mark.parametrize("name", ["best", "ours+worse", "oracle+int8", "pages+sigma", ""])
+@pytest.mark.parametrize("name", ["best", "ours+worse", "oracle+wide", "pages+sigma", ""])
 def test_names_that_are_none(name: str):
     with pytest.raises(ValueError, match="is no arm"):
         parse(name)
