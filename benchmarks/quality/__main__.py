@@ -1,6 +1,6 @@
 """Measures what squeezing costs in answers: RULER's tasks, many questions on one prefix, against dense answers.
 
-    python -m benchmarks.quality --model M --tasks niah_single vt --length 4096 --questions 20 \\
+    python -m benchmarks.quality --model M --tasks niah_single_2 vt --length 4096 --questions 20 \\
         --budgets 0.5 0.33 0.125 --work folder/ --out quality.json
 
 Indexes each task's prefix and asks its questions on vLLM's own backend and at each budget, each arm in a fresh process,
@@ -33,7 +33,8 @@ from typing import Any
 
 from benchmarks.agreement import server_counters
 from benchmarks.quality.answers import DENSE, go_on, read, summarise
-from benchmarks.quality.tasks import TASKS, Question, Task, make_task
+from benchmarks.quality.questions import Question, Task
+from benchmarks.quality.tasks import TASKS, make_task
 
 # Sets the environment before vLLM is imported.
 from benchmarks.running import chat_prompts, indexer_args, machine

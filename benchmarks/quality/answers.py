@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from benchmarks.agreement import budget_used, rows_of
 from benchmarks.quality.paired import compare
-from benchmarks.quality.tasks import Task
+from benchmarks.quality.questions import Task
 
 DENSE = "dense"
 

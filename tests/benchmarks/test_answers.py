@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks.quality.answers import go_on, read, summarise
-from benchmarks.quality.tasks import Question, Task
+from benchmarks.quality.questions import Question, Task
 
 TASK = Task("vt", "prefix", (Question("1?", ("a",)), Question("2?", ("b", "c"))), answer_tokens=2)
 SQUEEZED = {"vllm:squeeze_rowssqueezed": 3, "vllm:squeeze_prefix_bytes_alone": 1, "vllm:squeeze_prefix_bytes_dense": 4}

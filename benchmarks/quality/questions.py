@@ -1,0 +1,54 @@
+"""Questions on a prefix, and how answers to them are scored."""
+
+from dataclasses import dataclass
+
+METRICS = ("all", "part")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question on a prefix.
+
+    Attributes:
+        text: what is asked.
+        references: what the answer should have in it.
+        metric: "all": the score is the share of references found; "part": 1 if any is found, else 0.
+    """
+
+    text: str
+    references: tuple[str, ...]
+    metric: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ValueError(f"metric is {self.metric!r}; must be one of {', '.join(METRICS)}")
+        if not self.references or not all(self.references):
+            raise ValueError(f"references is {self.references!r}; must be strings that are not empty, one at least")
+
+    def score(self, answer: str) -> float:
+        """How good an answer is, from 0 to 1, by the references that it contains in upper or lower case."""
+        found = [reference.lower() in answer.lower() for reference in self.references]
+        return sum(found) / len(found) if self.metric == "all" else float(any(found))
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions on one prefix.
+
+    Attributes:
+        name: of the task.
+        prefix: instruction and haystack.
+        questions: to be asked one after the other, each of the prefix alone.
+        answer_tokens: most tokens of an answer.
+    """
+
+    name: str
+    prefix: str
+    questions: tuple[Question, ...]
+    answer_tokens: int
+
+    def __post_init__(self) -> None:
+        if not self.questions:
+            raise ValueError("questions is (); a task must have one at least")
+        if self.answer_tokens < 1:
+            raise ValueError(f"answer_tokens is {self.answer_tokens}; must be at least 1")
