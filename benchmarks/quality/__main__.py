@@ -9,7 +9,8 @@ question its user message; without a chat template they are a raw prompt, "prefi
 greedy. How the tasks differ from RULER's is in ``tasks.py``: scores compare with those of the same command only.
 
     used      budget really used, by the server's own counters
-    score     references found in answers, in percent, mean over questions
+    score     references found in answers, in percent, mean over questions; of questions on documents, any of them
+    f1        SQuAD's, of questions on documents
     change    of the score, from dense answers to the same questions
     interval  that 95% of such changes lie in if questions are drawn anew from those asked (percentile bootstrap); few
               questions, or scores that are all the same, make it too narrow
@@ -169,6 +170,7 @@ def run_task(arguments: argparse.Namespace, name: str) -> list[dict[str, Any]]:
 COLUMNS = (
     ("used", "budget_used", 1, ".4f"),
     ("score", "score", 100, ".1f"),
+    ("f1", "f1", 100, ".1f"),
     ("change", "difference", 100, "+.1f"),
     ("from", "low", 100, "+.1f"),
     ("to", "high", 100, "+.1f"),

@@ -1,5 +1,8 @@
 """Questions on a prefix, and how answers to them are scored."""
 
+import re
+import string
+from collections import Counter
 from dataclasses import dataclass
 
 METRICS = ("all", "part")
@@ -30,6 +33,10 @@ class Question:
         found = [reference.lower() in answer.lower() for reference in self.references]
         return sum(found) / len(found) if self.metric == "all" else float(any(found))
 
+    def f1(self, answer: str) -> float:
+        """SQuAD's F1: of the words that an answer shares with the reference that is most like it, from 0 to 1."""
+        return max(f1_of_words(words(answer), words(reference)) for reference in self.references)
+
 
 @dataclass(frozen=True)
 class Task:
@@ -52,3 +59,15 @@ class Task:
             raise ValueError("questions is (); a task must have one at least")
         if self.answer_tokens < 1:
             raise ValueError(f"answer_tokens is {self.answer_tokens}; must be at least 1")
+
+
+def words(text: str) -> list[str]:
+    """A text's words as SQuAD compares them: in lower case, without punctuation and articles."""
+    bare = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+
+
+def f1_of_words(answer: list[str], reference: list[str]) -> float:
+    """The harmonic mean of precision and recall of an answer's words."""
+    shared = (Counter(answer) & Counter(reference)).total()
+    return 2 * shared / (len(answer) + len(reference)) if shared else 0.0

@@ -1,4 +1,4 @@
-"""RULER's synthetic tasks (Hsieh et al., 2024), re-made so that one prefix serves many questions.
+"""RULER's tasks (Hsieh et al., 2024), re-made so that one prefix serves many questions.
 
 RULER asks one question of each haystack. Here the haystacks of all questions are one, whose questions distract from
 each other. Instruction and haystack are the prefix; what follows is the question. The tasks have RULER's names:
@@ -8,6 +8,7 @@ each other. Instruction and haystack are the prefix; what follows is the questio
     niah_multivalue  a key's four values
     niah_multiquery  four keys' values
     vt               the five variables of a chain of assignments
+    qa_1, qa_2       questions of SQuAD, and of HotpotQA
 
 Differences from RULER, for which scores are not comparable with published ones:
 
@@ -15,14 +16,17 @@ Differences from RULER, for which scores are not comparable with published ones:
 - Essays are whatever text is given, repeated where it is too short.
 - Needles lie at depths evenly spread over the prefix, so that questions ask at all depths; ``niah_single_*`` have as many
   keys as questions. Keys are of the word lists in ``needles.py``; all values of a prefix are distinct.
+- ``qa_1`` has whole articles, not single paragraphs in disorder; ``qa_2`` has as many of a question's eight distracting
+  paragraphs as fit. Answers of one or two letters, and yes and no, are left out: they are found in too much.
 
-Left out: ``cwe`` and ``fwe``, which have but one question a prefix, and QA.
+Left out: ``cwe`` and ``fwe``, which have but one question a prefix.
 """
 
 import functools
 import random
 from collections.abc import Callable
 
+from benchmarks.quality.documents import hotpot, squad
 from benchmarks.quality.haystack import Plan
 from benchmarks.quality.needles import niah
 from benchmarks.quality.questions import Task
@@ -38,6 +42,8 @@ TASKS: dict[str, Callable[[Plan], Task]] = {
     "niah_multivalue": functools.partial(niah, num_needle_v=4),
     "niah_multiquery": functools.partial(niah, num_needle_k=4, num_needle_q=4),
     "vt": variable_tracking,
+    "qa_1": squad,
+    "qa_2": hotpot,
 }
 
 

@@ -20,6 +20,22 @@ def test_scores_count_references_found_in_any_case(metric: str, answer: str, sco
 
 
 @pytest.mark.parametrize(
+    "answer, f1",
+    [
+        ("the 10th century.", 1),
+        ("Century", 2 / 3),
+        ("10th 10th century", 4 / 5),
+        ("In the 10th century", 4 / 5),
+        ("about 1000", 1),
+        ("the", 0),
+        ("", 0),
+    ],
+)
+def test_f1_is_of_words_shared_with_the_reference_that_is_most_like_the_answer(answer: str, f1: float):
+    assert Question("?", ("10th century", "about 1000"), "part").f1(answer) == pytest.approx(f1)
+
+
+@pytest.mark.parametrize(
     "make_it, message",
     [
         (lambda: Question("?", (), "all"), "references is"),
