@@ -34,11 +34,11 @@ from typing import Any
 
 from benchmarks.agreement import server_counters
 from benchmarks.quality.answers import DENSE, go_on, read, summarise
-from benchmarks.quality.questions import Question, Task
+from benchmarks.quality.questions import Task
 from benchmarks.quality.tasks import TASKS, make_task
 
 # Sets the environment before vLLM is imported.
-from benchmarks.running import chat_prompts, indexer_args, machine
+from benchmarks.running import indexer_args, machine, question_prompts
 
 ESSAY = Path(__file__).parents[2] / "examples" / "data" / "persuasion.txt"
 # What all of a work folder was made with.
@@ -86,10 +86,7 @@ def run_arm(arguments: argparse.Namespace) -> None:
     task = read_task(arguments.work, arguments.task)
     tokenizer = get_tokenizer(arguments.model)
     texts = [question.text for question in task.questions]
-    if getattr(tokenizer, "chat_template", None):
-        prompts = chat_prompts(tokenizer, task.prefix, texts)
-    else:
-        prompts = [tokenizer(f"{task.prefix}\n{text}\nAnswer:").input_ids for text in texts]
+    prompts = question_prompts(tokenizer, task.prefix, texts, [question.earlier for question in task.questions])
     engine_args = {
         "max_model_len": max(map(len, prompts)) + task.answer_tokens,
         "max_num_seqs": 1,
@@ -123,9 +120,7 @@ def run_arm(arguments: argparse.Namespace) -> None:
 
 
 def read_task(work: Path, name: str) -> Task:
-    fields = json.loads((work / name / "task.json").read_text(encoding="utf-8"))
-    questions = tuple(Question(**{**one, "references": tuple(one["references"])}) for one in fields["questions"])
-    return Task(**{**fields, "questions": questions})
+    return Task.from_dict(json.loads((work / name / "task.json").read_text(encoding="utf-8")))
 
 
 def answers_path(work: Path, task: str, arm: str) -> Path:

@@ -1,4 +1,4 @@
-"""RULER's questions on documents: SQuAD's on whole articles, and HotpotQA's on paragraphs.
+"""RULER's questions on documents: SQuAD's on whole articles, alone or in a conversation, and HotpotQA's on paragraphs.
 
 The data is in ``data/``, with how it was made.
 """
@@ -19,6 +19,7 @@ INSTRUCTION = (
 PREFIX = INSTRUCTION + "\n\nThe following are given documents.\n\n{documents}"
 QUESTION = INSTRUCTION + "\n\nQuestion: {question}"
 ANSWER_TOKENS = 32
+TURNS = 4  # of a conversation
 
 
 def squad(plan: Plan) -> Task:
@@ -29,6 +30,25 @@ def squad(plan: Plan) -> Task:
         for entry in spread(plan, entries)
     )
     return Task(plan.name, prefix, tuple(questions), ANSWER_TOKENS)
+
+
+def chat(plan: Plan) -> Task:
+    """The last turns of conversations about SQuAD's articles; those before ask about anything in the prefix."""
+    prefix, entries = articles(plan)
+    questions = []
+    for entry in spread(plan, entries):
+        others = [other for other in entries if other is not entry and not reveals(other, entry["answers"])]
+        if len(others) < TURNS - 1:
+            raise ValueError(f"length is {plan.length}; must be more for {plan.name}, for want of earlier questions")
+        earlier = tuple((other["text"], other["answers"][0]) for other in plan.rng.sample(others, TURNS - 1))
+        questions.append(Question(entry["text"], tuple(entry["answers"]), "part", earlier))
+    return Task(plan.name, prefix, tuple(questions), ANSWER_TOKENS)
+
+
+def reveals(entry: dict[str, Any], answers: Sequence[str]) -> bool:
+    """Whether a question or its answer has any of some answers in it."""
+    turn = f"{entry['text']} {entry['answers'][0]}".lower()
+    return any(answer.lower() in turn for answer in answers)
 
 
 def articles(plan: Plan) -> tuple[str, list[dict[str, Any]]]:

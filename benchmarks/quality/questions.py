@@ -4,6 +4,7 @@ import re
 import string
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 METRICS = ("all", "part")
 
@@ -16,11 +17,13 @@ class Question:
         text: what is asked.
         references: what the answer should have in it.
         metric: "all": the score is the share of references found; "part": 1 if any is found, else 0.
+        earlier: the conversation before, each question with its answer.
     """
 
     text: str
     references: tuple[str, ...]
     metric: str = "all"
+    earlier: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
@@ -45,7 +48,7 @@ class Task:
     Attributes:
         name: of the task.
         prefix: instruction and haystack.
-        questions: to be asked one after the other, each of the prefix alone.
+        questions: to be asked one after the other, each of the prefix and its own earlier conversation alone.
         answer_tokens: most tokens of an answer.
     """
 
@@ -59,6 +62,18 @@ class Task:
             raise ValueError("questions is (); a task must have one at least")
         if self.answer_tokens < 1:
             raise ValueError(f"answer_tokens is {self.answer_tokens}; must be at least 1")
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Task":
+        """A task from its fields as JSON has them, tuples turned into lists."""
+        questions = (
+            Question(
+                **question
+                | {"references": tuple(question["references"]), "earlier": tuple(map(tuple, question["earlier"]))}
+            )
+            for question in fields["questions"]
+        )
+        return cls(**fields | {"questions": tuple(questions)})
 
 
 def words(text: str) -> list[str]:

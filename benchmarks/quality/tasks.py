@@ -1,4 +1,4 @@
-"""RULER's tasks (Hsieh et al., 2024), re-made so that one prefix serves many questions.
+"""RULER's tasks (Hsieh et al., 2024), re-made so that one prefix serves many questions, and ``chat``.
 
 RULER asks one question of each haystack. Here the haystacks of all questions are one, whose questions distract from
 each other. Instruction and haystack are the prefix; what follows is the question. The tasks have RULER's names:
@@ -9,6 +9,7 @@ each other. Instruction and haystack are the prefix; what follows is the questio
     niah_multiquery  four keys' values
     vt               the five variables of a chain of assignments
     qa_1, qa_2       questions of SQuAD, and of HotpotQA
+    chat             a question of SQuAD's after three others with their answers; not RULER's
 
 Differences from RULER, for which scores are not comparable with published ones:
 
@@ -26,7 +27,7 @@ import functools
 import random
 from collections.abc import Callable
 
-from benchmarks.quality.documents import hotpot, squad
+from benchmarks.quality.documents import chat, hotpot, squad
 from benchmarks.quality.haystack import Plan
 from benchmarks.quality.needles import niah
 from benchmarks.quality.questions import Task
@@ -44,6 +45,7 @@ TASKS: dict[str, Callable[[Plan], Task]] = {
     "vt": variable_tracking,
     "qa_1": squad,
     "qa_2": hotpot,
+    "chat": chat,
 }
 
 

@@ -56,6 +56,13 @@ def test_figures_of_arms():
     assert other == {"task": "vt", "arm": "0.25"} | figures
 
 
+def test_questions_on_documents_have_f1_too():
+    questions = (Question("1?", ("a red fox", "fox"), "part"), Question("2?", ("green",), "part"))
+    rows = [row(0, "The fox runs.", [1], {}), row(1, "blue", [2], {})]
+    (dense,) = summarise(Task("qa_1", "prefix", questions, answer_tokens=2), {"dense": rows})
+    assert dense["score"] == 0.5 and dense["f1"] == pytest.approx(0.5 * 2 / 3)
+
+
 @pytest.mark.parametrize(
     "rows, problem",
     [

@@ -1,10 +1,11 @@
-"""Questions on documents: where their answers are."""
+"""Questions on documents: where their answers are, and what was said before."""
 
 import itertools
 import re
 
 import pytest
 
+from benchmarks.quality import documents
 from benchmarks.quality.documents import load
 from benchmarks.quality.questions import Task
 from tests.benchmarks.making import any_size, make
@@ -32,9 +33,12 @@ def depths_of(task: Task) -> list[float]:
     return [place / len(task.prefix) for place in places]
 
 
+@pytest.mark.parametrize("name", ["qa_1", "chat"])
 @any_size
-def test_answers_are_in_the_prefix_in_the_order_of_their_questions(num_questions: int, length: int, seed: int):
-    task = make("qa_1", num_questions, length, seed)
+def test_answers_are_in_the_prefix_in_the_order_of_their_questions(
+    name: str, num_questions: int, length: int, seed: int
+):
+    task = make(name, num_questions, length, seed)
     depths = depths_of(task)
     assert depths == sorted(depths)
     for question in task.questions:
@@ -44,8 +48,9 @@ def test_answers_are_in_the_prefix_in_the_order_of_their_questions(num_questions
         assert question.metric == "part"
 
 
-def test_questions_ask_at_all_depths():
-    depths = depths_of(make("qa_1", num_questions=10, length=9000))
+@pytest.mark.parametrize("name", ["qa_1", "chat"])
+def test_questions_ask_at_all_depths(name: str):
+    depths = depths_of(make(name, num_questions=10, length=9000))
     assert depths == pytest.approx([(i + 0.5) / 10 for i in range(10)], abs=0.12)
 
 
@@ -59,6 +64,23 @@ def test_articles_are_whole_but_the_last(num_questions: int, length: int, seed: 
         title, *_ = text.split("\n")
         whole = "\n".join([title, *(paragraph["text"] for paragraph in articles[title])])
         assert text == whole or (text == parts[-1] and whole.startswith(text + "\n"))
+
+
+@any_size
+def test_conversations_do_not_reveal_their_last_answer(num_questions: int, length: int, seed: int):
+    task = make("chat", num_questions, length, seed)
+    for question in task.questions:
+        assert len({text for text, _ in question.earlier} - {question.text}) == 3
+        for text, answer in question.earlier:
+            entry, paragraph = SQUAD[text]
+            assert answer == entry["answers"][0] and paragraph in task.prefix
+            assert not any(reference.lower() in f"{text} {answer}".lower() for reference in question.references)
+
+
+def test_conversations_need_earlier_questions(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(documents, "TURNS", 1000)
+    with pytest.raises(ValueError, match="length is 2000; must be more for chat, for want of earlier questions"):
+        make("chat")
 
 
 @any_size

@@ -1,4 +1,7 @@
-"""How answers are scored, and fields of questions and tasks."""
+"""How answers are scored, and questions and tasks as they are kept."""
+
+import json
+from dataclasses import asdict
 
 import pytest
 
@@ -33,6 +36,12 @@ def test_scores_count_references_found_in_any_case(metric: str, answer: str, sco
 )
 def test_f1_is_of_words_shared_with_the_reference_that_is_most_like_the_answer(answer: str, f1: float):
     assert Question("?", ("10th century", "about 1000"), "part").f1(answer) == pytest.approx(f1)
+
+
+def test_tasks_are_kept_as_json():
+    questions = (Question("?", ("a",)), Question("??", ("b", "c"), "part", (("before?", "yes"), ("and?", "no"))))
+    task = Task("chat", "text", questions, 30)
+    assert Task.from_dict(json.loads(json.dumps(asdict(task)))) == task
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ NEEDLE = (
 
 
 def test_all_of_ruler_is_there():
-    assert tuple(TASKS) == RULER
+    assert tuple(TASKS) == (*RULER, "chat")
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -28,7 +28,7 @@ def test_a_seed_says_it_all(name: str):
     tasks = [make(name, seed=seed) for seed in range(4)]
     assert len({task.questions for task in tasks}) == 4
     # Few articles come first in a prefix.
-    assert len({task.prefix for task in tasks}) > (1 if name == "qa_1" else 3)
+    assert len({task.prefix for task in tasks}) > (1 if name in ("qa_1", "chat") else 3)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -41,7 +41,7 @@ def test_questions_are_as_many_as_asked_for_and_all_different(name: str, num_que
 
 def longest_step(name: str) -> int:
     """Tokens of the longest part that could have been added to a prefix."""
-    if name == "qa_1":
+    if name in ("qa_1", "chat"):
         parts = [paragraph["text"] for article in load("squad.json") for paragraph in article["paragraphs"]]
     elif name == "qa_2":
         parts = [text for row in load("hotpotqa.json") for text in (*row["supporting"], *row["distractors"])]
@@ -57,7 +57,7 @@ def test_prefixes_are_as_long_as_parts_allow(name: str, num_questions: int, leng
     assert length - longest_step(name) < count_tokens(task.prefix) <= length
 
 
-@pytest.mark.parametrize("name", ["qa_1", "qa_2"])
+@pytest.mark.parametrize("name", ["qa_1", "qa_2", "chat"])
 def test_there_are_documents_for_the_longest_prefixes(name: str):
     """Tokenizers make more of a text than words and marks: 28k tokens are about 24k of these."""
     task = make(name, num_questions=20, length=26_000)
@@ -73,6 +73,7 @@ def test_there_are_documents_for_the_longest_prefixes(name: str):
         ({"name": "niah_multiquery", "num_questions": 5000}, r"must be at most \d+ for niah_multiquery"),
         ({"name": "qa_2", "num_questions": 41}, "num_questions is 41; must be at most 40 for qa_2"),
         ({"name": "qa_1", "num_questions": 500}, r"must be at most \d+ for qa_1 of 2000 tokens"),
+        ({"name": "chat", "num_questions": 500}, r"must be at most \d+ for chat of 2000 tokens"),
         ({"name": "qa_1", "length": 10**5}, r"length is 100000; must be at most \d+ for qa_1, which has no more text"),
         ({"name": "qa_2", "length": 10**5}, r"length is 100000; must be at most \d+ for qa_2, which has no more text"),
         *(({"name": name, "length": 50}, rf"length is 50; must be at least \d+ for {name}") for name in TASKS),
@@ -88,7 +89,7 @@ def test_the_length_that_is_asked_for_is_enough(name: str):
     with pytest.raises(ValueError) as refused:
         make(name, length=50)
     length = int(re.search(r"at least (\d+)", str(refused.value))[1])
-    num_questions = 1 if name == "qa_1" else 5
+    num_questions = 1 if name in ("qa_1", "chat") else 5
     assert count_tokens(make(name, num_questions, length).prefix) == length
     with pytest.raises(ValueError, match=f"at least {length}"):
         make(name, length=length - 1)
