@@ -11,7 +11,7 @@ from tests.benchmarks.making import ESSAY, any_size, count_tokens, make
 
 RULER = (
     *("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
-    *("niah_multivalue", "niah_multiquery", "vt", "qa_1", "qa_2"),
+    *("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2"),
 )
 NEEDLE = (
     "One of the special magic uuids for 01234567-89ab-cdef-0123-456789abcdef is: 01234567-89ab-cdef-0123-456789abcdef."
@@ -71,11 +71,17 @@ def test_there_are_documents_for_the_longest_prefixes(name: str):
         ({"name": "vt", "num_questions": 0}, "num_questions is 0; must be at least 1"),
         ({"name": "vt", "num_questions": 10001}, "num_questions is 10001; must be at most 10000 for vt"),
         ({"name": "niah_multiquery", "num_questions": 5000}, r"must be at most \d+ for niah_multiquery"),
+        ({"name": "cwe", "num_questions": 41}, "num_questions is 41; must be at most 40 for cwe"),
+        ({"name": "fwe", "num_questions": 41}, "num_questions is 41; must be at most 40 for fwe"),
         ({"name": "qa_2", "num_questions": 41}, "num_questions is 41; must be at most 40 for qa_2"),
         ({"name": "qa_1", "num_questions": 500}, r"must be at most \d+ for qa_1 of 2000 tokens"),
         ({"name": "chat", "num_questions": 500}, r"must be at most \d+ for chat of 2000 tokens"),
         ({"name": "qa_1", "length": 10**5}, r"length is 100000; must be at most \d+ for qa_1, which has no more text"),
         ({"name": "qa_2", "length": 10**5}, r"length is 100000; must be at most \d+ for qa_2, which has no more text"),
+        (
+            {"name": "cwe", "num_questions": 1, "length": 10**5},
+            r"length is 100000; must be at most \d+ for cwe, which has no more text",
+        ),
         *(({"name": name, "length": 50}, rf"length is 50; must be at least \d+ for {name}") for name in TASKS),
     ],
 )
