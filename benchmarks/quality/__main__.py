@@ -1,12 +1,13 @@
-"""Measures what squeezing costs in answers: RULER's tasks, many questions on one prefix, against dense answers.
+"""Measures what squeezing costs in answers to RULER's tasks and in conversations, many questions on one prefix.
 
     python -m benchmarks.quality --model M --tasks niah_single_2 vt --length 4096 --questions 20 \\
         --budgets 0.5 0.33 0.125 --work folder/ --out quality.json
 
 Indexes each task's prefix and asks its questions on vLLM's own backend and at each budget, each arm in a fresh process,
 one question at a time, so that an answer depends on no other. A prefix is the system message of a conversation and a
-question its user message; without a chat template they are a raw prompt, "prefix, question, Answer:". Answers are
-greedy. How the tasks differ from RULER's is in ``tasks.py``: scores compare with those of the same command only.
+question its user message, its last one in ``chat``; without a chat template they are a raw prompt, "prefix, question,
+Answer:". Answers are greedy. How the tasks differ from RULER's is in ``tasks.py``: scores compare with those of the
+same command only.
 
     used      budget really used, by the server's own counters
     score     references found in answers, in percent, mean over questions; of questions on documents, any of them
