@@ -14,7 +14,8 @@ each other. Instruction and haystack are the prefix; what follows is the questio
 
 Differences from RULER, for which scores are not comparable with published ones:
 
-- Answers are not begun for the model, and ``vt`` and ``cwe`` have no worked example.
+- Answers are not begun for the model: questions say what is to be in them, and those of ``vt`` may have 60 tokens, not
+  30. ``vt`` and ``cwe`` have no worked example.
 - Essays are whatever text is given, repeated where it is too short.
 - Needles lie at depths evenly spread over the prefix, so that questions ask at all depths; ``niah_single_*`` have as
   many keys as questions. Keys are of the word lists in ``needles.py``; all values of a prefix are distinct.

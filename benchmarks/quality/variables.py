@@ -9,7 +9,10 @@ from benchmarks.quality.needles import NOISE
 from benchmarks.quality.questions import Question, Task
 
 INSTRUCTION = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
-QUESTION = "Question: Find all variables that are assigned the value {value} in the text above."
+QUESTION = (
+    "Question: Find all variables that are assigned the value {value} in the text above. "
+    "Answer with the names of the {count} variables only."
+)
 HOPS = 4  # of a chain, which has one variable more
 VALUES = range(10000, 99999)
 MOST_QUESTIONS = 10000
@@ -26,9 +29,9 @@ def variable_tracking(plan: Plan) -> Task:
         sources = (str(value), *(f"VAR {name}" for name in variables))
         links = [f"VAR {name} = {source}" for name, source in zip(variables, sources)]
         needles += zip(sorted(rng.random() for _ in links), links)
-        questions.append(Question(QUESTION.format(value=value), variables))
+        questions.append(Question(QUESTION.format(value=value, count=HOPS + 1), variables))
     prefix = fill(plan, needles, itertools.repeat(NOISE), lambda parts: INSTRUCTION + "\n".join(parts))
-    return Task(plan.name, prefix, tuple(questions), answer_tokens=30)
+    return Task(plan.name, prefix, tuple(questions), answer_tokens=60)
 
 
 def variable(rng: random.Random) -> str:
