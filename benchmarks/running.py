@@ -4,7 +4,7 @@ and the server's own counters of what it did for them."""
 import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,22 +81,43 @@ def machine() -> dict[str, Any]:
     }
 
 
-def chat_prompts(tokenizer: Any, text: str, questions: list[str]) -> list[list[int]]:
-    """Token ids of conversations that ask questions about a text, which is their system message."""
-    conversations = (
-        [{"role": "system", "content": text}, {"role": "user", "content": question}] for question in questions
-    )
+def chat_prompts(
+    tokenizer: Any, text: str, questions: Sequence[str], earlier: Sequence[Sequence[tuple[str, str]]] | None = None
+) -> list[list[int]]:
+    """Token ids of conversations that ask questions about a text, which is their system message.
+
+    Args:
+        tokenizer: with a chat template.
+        text: what is asked about.
+        questions: that each conversation ends with.
+        earlier: questions and answers that each conversation has before that.
+    """
+
+    def conversation(question: str, turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+        roles = itertools.chain(["system"], itertools.cycle(["user", "assistant"]))
+        contents = [text, *itertools.chain(*turns), question]
+        return [{"role": role, "content": content} for role, content in zip(roles, contents)]
+
     return [
-        tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
-        for conversation in conversations
+        tokenizer.apply_chat_template(conversation(*pair), add_generation_prompt=True, return_dict=False)
+        for pair in zip(questions, earlier or [()] * len(questions), strict=True)
     ]
 
 
-def question_prompts(tokenizer: Any, text: str, questions: list[str]) -> list[list[int]]:
+def question_prompts(
+    tokenizer: Any, text: str, questions: Sequence[str], earlier: Sequence[Sequence[tuple[str, str]]] | None = None
+) -> list[list[int]]:
     """Token ids of what asks questions about a text: conversations, or without a chat template raw prompts."""
     if getattr(tokenizer, "chat_template", None):
-        return chat_prompts(tokenizer, text, questions)
-    return [tokenizer(f"{text}\n{question}\nAnswer:").input_ids for question in questions]
+        return chat_prompts(tokenizer, text, questions, earlier)
+
+    def prompt(question: str, turns: Sequence[tuple[str, str]]) -> str:
+        before = [f"{asked}\nAnswer: {answer}" for asked, answer in turns]
+        return "\n".join([text, *before, f"{question}\nAnswer:"])
+
+    return [
+        tokenizer(prompt(*pair)).input_ids for pair in zip(questions, earlier or [()] * len(questions), strict=True)
+    ]
 
 
 def residency_of(worker: Any) -> Any:

@@ -1,15 +1,17 @@
-"""Measures what squeezing costs in answers: RULER's tasks, many questions on one prefix, against dense answers.
+"""Measures what squeezing costs in answers to RULER's tasks and in conversations, many questions on one prefix.
 
-    python -m benchmarks.quality --model M --tasks niah_single vt --length 4096 --questions 20 \\
+    python -m benchmarks.quality --model M --tasks niah_single_2 vt --length 4096 --questions 20 \\
         --budgets 0.5 0.33 0.125 --work folder/ --out quality.json
 
 Indexes each task's prefix and asks its questions on vLLM's own backend and at each budget, each arm in a fresh process,
 one question at a time, so that an answer depends on no other. A prefix is the system message of a conversation and a
-question its user message; without a chat template they are a raw prompt, "prefix, question, Answer:". Answers are
-greedy, and computed by vLLM's V1 runner, which shows logits to a benchmark in all versions. How the tasks differ from RULER's is in ``tasks.py``: scores compare with those of the same command only.
+question its user message, its last one in ``chat``; without a chat template they are a raw prompt, "prefix, question,
+Answer:". Answers are greedy, and computed by vLLM's V1 runner, which shows logits to a benchmark in all versions. How
+the tasks differ from RULER's is in ``tasks.py``: scores compare with those of the same command only.
 
     used      budget really used, by the server's own counters
-    score     references found in answers, in percent, mean over questions
+    score     references found in answers, in percent, mean over questions; of questions on documents, any of them
+    f1        SQuAD's, of questions on documents
     change    of the score, from dense answers to the same questions
     interval  that 95% of such changes lie in if questions are drawn anew from those asked (percentile bootstrap); few
               questions, or scores that are all the same, make it too narrow
@@ -39,7 +41,8 @@ from typing import Any
 from benchmarks.agreement import server_counters
 from benchmarks.quality import plots
 from benchmarks.quality.answers import DENSE, go_on, read, summarise
-from benchmarks.quality.tasks import TASKS, Question, Task, make_task
+from benchmarks.quality.questions import Task
+from benchmarks.quality.tasks import TASKS, make_task
 
 # Sets the environment before vLLM is imported.
 from benchmarks.running import indexer_args, machine, question_prompts
@@ -97,7 +100,7 @@ def run_arm(arguments: argparse.Namespace) -> None:
     task = read_task(arguments.work, arguments.task)
     tokenizer = get_tokenizer(arguments.model)
     texts = [question.text for question in task.questions]
-    prompts = question_prompts(tokenizer, task.prefix, texts)
+    prompts = question_prompts(tokenizer, task.prefix, texts, [question.earlier for question in task.questions])
     engine_args = {
         "max_model_len": max(map(len, prompts)) + task.answer_tokens,
         "max_num_seqs": 1,
@@ -139,9 +142,7 @@ def run_arm(arguments: argparse.Namespace) -> None:
 
 
 def read_task(work: Path, name: str) -> Task:
-    fields = json.loads((work / name / "task.json").read_text(encoding="utf-8"))
-    questions = tuple(Question(**{**one, "references": tuple(one["references"])}) for one in fields["questions"])
-    return Task(**{**fields, "questions": questions})
+    return Task.from_dict(json.loads((work / name / "task.json").read_text(encoding="utf-8")))
 
 
 def answers_path(work: Path, task: str, arm: str) -> Path:
@@ -186,6 +187,7 @@ def run_task(arguments: argparse.Namespace, name: str) -> list[dict[str, Any]]:
 COLUMNS = (
     ("used", "budget_used", 1, ".4f"),
     ("score", "score", 100, ".1f"),
+    ("f1", "f1", 100, ".1f"),
     ("change", "difference", 100, "+.1f"),
     ("from", "low", 100, "+.1f"),
     ("to", "high", 100, "+.1f"),

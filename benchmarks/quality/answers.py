@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from benchmarks.agreement import budget_used, rows_of
 from benchmarks.quality.paired import compare, mean_and_error
-from benchmarks.quality.tasks import Task
+from benchmarks.quality.questions import Task
 
 DENSE = "dense"
 
@@ -77,6 +77,9 @@ def summarise(task: Task, arms: dict[str, list[dict[str, Any]]]) -> list[dict[st
             continue
         scores[arm] = [question.score(row["text"]) for question, row in zip(task.questions, rows, strict=True)]
         summary |= {"budget_used": budget_used(total(rows)), "score": sum(scores[arm]) / len(rows)}
+        if all(question.metric == "part" for question in task.questions):
+            f1 = [question.f1(row["text"]) for question, row in zip(task.questions, rows, strict=True)]
+            summary["f1"] = sum(f1) / len(rows)
         if arm != DENSE and DENSE in scores:
             tokens = [[row["tokens"] for row in sorted_arms[name]] for name in (DENSE, arm)]
             found = compare(scores[DENSE], scores[arm], *tokens)

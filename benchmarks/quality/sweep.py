@@ -241,8 +241,8 @@ def main() -> int:
     from benchmarks.quality.__main__ import read_task
 
     task = read_task(arguments.work, arguments.task)
-    texts = [question.text for question in task.questions]
-    prompts = question_prompts(get_tokenizer(arguments.model), task.prefix, texts)
+    texts, earlier = zip(*((question.text, question.earlier) for question in task.questions))
+    prompts = question_prompts(get_tokenizer(arguments.model), task.prefix, texts, earlier)
     sweep = Sweep(arguments.model, folder / "index", prompts, arguments.tokens, arguments.engine_args)
     places = sum(map(len, sweep.answers))
     print(f"{machine()}, {arguments.model}, {task.name}, {len(prompts)} questions, {places} places of answers")

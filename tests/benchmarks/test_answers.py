@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks.quality.answers import go_on, read, summarise
-from benchmarks.quality.tasks import Question, Task
+from benchmarks.quality.questions import Question, Task
 
 TASK = Task("vt", "prefix", (Question("1?", ("a",)), Question("2?", ("b", "c"))), answer_tokens=2)
 SQUEEZED = {"vllm:squeeze_rowssqueezed": 3, "vllm:squeeze_prefix_bytes_alone": 1, "vllm:squeeze_prefix_bytes_dense": 4}
@@ -54,6 +54,13 @@ def test_figures_of_arms():
     assert other.pop("low") == -0.5 and other.pop("high") == 0
     figures = {"budget_used": 0.25, "score": 0.5, "difference": -0.25, "same": 0.5, "before_difference": 0.5}
     assert other == {"task": "vt", "arm": "0.25"} | figures
+
+
+def test_questions_on_documents_have_f1_too():
+    questions = (Question("1?", ("a red fox", "fox"), "part"), Question("2?", ("green",), "part"))
+    rows = [row(0, "The fox runs.", [1], {}), row(1, "blue", [2], {})]
+    (dense,) = summarise(Task("qa_1", "prefix", questions, answer_tokens=2), {"dense": rows})
+    assert dense["score"] == 0.5 and dense["f1"] == pytest.approx(0.5 * 2 / 3)
 
 
 @pytest.mark.parametrize(

@@ -42,10 +42,10 @@ def test_what_is_there_is_not_run_again(tmp_path: Path):
     device, command, header, dense, squeezed = ran.stdout.splitlines()
     assert device.startswith("Imaginary 9000, vllm 1.2.3, 20")
     assert command.startswith("python -m benchmarks.quality --model no-such-model")
-    titles = ["task", "arm", "used", "score", "change", "from", "to", "same", "before", "KL", "+-", "top-1"]
+    titles = ["task", "arm", "used", "score", "f1", "change", "from", "to", "same", "before", "KL", "+-", "top-1"]
     assert header.split() == titles
-    assert dense.split() == ["vt", "dense", "-", "75.0", *["-"] * 8]
-    figures = ["0.2500", "50.0", "-25.0", "-50.0", "+0.0", "50", "50", "0.2000", "0.1000", "75.0"]
+    assert dense.split() == ["vt", "dense", "-", "75.0", *["-"] * 9]
+    figures = ["0.2500", "50.0", "-", "-25.0", "-50.0", "+0.0", "50", "50", "0.2000", "0.1000", "75.0"]
     assert squeezed.split() == ["vt", "0.25", *figures]
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [(figures["arm"], figures["score"]) for figures in rows] == [("dense", 0.75), ("0.25", 0.5)]
