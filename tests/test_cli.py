@@ -92,7 +92,7 @@ def test_token_ids_that_are_none(capsys, model, tmp_path, content, message):
         (["--centroids", "nan"], "centroids is nan"),
         (["--window", "0"], "window is 0"),
         (["--seed", "-1"], "seed is -1"),
-        (["--join", "median"], "join is 'median', must be one of max, mean"),
+        (["--rule", "median"], "rule is 'median', must be one of error, paper"),
     ],
     ids=lambda value: "".join(value) if isinstance(value, list) else None,
 )
@@ -102,7 +102,7 @@ def test_parameters_out_of_range(capsys, model, tmp_path, flags, message):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--centroids", "0.05"], ["--window", "8192"], ["--seed", "0"], ["--join", "max"]], ids=lambda f: f[0]
+    "flags", [["--centroids", "0.05"], ["--window", "8192"], ["--seed", "0"], ["--rule", "error"]], ids=lambda f: f[0]
 )
 def test_an_exact_index_has_no_clustering_to_set(capsys, model, tmp_path, flags):
     arguments = ["--model", model, "--prefix", "-", "--out", tmp_path / "store", "--exact", *flags]

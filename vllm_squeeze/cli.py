@@ -46,9 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     index.add_argument("--centroids", type=float, help="centroids per token of the prefix (default 0.05)")
     index.add_argument("--window", type=int, help="most tokens clustered together (default 8192)")
     index.add_argument("--seed", type=int, help="of the clustering (default 0)")
-    index.add_argument(
-        "--join", help="of a cluster's scores by the query heads of a KV head: max, the default, or mean"
-    )
+    index.add_argument("--rule", help="by which clusters are chosen: error, the default, or paper")
     index.add_argument(
         "--engine-args",
         type=engine_args,
@@ -65,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run_index(arguments: argparse.Namespace) -> int:
     from vllm_squeeze.prefix_index.manifest import IndexParameters
 
-    given = {name: getattr(arguments, name) for name in ("centroids", "window", "seed", "join")}
+    given = {name: getattr(arguments, name) for name in ("centroids", "window", "seed", "rule")}
     chosen = {name: value for name, value in given.items() if value is not None}
     if arguments.exact and chosen:
         raise ValueError(f"--{next(iter(chosen))}: not together with --exact, which clusters nothing")

@@ -4,8 +4,9 @@ All choose among units of keys: clusters, pages, or keys alone. A rule gives eac
 KV head; units whose rank exceeds one threshold, the same for all tokens, heads and layers, are attended to exactly. Top-k
 and top-p are such rules too: their ranks are minus the keys, or the mass, that come before a unit.
 
-    ours      clusters by predicted attention probability; the others contribute through their mean value
-    paper     the same with query heads joined by their mean, and nothing of the others
+    ours      clusters by predicted attention probability times their weight in the index; the others contribute through
+              their mean value
+    paper     the same without weights, with query heads joined by their mean, and nothing of the others
     oracle    single keys by true attention probability, as many for each token and head
     pages     pages of 16 keys by an upper bound from their least and largest key elements (Quest), as many for each
     random    clusters drawn by lot; all else as in ours
@@ -19,8 +20,7 @@ Options follow a plus: ``ours+mean+drop``.
     topp               as much predicted mass for each token and head, within FLOOR and CAP of the keys wanted
     sigma, variance    scores are raised by |s q| sigma / 2 or |s q|^2 variance / 2 of the cluster's keys, s the softmax
                        scale; those of the mean values are not
-    error              ranks are raised by the log of what lumping a key together with its cluster's others costs, in
-                       proportion: how far apart its keys are, times how large its values are (root mean squares)
+    plain              without weights
     wide               centroids in 16 bits, not in 8
     tile               one choice for all tokens of a tile of the kernels
 
@@ -36,7 +36,7 @@ import torch
 from vllm_squeeze.kernels.reference import capped, dequantised, joined, softmax_weighted
 from vllm_squeeze.kernels.tables import ClusterTable
 from vllm_squeeze.kernels.tiles import tokens_per_tile
-from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, BYTES_PER_SCALE, ReadCost
+from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, BYTES_PER_SCALE, BYTES_PER_WEIGHT, ReadCost
 
 PAGE = 16
 FLOOR, CAP = 0.25, 4.0
@@ -52,14 +52,14 @@ class Arm:
     join: str = "max"
     rest: bool = True
     spread: str = ""
-    error: bool = False
+    plain: bool = False
     wide: bool = False
     tile: bool = False
 
 
 RULES = {
     "ours": Arm(),
-    "paper": Arm(join="mean", rest=False),
+    "paper": Arm(join="mean", rest=False, plain=True),
     "oracle": Arm(units="keys", choice="topk", rest=False),
     "pages": Arm(units="pages", choice="topk", rest=False),
     "random": Arm(lot=True),
@@ -73,7 +73,7 @@ OPTIONS = {
     "topp": {"choice": "topp"},
     "sigma": {"spread": "sigma"},
     "variance": {"spread": "variance"},
-    "error": {"error": True},
+    "plain": {"plain": True},
     "wide": {"wide": True},
     "tile": {"tile": True},
 }
@@ -91,7 +91,7 @@ def parse(name: str) -> Arm:
     arm = RULES[rule]
     for option in options:
         arm = replace(arm, **OPTIONS[option])
-    if arm.units != "clusters" and (arm.spread or arm.error or arm.wide):
+    if arm.units != "clusters" and (arm.spread or arm.wide):
         raise ValueError(f"{name!r} is no arm; {arm.units} have no centroids")
     return arm
 
@@ -133,7 +133,7 @@ class Cost:
 def cost_of(arm: Arm, cost: ReadCost) -> Cost:
     """What an arm reads, from what the server's own rule reads. Keys alone and pages need no list of members."""
     if arm.units == "clusters":
-        more = 4 * (bool(arm.spread) + arm.error)
+        more = BYTES_PER_WEIGHT * (bool(arm.spread) - arm.plain)
         if arm.wide:
             more += (cost.head_size - BYTES_PER_SCALE) * (2 if arm.rest else 1)
         fixed, per_key = replace(cost, rest=arm.rest).fixed_bytes + cost.num_centroids * more, cost.bytes_per_key
@@ -175,7 +175,7 @@ class Units:
         low, high: [H, U, D] float32, bounds on its keys' elements; where equal, their mean.
         values: [H, U, D] float32, its mean value; None where what is not chosen contributes nothing.
         variance: [H, U] float32, of an element of its keys, mean over elements; None where the arm needs none.
-        loudness: [H, U] float32, mean square of an element of its values; likewise.
+        log_weights: [H, U] float32, log of what probabilities are multiplied by; None for 1.
     """
 
     of_key: torch.Tensor
@@ -184,7 +184,7 @@ class Units:
     high: torch.Tensor
     values: torch.Tensor | None = None
     variance: torch.Tensor | None = None
-    loudness: torch.Tensor | None = None
+    log_weights: torch.Tensor | None = None
 
 
 def units_of(arm: Arm, prefix: Prefix) -> Units:
@@ -205,11 +205,11 @@ def units_of(arm: Arm, prefix: Prefix) -> Units:
         else:
             centroids = dequantised(table.centroids, table.centroid_scales[..., None])
             means = dequantised(table.value_centroids, table.value_scales[..., None])
-        variance = loudness = None
-        if arm.spread or arm.error:
-            apart = (keys - centroids.gather(1, index)).square()
-            variance, loudness = (mean(s.mean(-1, keepdim=True))[..., 0] for s in (apart, values.square()))
-        return Units(of_key, sizes, centroids, centroids, means if arm.rest else None, variance, loudness)
+        variance = None
+        if arm.spread:
+            variance = mean((keys - centroids.gather(1, index)).square().mean(-1, keepdim=True))[..., 0]
+        log_weights = None if arm.plain else table.log_weights
+        return Units(of_key, sizes, centroids, centroids, means if arm.rest else None, variance, log_weights)
     of_key = torch.arange(count, device=keys.device).expand(heads, -1)
     if arm.units == "keys":
         return Units(of_key, torch.ones_like(keys[..., 0]), keys, keys, values if arm.rest else None)
@@ -272,8 +272,8 @@ def rank(
         scores = scores + (deviation if arm.spread == "sigma" else deviation.square()) / 2
     mass = (scores + units.sizes.log()[:, None]).logsumexp(-1, keepdim=True)
     log_p = joined((scores - mass).masked_fill((units.sizes == 0)[:, None], -torch.inf), arm.join)
-    if arm.error:
-        log_p = log_p + (units.variance * units.loudness).log() / 2
+    if units.log_weights is not None:
+        log_p = log_p + units.log_weights[None]
     if arm.tile:
         log_p = largest_of_tile(log_p, tokens_per_tile(len(query), query.shape[2]))
     if arm.choice == "threshold":

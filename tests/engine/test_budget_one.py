@@ -17,11 +17,11 @@ def test_answers_are_the_dense_ones(models, indexes, family, group, head_size):
     check_answers_are_dense(model, indexes(model, PREFIX), PREFIX)
 
 
-@pytest.mark.parametrize(("family", "join"), [("llama", "max"), ("gemma2", "max"), ("llama", "mean")])
-def test_a_budget_is_about_what_is_read(models, indexes, family, join):
+@pytest.mark.parametrize(("family", "rule"), [("llama", "error"), ("gemma2", "error"), ("llama", "paper")])
+def test_a_budget_is_about_what_is_read(models, indexes, family, rule):
     """The threshold is calibrated on the very scores that choose clusters, also where a soft cap bounds them."""
     model = models(family)
-    with engine(model, indexes(model, PREFIX, join=join), budget=0.5) as llm:
+    with engine(model, indexes(model, PREFIX, rule=rule), budget=0.5) as llm:
         generate(llm, [PREFIX + [5]], num_tokens=1)
         generate(llm, [PREFIX + tokens(seed, 3 + seed) for seed in range(8)])
         counted = {metric.name: metric.value for metric in llm.get_metrics() if "prefix_bytes" in metric.name}

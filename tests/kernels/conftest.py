@@ -99,6 +99,11 @@ class Scene:
         log_p = scores - mass
         return log_p.exp().mean(1).log() if JOINS[join] == "mean" else log_p.amax(1)
 
+    def rank(self, token: int) -> torch.Tensor:
+        """What the choice compares with the threshold, [H, C]."""
+        first, count, *_ = self.prefixes.slots[self.slot_of[token]].tolist()
+        return self.log_p(token) + self.table.prefix(first, count).log_weights.double()
+
     def set_threshold(self, share: float) -> None:
         """Lets about ``share`` of each prefix's clusters be chosen; 0 and 1 are none and all.
 
@@ -106,10 +111,10 @@ class Scene:
         """
         for slot in set(self.slot_of) - {-1}:
             tokens = [token for token, other in enumerate(self.slot_of) if other == slot]
-            log_p = torch.cat([self.log_p(token).flatten() for token in tokens]).sort(descending=True).values
-            log_p = torch.cat([log_p.new_tensor([torch.inf]), log_p, log_p.new_tensor([-torch.inf])])
-            cut = round(share * (len(log_p) - 2))
-            self.prefixes.log_threshold[slot] = log_p[cut : cut + 2].mean()
+            ranks = torch.cat([self.rank(token).flatten() for token in tokens]).sort(descending=True).values
+            ranks = torch.cat([ranks.new_tensor([torch.inf]), ranks, ranks.new_tensor([-torch.inf])])
+            cut = round(share * (len(ranks) - 2))
+            self.prefixes.log_threshold[slot] = ranks[cut : cut + 2].mean()
 
     def make_exact(self, slot: int) -> "Scene":
         """The same, with all tokens of a prefix attended to whatever the choice."""
@@ -205,7 +210,7 @@ def build_scene(
 ) -> Scene:
     """A step of N tokens, one of each request. ``sizes`` holds the sizes of the clusters of each prefix.
 
-    Pages in use are scattered over the cache, which is NaN elsewhere, as are centroids' scales between two prefixes;
+    Pages in use are scattered over the cache, which is NaN elsewhere, as is what belongs to clusters between prefixes;
     rows of query, block table and log-sum-exp are padded with NaN or numbers of pages that do not exist. With an 8-bit
     float as ``cache_dtype`` the prefixes' keys and values are what the cache and its scales make of them.
     """
@@ -290,6 +295,7 @@ def build_scene(
         centroid_scales=of_keys[1],
         value_centroids=of_values[0],
         value_scales=of_values[1],
+        log_weights=torch.where(of_keys[1].isnan(), torch.nan, randn(*of_keys[1].shape).to(device)),
         starts=starts_per_head.to(device),
         sizes=sizes_per_head.to(device),
         members=torch.cat(members, 1).int().to(device),

@@ -39,7 +39,7 @@ def test_rest_is_dense_attention_over_means(make_scene, assert_close, share: flo
     """A cluster that was not chosen counts as if each of its keys and values were the cluster's mean."""
     scene = make_scene(sizes=SIZES, slot_of=(0, 1), num_sinks=num_sinks)
     scene.set_threshold(share)
-    replaced = [scene.log_p(token) <= scene.prefixes.log_threshold[scene.slot_of[token]] for token in range(2)]
+    replaced = [scene.rank(token) <= scene.prefixes.log_threshold[scene.slot_of[token]] for token in range(2)]
     expected = torch.stack([scene.dense(token, replaced[token]) for token in range(2)])
     assert_close(scene.apply(squeezed_attention_reference, True), expected)
 
@@ -139,7 +139,7 @@ def test_queries_together_as_one_by_one(make_scene, assert_close):
 
 def test_a_query_that_chooses_nothing_beside_others(make_scene):
     scene = make_scene(num_kv_heads=1, sizes=SIZES, slot_of=(0, 0), num_sinks=0)
-    highest = torch.stack([scene.log_p(token).max() for token in range(2)])
+    highest = torch.stack([scene.rank(token).max() for token in range(2)])
     scene.prefixes.log_threshold[0] = highest.mean()
     output, lse, kept, loaded = attend_all(scene, scene.query, 0, False)
     nothing, something = int(highest.argmin()), int(highest.argmax())

@@ -49,7 +49,8 @@ def make_clusters(seed: int = 0) -> LayerClusters:
     for head in range(NUM_HEADS):
         parts = members[head].split(sizes[head].tolist())
         members[head] = torch.cat([part.sort().values for part in parts])
-    return LayerClusters(*quantised(vectors[0]), *quantised(vectors[1]), sizes, members)
+    log_weights = torch.randn(NUM_HEADS, NUM_CENTROIDS, generator=generator)
+    return LayerClusters(*quantised(vectors[0]), *quantised(vectors[1]), log_weights, sizes, members)
 
 
 def make_manifest(token_ids: np.ndarray, layers: list[LayerEntry], **changes) -> Manifest:

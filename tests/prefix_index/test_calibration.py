@@ -6,8 +6,9 @@ import torch
 from vllm_squeeze.kernels.reference import choose_clusters, dequantised
 from vllm_squeeze.kernels.tables import JOINS, ClusterTable, quantised
 from vllm_squeeze.prefix_index.calibration import (
+    HIGHEST,
     LEAST_SHARE,
-    LOWEST_LOG_P,
+    LOWEST,
     NUM_BINS,
     log_threshold,
     score_histogram,
@@ -16,7 +17,7 @@ from vllm_squeeze.prefix_index.calibration import (
 from vllm_squeeze.prefix_index.manifest import check_thresholds
 
 SCALE = 0.25
-BIN_WIDTH = -LOWEST_LOG_P / NUM_BINS
+BIN_WIDTH = (HIGHEST - LOWEST) / NUM_BINS
 
 
 def case(num_rows: int = 5, num_queries: int = 90, group: int = 7, num_centroids: int = 63):
@@ -39,10 +40,19 @@ def stored(centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, scales[..., None]
 
 
+def log_weights(centroids: torch.Tensor) -> torch.Tensor:
+    """Some weight for each cluster, the same wherever it is."""
+    return centroids.float().sum(-1) / 4
+
+
+def histogram_of(query: torch.Tensor, centroids: torch.Tensor, sizes: torch.Tensor, *more, **options) -> torch.Tensor:
+    return score_histogram(query, centroids, log_weights(centroids), sizes, SCALE, *more, **options)
+
+
 def table(centroids: torch.Tensor, sizes: torch.Tensor) -> ClusterTable:
     starts = sizes.cumsum(1, dtype=torch.int32) - sizes
     in_8_bits = quantised(centroids)
-    return ClusterTable(*in_8_bits, *in_8_bits, starts, sizes, sizes.new_zeros(len(sizes), 0))
+    return ClusterTable(*in_8_bits, *in_8_bits, log_weights(centroids), starts, sizes, sizes.new_zeros(len(sizes), 0))
 
 
 def kept_share(query, centroids, sizes, threshold: float, soft_cap: float = 0.0, join: str = "max") -> float:
@@ -55,7 +65,7 @@ def kept_share(query, centroids, sizes, threshold: float, soft_cap: float = 0.0,
 def test_threshold_keeps_its_share(share, join):
     """On the queries that it was calibrated on, the oracle keeps what was asked for."""
     query, centroids, sizes = case(num_queries=400, num_centroids=200)
-    threshold = log_threshold(threshold_curve(score_histogram(query, centroids, sizes, SCALE, join=join)), share)
+    threshold = log_threshold(threshold_curve(histogram_of(query, centroids, sizes, join=join)), share)
     within_a_bin = [kept_share(query, centroids, sizes, threshold + side * BIN_WIDTH, join=join) for side in (1, -1)]
     assert kept_share(query, centroids, sizes, threshold, join=join) == pytest.approx(share, rel=0.02) or (
         within_a_bin[0] <= share <= within_a_bin[1]
@@ -63,17 +73,17 @@ def test_threshold_keeps_its_share(share, join):
 
 
 @pytest.mark.parametrize(
-    ("soft_cap", "edges"), [(0.0, (3000, 3300, 3600, 3800)), (2.0, (3200, 3300, 3400, 3420))], ids=["no cap", "a cap"]
+    ("soft_cap", "edges"), [(0.0, (2500, 2750, 3000, 3160)), (2.0, (2667, 2750, 2833, 2850))], ids=["no cap", "a cap"]
 )
 def test_histogram_counts_what_the_oracle_chooses(soft_cap, edges):
     query, centroids, sizes = case()
-    histogram = score_histogram(query, centroids, sizes, SCALE, soft_cap)
+    histogram = histogram_of(query, centroids, sizes, soft_cap)
     total = int(query.shape[1] * sizes.sum())
     assert histogram.dtype == torch.int64
     assert histogram.shape == (NUM_BINS,)
     assert int(histogram.sum()) == total
     for edge in edges:
-        log_p = LOWEST_LOG_P + edge * BIN_WIDTH
+        log_p = LOWEST + edge * BIN_WIDTH
         share = kept_share(query, centroids, sizes, log_p, soft_cap)
         assert 0 < share < 1
         # a key may fall on the other side of an edge by rounding
@@ -84,9 +94,9 @@ def test_histogram_counts_what_the_oracle_chooses(soft_cap, edges):
 @pytest.mark.parametrize("split", [1, 3])
 def test_histograms_add_up(split, memory_bytes):
     query, centroids, sizes = case()
-    whole = score_histogram(query, centroids, sizes, SCALE)
+    whole = histogram_of(query, centroids, sizes)
     parts = [
-        score_histogram(query[rows], centroids[rows], sizes[rows], SCALE, memory_bytes=memory_bytes)
+        histogram_of(query[rows], centroids[rows], sizes[rows], memory_bytes=memory_bytes)
         for rows in (slice(None, split), slice(split, None))
     ]
     assert torch.equal(whole, parts[0] + parts[1])
@@ -95,26 +105,23 @@ def test_histograms_add_up(split, memory_bytes):
 
 def test_empty_clusters_do_not_count():
     query, centroids, sizes = case(num_rows=1)
-    padded = score_histogram(
+    padded = histogram_of(
         query,
         torch.cat([centroids, torch.full_like(centroids, 9.0)], 1),
         torch.cat([sizes, torch.zeros_like(sizes)], 1),
-        SCALE,
     )
-    assert torch.equal(padded, score_histogram(query, centroids, sizes, SCALE))
+    assert torch.equal(padded, histogram_of(query, centroids, sizes))
 
 
 def test_half_precision_centroids_are_scored_in_float32():
     query, centroids, sizes = case()
     rounded = centroids.bfloat16()
-    assert torch.equal(
-        score_histogram(query, rounded, sizes, SCALE), score_histogram(query, rounded.float(), sizes, SCALE)
-    )
+    assert torch.equal(histogram_of(query, rounded, sizes), histogram_of(query, rounded.float(), sizes))
 
 
 def test_scores_below_the_lowest_bin_count_in_it():
     query, centroids, sizes = case(num_rows=1)
-    histogram = score_histogram(query * 1000, centroids, sizes, SCALE)
+    histogram = histogram_of(query * 1000, centroids, sizes)
     assert int(histogram.sum()) == int(query.shape[1] * sizes.sum())
     assert histogram[0] > histogram.sum() // 2
 
@@ -122,7 +129,7 @@ def test_scores_below_the_lowest_bin_count_in_it():
 @pytest.mark.parametrize("sharpness", [0.0, 0.1, 1.0, 1000.0])
 def test_curve(sharpness):
     query, centroids, sizes = case()
-    curve = threshold_curve(score_histogram(query * sharpness, centroids, sizes, SCALE))
+    curve = threshold_curve(histogram_of(query * sharpness, centroids, sizes))
     shares, thresholds = zip(*curve, strict=True)
     assert shares[0] == 1.0
     assert shares[-1] == pytest.approx(LEAST_SHARE)
@@ -135,13 +142,13 @@ def test_curve(sharpness):
 def test_curve_of_one_bin():
     histogram = torch.zeros(NUM_BINS, dtype=torch.int64)
     histogram[1000] = 7
-    edge = LOWEST_LOG_P + 1000 * BIN_WIDTH
+    edge = LOWEST + 1000 * BIN_WIDTH
     assert all(edge <= threshold <= edge + BIN_WIDTH for _, threshold in threshold_curve(histogram))
 
 
 def test_threshold_falls_as_the_share_grows():
     query, centroids, sizes = case()
-    curve = threshold_curve(score_histogram(query, centroids, sizes, SCALE))
+    curve = threshold_curve(histogram_of(query, centroids, sizes))
     shares = torch.logspace(-5, 0.1, 300).tolist()
     thresholds = [log_threshold(curve, share) for share in shares]
     assert thresholds == sorted(thresholds, reverse=True)

@@ -170,7 +170,7 @@ def test_any_other_text_is_refused(manifest, data):
         dict(seed=-1),
         dict(num_sinks=-1),
         dict(observation_window=0),
-        dict(join="median"),
+        dict(rule="median"),
     ],
     ids=str,
 )

@@ -192,7 +192,7 @@ def place(index: PrefixIndex, slot: int, options: Options, block_sizes: dict[int
             threshold = log_threshold(manifest.thresholds, cost.kept_share(options.budget))
         except ValueError as error:
             raise InvalidIndex(f"{index.folder.name}: squeeze.{error}") from None
-    join = "max" if manifest.exact else parameters.join
+    join = "mean" if not manifest.exact and parameters.rule == "paper" else "max"
     return Placement(slot, dict.fromkeys(block_sizes, covered), num_sinks, threshold, cost, join)
 
 

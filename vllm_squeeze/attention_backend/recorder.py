@@ -7,7 +7,7 @@ rank's heads, and a histogram of their scores, into a folder of parts that the i
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from vllm_squeeze.attention_backend.placement import full_attention_groups
 from vllm_squeeze.attention_backend.wiring import RECORD, options_of
 from vllm_squeeze.attention_backend.worker import layers_of
 from vllm_squeeze.kernels.reference import dequantised
-from vllm_squeeze.kernels.tables import quantised
 from vllm_squeeze.prefix_index.calibration import score_histogram
 from vllm_squeeze.prefix_index.clustering import Clusters, cluster_keys, mean_cosine
 from vllm_squeeze.prefix_index.manifest import IndexParameters
+from vllm_squeeze.prefix_index.stored_clusters import stored
 
 # Bytes of keys and values clustered at once: several layers of a small model, one of a large one.
 BATCH_BYTES = 1 << 28
@@ -229,26 +229,17 @@ class SqueezeRecorder(PassiveConnector):
         clusters = cluster_keys(all_keys, torch.cat(values).float(), parameters)
         for layer, query in enumerate(queries):
             heads = slice(layer * num_heads, (layer + 1) * num_heads)
-            of_layer = Clusters(
-                clusters.centroids[heads],
-                clusters.value_centroids[heads],
-                clusters.sizes[heads],
-                clusters.members[heads],
-            )
+            of_layer = Clusters(*(getattr(clusters, field.name)[heads] for field in fields(Clusters)))
             cosine = mean_cosine(all_keys[heads], of_layer)
-            centroids, centroid_scales = quantised(of_layer.centroids)
-            value_centroids, value_scales = quantised(of_layer.value_centroids)
-            tensors = {
-                "centroids": centroids,
-                "centroid_scales": centroid_scales,
-                "value_centroids": value_centroids,
-                "value_scales": value_scales,
-                "sizes": of_layer.sizes,
-                "members": of_layer.members,
-            }
+            tensors = vars(stored(of_layer, parameters.rule))
             # The threshold is calibrated with the centroids as the server will read them.
-            as_read = dequantised(centroids, centroid_scales[..., None])
             tensors["scores"] = score_histogram(
-                query.float(), as_read, of_layer.sizes, scales[layer], soft_caps[layer], parameters.join
+                query.float(),
+                dequantised(tensors["centroids"], tensors["centroid_scales"][..., None]),
+                tensors["log_weights"],
+                of_layer.sizes,
+                scales[layer],
+                soft_caps[layer],
+                "mean" if parameters.rule == "paper" else "max",
             )
             yield {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, cosine

@@ -110,6 +110,7 @@ class Residency:
             centroid_scales=empty(self.num_centroids, dtype=torch.float32),
             value_centroids=empty(self.num_centroids, head_size, dtype=torch.int8),
             value_scales=empty(self.num_centroids, dtype=torch.float32),
+            log_weights=empty(self.num_centroids, dtype=torch.float32),
             starts=empty(self.num_centroids, dtype=torch.int32),
             sizes=empty(self.num_centroids, dtype=torch.int32),
             members=empty(self._num_members, dtype=torch.int32),
@@ -132,7 +133,7 @@ class Residency:
         clusters = index.layer(number)
         count = clusters.sizes.shape[1]
         within = slice(span.first_centroid, span.first_centroid + count)
-        for field in ("centroids", "centroid_scales", "value_centroids", "value_scales", "sizes"):
+        for field in ("centroids", "centroid_scales", "value_centroids", "value_scales", "log_weights", "sizes"):
             getattr(table, field)[:, within] = getattr(clusters, field)[heads].to(self.device)
         table.members[:, span.members] = clusters.members[heads].to(self.device)
         sizes = table.sizes[:, span.centroids]

@@ -15,6 +15,8 @@ import triton.language as tl
 from vllm_squeeze.kernels.look_up import FACTS, TOKENS, load_queries, share_of, token_of_row
 from vllm_squeeze.kernels.softmax import LOG2_E, accumulate, finite_or_zero, logits_of
 
+WHOLE = tl.constexpr(128.0)
+"""By what 8-bit elements are at most 1, or nearly."""
 GRAIN = tl.constexpr(16)
 """Pieces of work are multiples of so many keys, so that loads are of whole rows of memory."""
 
@@ -164,6 +166,8 @@ def attend_kernel(
         b_o *= tl.load(value_scale)
 
     if REST:
+        # so that probabilities times scales are no smaller than probabilities times values, nor too small for 16 bits
+        b_o *= WHOLE
         rest_at = suffix_at + _whole(num_suffix)
         first = tl.maximum(begin - rest_at, 0) * CLUSTERS_PER_KEY
         stop = tl.minimum((end - rest_at) * CLUSTERS_PER_KEY, count)
@@ -178,10 +182,11 @@ def attend_kernel(
             b_chosen = tl.where(o_row < stop, tl.load(p_chosen + o_row), -1)
             o_mean = tl.minimum(o_row, stop - 1)
             p_v = p_means + o_mean[:, None].to(tl.int64) * stride_centroid + o_d[None, :]
-            b_v = tl.load(p_v, mask=(o_d < D)[None, :], other=0).to(tl.float32)  # [REST_BLOCK, DP]
-            b_v = (b_v * tl.load(p_scales + o_mean)[:, None]).to(b_q.dtype)
+            b_v = tl.load(p_v, mask=(o_d < D)[None, :], other=0)  # [REST_BLOCK, DP]
+            b_scale = tl.load(p_scales + o_mean) * WHOLE
             b_s = tl.where((b_chosen[None, :] & b_bit[:, None]) == 0, b_s, float("-inf"))
-            b_max, b_sum, b_o = accumulate(b_s, 1.0, b_v, b_max, b_sum, b_o)
+            b_max, b_sum, b_o = accumulate(b_s, 1.0, b_v.to(b_q.dtype), b_max, b_sum, b_o, b_scale[None, :])
+        b_o *= 1 / WHOLE
 
     b_some = b_sum > 0
     b_sum = tl.where(b_some, b_sum, 1.0)

@@ -134,7 +134,7 @@ def _kept_before(p_kept, i_s, SPLITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first_tile", "stride_row"])
 def choose_kernel(
-    tiles, log_threshold, starts, sizes, members, block_table, always_places,
+    tiles, log_threshold, log_weights, starts, sizes, members, block_table, always_places,
     logits, masses, chosen, picked, list_places, list_bits, listed, kept, kept_pairs,
     first_tile, stride_size_head, stride_member_head, stride_row, stride_always, max_centroids, max_parts, max_keys,
     GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
@@ -157,6 +157,7 @@ def choose_kernel(
     i_th = (i_t * tl.num_programs(1) + i_h).to(tl.int64)
     p_sizes = sizes + i_h.to(tl.int64) * stride_size_head + first_centroid
     p_starts = starts + i_h.to(tl.int64) * stride_size_head + first_centroid
+    p_weights = log_weights + i_h.to(tl.int64) * stride_size_head + first_centroid
     p_chosen = chosen + i_th * max_centroids
     # room for a part of each cluster of the splits before, and for their full parts
     before = begin + (tl.load(p_starts + begin) - tl.load(p_starts)) // PART
@@ -180,13 +181,14 @@ def choose_kernel(
         b_logits = tl.load(p_logits + o_row[None, None, :], mask=m_logits, other=float("-inf"))  # [ROWS, GP, BLOCK]
         b_size = tl.load(p_sizes + o_row, mask=m_c, other=0)
         b_start = tl.load(p_starts + o_row, mask=m_c, other=0)
+        b_weight = tl.load(p_weights + o_row, mask=m_c, other=0.0) * LOG2_E
         b_log_p = b_logits - b_mass  # of all keys of a cluster together
         b_joined = tl.max(b_log_p, 1)  # [ROWS, BLOCK]
         if join == MEAN:
             b_peak = finite_or_zero(b_joined)
             b_joined = b_peak + tl.log2(tl.sum(tl.exp2(b_log_p - b_peak[:, None, :]), 1) / GROUP)
         # an empty cluster adds nothing on either side
-        b_wanted = threshold + log_of_size(tl.maximum(b_size, 1))[None, :]
+        b_wanted = threshold + (log_of_size(tl.maximum(b_size, 1)) - b_weight)[None, :]
         b_chosen = (b_joined > b_wanted) & (o_r < num_tokens)[:, None] & (b_size > 0)[None, :]
         b_bits = tl.sum(b_chosen.to(tl.int32) << o_r[:, None], 0)  # [BLOCK]
         tl.store(p_chosen + o_row, b_bits, mask=m_c)

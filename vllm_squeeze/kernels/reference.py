@@ -3,7 +3,9 @@
 For one KV head with G query heads and a prefix in clusters i of N_i keys, centroid c_i and mean value v_i:
 
     p_i = exp(s q.c_i) / sum_j N_j exp(s q.c_j)      predicted attention probability of each key of cluster i
-    cluster i is chosen  <=>  max (or mean) over the G query heads of p_i > threshold
+    cluster i is chosen  <=>  w_i times the max (or mean) over the G query heads of p_i > threshold
+
+with a weight w_i for each cluster, from the index.
 
 The keys of chosen clusters and the first tokens (attention sinks) are attended to exactly. A cluster that was not
 chosen contributes N_i exp(s q.c_i) times v_i, or nothing where ``rest`` is off.
@@ -37,7 +39,7 @@ def choose_clusters(
     Args:
         query: [R, H, G, D] float32.
         table: the clusters of one prefix.
-        log_threshold: natural log of the threshold on p_i.
+        log_threshold: natural log of the threshold on w_i p_i.
         scale: softmax scale.
         soft_cap: bound on the logits; 0 for none.
         join: one of JOINS.
@@ -50,7 +52,7 @@ def choose_clusters(
     occupied = (table.sizes > 0)[:, None]  # [H, 1, C]
     mass = (scores + table.sizes.float().log()[:, None]).logsumexp(-1, keepdim=True)
     log_p = (scores - mass).masked_fill(~occupied, -torch.inf)
-    return scores, (joined(log_p, join) > log_threshold) & occupied[:, 0]
+    return scores, (joined(log_p, join) + table.log_weights > log_threshold) & occupied[:, 0]
 
 
 def joined(log_p: torch.Tensor, join: str) -> torch.Tensor:
@@ -75,7 +77,7 @@ def attend_prefix(
         query: [R, H, G, D].
         table: the clusters of the prefix.
         read_tokens: reads keys and values of the prefix.
-        log_threshold: natural log of the threshold on p_i.
+        log_threshold: natural log of the threshold on w_i p_i.
         num_sinks: the first tokens of the prefix, attended to whatever the choice.
         scale: softmax scale.
         rest: whether clusters that were not chosen contribute through their mean value.

@@ -28,12 +28,15 @@ def logits_of(b_q, b_k, scale, soft_cap, SOFT_CAP: tl.constexpr):
 
 
 @triton.jit
-def accumulate(b_s, unit, b_v, b_max, b_sum, b_o):
-    """Online softmax: takes logits [M, N] in a unit, minus infinity where masked, and values [N, D] into the state."""
+def accumulate(b_s, unit, b_v, b_max, b_sum, b_o, b_scale=1.0):
+    """Online softmax: takes logits [M, N] in a unit, minus infinity where masked, and values [N, D] into the state.
+
+    Values count ``b_scale`` times, 1 or [1, N].
+    """
     b_next = tl.maximum(b_max, tl.max(b_s, 1) * unit)
     b_shift = finite_or_zero(b_next)
     b_p = tl.exp2(b_s * unit - b_shift[:, None])
     b_decay = tl.exp2(b_max - b_shift)
     b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-    b_o = b_o * b_decay[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+    b_o = b_o * b_decay[:, None] + tl.dot((b_p * b_scale).to(b_v.dtype), b_v, input_precision="ieee")
     return b_next, b_sum, b_o

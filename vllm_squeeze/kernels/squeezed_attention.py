@@ -37,12 +37,13 @@ def tuning(head_size: int, element_size: int, tile_rows: int) -> Tuning:
     """The blocks for D = ``head_size``, elements of so many bytes and M = ``tile_rows``."""
     width = padded(head_size) * element_size
     block = min(max(16384 // width, 16), 64)
+    # centroids have one byte an element, whatever keys have
+    centroids = min(max(8192 // padded(head_size), 16), 64)
     if tile_rows > MIN_TILE_ROWS:
-        return Tuning(
-            score=(min(block, 32), 4, 3), choose=(32, 32, 4), attend=(block, block, 4, 3, 2), merge=(64, 64, 2)
-        )
+        score = min(centroids, 32), 4, 3
+        return Tuning(score=score, choose=(32, 32, 4), attend=(block, block, 4, 3, 2), merge=(64, 64, 2))
     block = min(block, 32)
-    return Tuning(score=(block, 2, 3), choose=(128, 32, 4), attend=(block, block, 4, 3, 4), merge=(64, 32, 2))
+    return Tuning(score=(centroids, 2, 4), choose=(128, 32, 4), attend=(block, block, 4, 3, 4), merge=(64, 32, 2))
 
 
 def squeezed_attention(
@@ -97,7 +98,7 @@ def squeezed_attention(
     assert key_cache.stride() == value_cache.stride() and all(s % head_size == 0 for s in key_cache.stride()[:2])
     # where a key lies is told in 32 bits, in units of D elements
     assert key_cache.shape[0] * key_cache.stride(0) < 2**31 * head_size
-    per_cluster = (table.starts, table.centroid_scales, table.value_scales)
+    per_cluster = (table.starts, table.centroid_scales, table.value_scales, table.log_weights)
     assert all(tensor.stride() == table.sizes.stride() for tensor in per_cluster)
     assert table.centroids.stride() == table.value_centroids.stride()
     contiguous = (queries.tokens, queries.tiles, prefixes.log_threshold, prefixes.counters)
@@ -137,8 +138,8 @@ def squeezed_attention(
             )  # fmt: skip
             block, parts_block, warps = tuned.choose
             choose_kernel[(splits, num_kv_heads, tiles_now)](
-                queries.tiles, prefixes.log_threshold, table.starts, table.sizes, table.members, block_table,
-                queries.always_places, workspace.logits, workspace.masses, workspace.chosen, workspace.picked,
+                queries.tiles, prefixes.log_threshold, table.log_weights, table.starts, table.sizes, table.members,
+                block_table, queries.always_places, workspace.logits, workspace.masses, workspace.chosen, workspace.picked,
                 workspace.list_places, workspace.list_bits, workspace.listed, workspace.kept, workspace.kept_pairs,
                 first_tile, table.sizes.stride(0), table.members.stride(0), block_table.stride(0),
                 queries.always_places.stride(0), max_centroids, workspace.picked.shape[2], max_keys,

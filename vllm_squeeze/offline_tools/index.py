@@ -288,6 +288,7 @@ def join(parts: list[LayerClusters]) -> LayerClusters:
         centroid_scales=padded("centroid_scales"),
         value_centroids=padded("value_centroids", 0, 0),
         value_scales=padded("value_scales"),
+        log_weights=padded("log_weights"),
         sizes=padded("sizes"),
         members=torch.cat([part.members for part in parts]),
     )

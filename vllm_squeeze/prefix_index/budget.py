@@ -1,7 +1,7 @@
 """What a byte budget means: the bytes that attention over a prefix reads, divided by those that a dense pass reads.
 
-Read are the keys and values of kept and of always attended tokens, the centroids with their scales and the place and
-size of their clusters, and the member list of kept clusters.
+Read are the keys and values of kept and of always attended tokens, the centroids with their scales and the place, size
+and weight of their clusters, and the member list of kept clusters.
 """
 
 import math
@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 BYTES_PER_SCALE = 4
 """What a centroid's elements, of one byte each, are multiplied by: float32."""
-BYTES_PER_CLUSTER = 8
-"""Where the members of a cluster start and how many there are, int32 each."""
+BYTES_PER_WEIGHT = 4
+"""A cluster's weight in the choice, float32."""
+BYTES_PER_CLUSTER = 8 + BYTES_PER_WEIGHT
+"""Where the members of a cluster start and how many there are, int32 each, and its weight."""
 BYTES_PER_MEMBER = 4
 """Position of a member in the prefix, int32."""
 

@@ -1,7 +1,7 @@
-"""Finds the threshold on predicted attention probabilities: one for all layers and heads of a prefix.
+"""Finds the threshold on weighted predicted attention probabilities: one for all layers and heads of a prefix.
 
 Queries of the observation window score the clusters. A histogram counts the clustered keys by the joined log p of
-their cluster (``choose_clusters`` in ``kernels/reference.py``). Its counts are integers: histograms of layers, heads
+their cluster and its log weight, together (``choose_clusters`` in ``kernels/reference.py``). Its counts are integers: histograms of layers, heads
 and tensor-parallel ranks add up exactly, in any order. The curve read off the sum gives a threshold for each share of
 clustered keys to keep.
 """
@@ -14,7 +14,7 @@ import torch
 from vllm_squeeze.kernels.reference import capped, joined
 
 NUM_BINS = 4096
-LOWEST_LOG_P = -40.0
+LOWEST, HIGHEST = -40.0, 8.0
 LEAST_SHARE = 0.002
 # log-spaced in the odds, which is log-spaced in the share where it is small, and close to 1 log-spaced in what is left
 SHARES = np.append(1.0, 1 / (1 + np.geomspace(0.01, 1 / LEAST_SHARE - 1, 63)))
@@ -26,18 +26,20 @@ Curve = tuple[tuple[float, float], ...]
 def score_histogram(
     query: torch.Tensor,
     centroids: torch.Tensor,
+    log_weights: torch.Tensor,
     sizes: torch.Tensor,
     scale: float,
     soft_cap: float = 0.0,
     join: str = "max",
     memory_bytes: int = 1 << 28,
 ) -> torch.Tensor:
-    """Counts clustered keys by the log p of their cluster, joined over the query heads of a KV head.
+    """Counts clustered keys by the weighted log p of their cluster, joined over the query heads of a KV head.
 
     Args:
         query: [B, W, G, D], the queries of W tokens, after the rotary embedding. Row b belongs to one KV head of
             one layer.
         centroids: [B, C, D].
+        log_weights: [B, C].
         sizes: [B, C], keys of each cluster.
         scale: softmax scale.
         soft_cap: bound on the logits; 0 for none.
@@ -45,8 +47,8 @@ def score_histogram(
         memory_bytes: bound on temporary memory, as far as one row fits into it.
 
     Returns:
-        [NUM_BINS] int64 on the device of the query. Bins divide [LOWEST_LOG_P, 0] equally; what is lower counts in
-        the first. The counts sum up to W times the clustered keys of all rows.
+        [NUM_BINS] int64 on the device of the query. Bins divide [LOWEST, HIGHEST] equally; what is lower counts in
+        the first, what is higher in the last. The counts sum up to W times the clustered keys of all rows.
     """
     num_rows, num_queries, group, _ = query.shape
     num_centroids = sizes.shape[1]
@@ -57,8 +59,8 @@ def score_histogram(
         logits = torch.einsum("bwgd,bcd->bwgc", query[rows].float(), centroids[rows].float()) * scale
         scores = capped(logits, soft_cap)
         mass = (scores + sizes[rows].log()[:, None, None]).logsumexp(-1, keepdim=True)
-        log_p = joined(scores - mass, join)  # [B, W, C]
-        bins = ((log_p / -LOWEST_LOG_P + 1) * NUM_BINS).clamp(0, NUM_BINS - 1).long()
+        log_p = joined(scores - mass, join) + log_weights[rows][:, None]  # [B, W, C]
+        bins = ((log_p - LOWEST) / (HIGHEST - LOWEST) * NUM_BINS).clamp(0, NUM_BINS - 1).long()
         histogram.scatter_add_(0, bins.flatten(), weights.flatten())
     return histogram
 
@@ -73,7 +75,7 @@ def threshold_curve(histogram: torch.Tensor) -> Curve:
     occupied = counts.nonzero()[0]
     assert len(occupied), "the histogram is empty"
     counts = counts[occupied[0] : occupied[-1] + 1]
-    edges = LOWEST_LOG_P + np.arange(occupied[0], occupied[-1] + 2) * (-LOWEST_LOG_P / NUM_BINS)
+    edges = LOWEST + np.arange(occupied[0], occupied[-1] + 2) * ((HIGHEST - LOWEST) / NUM_BINS)
     kept = np.append(counts[::-1].cumsum()[::-1], 0) / counts.sum()  # above each edge
     return tuple(zip(SHARES.tolist(), np.interp(SHARES, kept[::-1], edges[::-1]).tolist(), strict=True))
 

@@ -1,8 +1,8 @@
 """Clusters the keys of a prefix, for all layers and KV heads at once.
 
 The first tokens (attention sinks) and the last ones (observation window) stay out. The others are cut into near-equal
-windows. K-means runs in each window on L2-normalised keys; then clusters above the size limit are split along their
-main direction. B counts rows, a row being one KV head of one layer; M counts clustered tokens; I counts (row, window)
+windows. K-means runs in each window on keys less their mean, which softmax does not see, L2-normalised; then clusters
+above the size limit are split along their main direction. B counts rows, a row being one KV head of one layer; M counts clustered tokens; I counts (row, window)
 pairs, n the tokens of a window and k its centroids.
 
 The result depends on the seed only: segment sums are reduced in the order of tokens, and no atomics take part. A
@@ -28,12 +28,16 @@ class Clusters:
     Attributes:
         centroids: [B, C, D] float32, the mean key of each cluster. Zero where the cluster is empty.
         value_centroids: [B, C, D] float32, the mean value of each cluster. Zero where the cluster is empty.
+        key_squares: [B, C] float32, the mean squared length of a cluster's keys.
+        value_squares: [B, C] float32, that of its values.
         sizes: [B, C] int32. Rows that have fewer clusters than the largest row end in empty ones.
         members: [B, M] int32, positions of tokens in the prefix, ordered by cluster, ascending inside a cluster.
     """
 
     centroids: torch.Tensor
     value_centroids: torch.Tensor
+    key_squares: torch.Tensor
+    value_squares: torch.Tensor
     sizes: torch.Tensor
     members: torch.Tensor
 
@@ -90,7 +94,8 @@ def cluster_keys(
         for batch in _batches(num_rows * num_windows, bytes_per_window, memory_bytes, keys.device):
             row, window = batch // num_windows, batch % num_windows
             batch_keys = windows[row, window].float()
-            found = _k_means(functional.normalize(batch_keys, dim=-1), initial, parameters.iterations, memory_bytes)
+            points = functional.normalize(batch_keys - batch_keys.mean(1, keepdim=True), dim=-1)
+            found = _k_means(points, initial, parameters.iterations, memory_bytes)
             found, count = _split_large(batch_keys, found, num_centroids, parameters.max_cluster, direction)
             window_labels[row, window] = found.int()
             window_counts[row, window] = count.int()
@@ -227,14 +232,21 @@ def _summarise(
     clusters = Clusters(
         centroids,
         torch.empty_like(centroids),
+        torch.empty_like(centroids[..., 0]),
+        torch.empty_like(centroids[..., 0]),
         labels.new_empty(num_rows, num_clusters),
         torch.empty_like(labels),
     )
     for rows in _batches(num_rows, num_tokens * (4 * head_size + 32), memory_bytes, keys.device):
         order, starts, sizes = _group(labels[rows], num_clusters)
         members = order + first
-        clusters.centroids[rows] = _segment_means(keys[rows].float(), members, starts)
-        clusters.value_centroids[rows] = _segment_means(values[rows].float(), members, starts)
+        for vectors, means, squares in (
+            (keys, clusters.centroids, clusters.key_squares),
+            (values, clusters.value_centroids, clusters.value_squares),
+        ):
+            means[rows] = _segment_means(vectors[rows].float(), members, starts)
+            squared = vectors[rows].float().square().sum(-1, keepdim=True)
+            squares[rows] = _segment_means(squared, members, starts)[..., 0]
         clusters.sizes[rows] = sizes.int()
         clusters.members[rows] = members.int()
     return clusters

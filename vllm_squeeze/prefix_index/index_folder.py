@@ -12,6 +12,7 @@ the next writer removes. Nothing that a file says is taken as a path.
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import secrets
@@ -47,6 +48,7 @@ class LayerClusters:
         centroid_scales: [H, C] float32, not negative.
         value_centroids: [H, C, D] int8, the mean value of each cluster, over its scale.
         value_scales: [H, C] float32, not negative.
+        log_weights: [H, C] float32, natural log of the weight in the choice.
         sizes: [H, C] int32, how many members a cluster has, 0 if it is empty.
         members: [H, M] int32, positions of tokens in the prefix, ordered by cluster and ascending inside a cluster.
     """
@@ -55,6 +57,7 @@ class LayerClusters:
     centroid_scales: torch.Tensor
     value_centroids: torch.Tensor
     value_scales: torch.Tensor
+    log_weights: torch.Tensor
     sizes: torch.Tensor
     members: torch.Tensor
 
@@ -188,6 +191,7 @@ def check_clusters(clusters: LayerClusters, manifest: Manifest, num_centroids: i
         "centroid_scales": (torch.float32, of_clusters),
         "value_centroids": (torch.int8, (*of_clusters, model.head_size)),
         "value_scales": (torch.float32, of_clusters),
+        "log_weights": (torch.float32, of_clusters),
         "sizes": (torch.int32, of_clusters),
         "members": (torch.int32, (model.num_kv_heads, num_members)),
     }
@@ -196,11 +200,11 @@ def check_clusters(clusters: LayerClusters, manifest: Manifest, num_centroids: i
         if tensor.dtype != dtype or tensor.shape != shape:
             found = f"{tensor.dtype} {list(tensor.shape)}"
             raise InvalidIndex(f"{name} is {found}, must be {dtype} {list(shape)}")
-    for name in ("centroid_scales", "value_scales"):
+    for name, least in (("centroid_scales", 0.0), ("value_scales", 0.0), ("log_weights", -math.inf)):
         # The bounds are NaN if any value is; a mask of all values would take 30 times as long.
         lowest, highest = getattr(clusters, name).aminmax()
-        if not (lowest >= 0 and highest.isfinite()):
-            raise InvalidIndex(f"{name} has values that are negative or not finite")
+        if not (lowest >= least and lowest.isfinite() and highest.isfinite()):
+            raise InvalidIndex(f"{name} has values that are {'' if least else 'negative or '}not finite")
 
     sizes, members = clusters.sizes.long(), clusters.members
     if sizes.min() < 0 or sizes.max() > parameters.max_cluster:

@@ -12,10 +12,12 @@ from itertools import pairwise
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from vllm_squeeze.kernels.tables import JOINS
 from vllm_squeeze.prefix_index.identity import ModelIdentity, check_ranges
 
 FORMAT_VERSION = 2
+RULES = ("error", "paper")
+"""How clusters are chosen. By what error it would be to lump a cluster's keys together, for the query head of a KV head
+to which it matters most; or by predicted attention probability, mean over these heads, as in the paper."""
 MAX_HEADER_BYTES = 4096
 """Bytes that a safetensors file of an index may have beyond its tensors."""
 
@@ -36,7 +38,7 @@ class IndexParameters:
         seed: of the first centroids.
         num_sinks: the first tokens, which are not clustered but always attended to.
         observation_window: the last tokens, which are not clustered either; thresholds are calibrated on them.
-        join: how the probabilities of a cluster are joined over the query heads of a KV head, one of JOINS.
+        rule: how clusters are chosen, one of RULES.
     """
 
     centroids: float = 0.05
@@ -46,13 +48,13 @@ class IndexParameters:
     seed: int = 0
     num_sinks: int = 16
     observation_window: int = 100
-    join: str = "max"
+    rule: str = "error"
 
     def __post_init__(self) -> None:
         if not 0 < self.centroids <= 1:
             raise ValueError(f"centroids is {self.centroids}, must be above 0 and at most 1")
-        if self.join not in JOINS:
-            raise ValueError(f"join is {reprlib.repr(self.join)}, must be one of {', '.join(JOINS)}")
+        if self.rule not in RULES:
+            raise ValueError(f"rule is {reprlib.repr(self.rule)}, must be one of {', '.join(RULES)}")
         check_ranges(
             self,
             window=(1, 2**31 - 1),
@@ -157,8 +159,8 @@ class Manifest:
                 raise ValueError(f"layers[{i}].num_bytes is {layer.num_bytes}, but the layer's tensors take {needed}")
 
     def tensor_bytes(self, layer: LayerEntry) -> int:
-        """Bytes of a layer's tensors: per cluster two centroids with scales and a size, and members, of each KV head."""
-        per_cluster = 2 * (self.model.head_size + 4) + 4
+        """Bytes of a layer's tensors: per cluster two centroids with scales, weight and size; and members; per KV head."""
+        per_cluster = 2 * (self.model.head_size + 4) + 4 + 4
         return self.model.num_kv_heads * (layer.num_centroids * per_cluster + self.num_members * 4)
 
     def to_json(self) -> str:

@@ -1,0 +1,43 @@
+"""Clusters as an index stores them: centroids in 8 bits, and the weights that they have in the choice."""
+
+import torch
+
+from vllm_squeeze.kernels.reference import dequantised
+from vllm_squeeze.kernels.tables import quantised
+from vllm_squeeze.prefix_index.clustering import Clusters
+from vllm_squeeze.prefix_index.index_folder import LayerClusters
+
+LEAST_WEIGHT = 1e-3
+"""Times the mean weight of a head: a cluster of one key has next to none, but must be chosen where everything is."""
+
+
+def stored(clusters: Clusters, rule: str) -> LayerClusters:
+    """The clusters of one layer, B its KV heads, for a rule of RULES."""
+    centroids, centroid_scales = quantised(clusters.centroids)
+    value_centroids, value_scales = quantised(clusters.value_centroids)
+    as_read = dequantised(centroids, centroid_scales[..., None])
+    weights = error_weights(clusters, as_read) if rule == "error" else torch.ones_like(clusters.key_squares)
+    return LayerClusters(
+        centroids, centroid_scales, value_centroids, value_scales, weights.log(), clusters.sizes, clusters.members
+    )
+
+
+def error_weights(clusters: Clusters, centroids: torch.Tensor) -> torch.Tensor:
+    """In proportion to the error that lumping a key together with its cluster makes, per attention probability.
+
+    That grows with how far logits of the cluster's keys lie from its centroid's, as their distances do, and with how
+    large its values are.
+
+    Args:
+        clusters: of B KV heads.
+        centroids: [B, C, D] float32, as they are read.
+
+    Returns:
+        [B, C] float32, positive, with a mean of about 1 over the clusters of a KV head that are not empty.
+    """
+    cross = (clusters.centroids * centroids).sum(-1)
+    distances = (clusters.key_squares - 2 * cross + centroids.square().sum(-1)).clamp(min=0)
+    weights = (distances * clusters.value_squares).sqrt()
+    occupied = clusters.sizes > 0
+    mean = (weights * occupied).sum(-1, keepdim=True) / occupied.sum(-1, keepdim=True).clamp(min=1)
+    return (weights / mean.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=LEAST_WEIGHT)
