@@ -1,4 +1,4 @@
-"""Sets up a virtual environment in .venv with vLLM and this project; does nothing where it is there already.
+"""Sets up a virtual environment in .venv with vLLM and this project; does nothing where it is there as wanted.
 
     python3 tools/set_up.py
 
@@ -75,7 +75,8 @@ def main() -> None:
         sys.exit(f"set_up.py: this is Python {sys.version.split()[0]}; 3.11 or newer is needed")
     device = choose_device()
     done = VENV / f".vllm-squeeze-{device}"
-    if done.exists():
+    wanted = "".join(file.read_text() for file in (Path(__file__), ROOT / "pyproject.toml"))
+    if done.exists() and done.read_text() == wanted:
         return
     print(f"Setting up {VENV} with vLLM for {device}; this takes some minutes, once.", flush=True)
     venv.create(VENV, with_pip=True)
@@ -85,7 +86,7 @@ def main() -> None:
     else:
         install(f"vllm=={CUDA_VLLM}")
     install("--editable", f"{ROOT}[test]", *EXTRAS)
-    done.touch()
+    done.write_text(wanted)
 
 
 if __name__ == "__main__":
