@@ -1,6 +1,9 @@
-"""Choices that have to be made before anything imports Triton."""
+"""Choices that have to be made before anything imports torch or Triton."""
 
 import os
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
 
 import torch
 

@@ -1,6 +1,7 @@
 """Which arm a step's rows get, and that the shipped times are fit to say so."""
 
 import json
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -182,16 +183,31 @@ def measurements(slow_stock: float = 1.0) -> dict:
     return {"machine": machine | {"head_size": 128, "kept": 0.1, "centroids": 0.05}, "rows": rows}
 
 
-def make_times(folder: Path, *arguments: str, **files: dict) -> subprocess.CompletedProcess:
+def make_command(folder: Path, *arguments: str, **files: dict) -> list[str]:
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
-    command = [sys.executable, COMMAND, "grid.json", "--tflops", "500", "--out", "times.json", *arguments]
-    return subprocess.run(command, check=False, cwd=folder, capture_output=True, text=True)
+    return [str(COMMAND), "grid.json", "--tflops", "500", "--out", "times.json", *arguments]
+
+
+@pytest.fixture
+def exit_code(tmp_path, monkeypatch):
+    """Runs the command in this process, which has vLLM imported; gives what it exits with, a number or a message."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str, **files: dict) -> int | str:
+        monkeypatch.setattr(sys, "argv", make_command(tmp_path, *arguments, **files))
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        return exit.value.code
+
+    return run
 
 
 def test_the_command_adds_a_gpu(tmp_path):
+    """In a process of its own, as it is used."""
     (tmp_path / "times.json").write_text(json.dumps({"another": {}}))
-    result = make_times(tmp_path, grid=measurements())
+    command = [sys.executable, *make_command(tmp_path, grid=measurements())]
+    result = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "0 of 12 picks" in result.stdout and "left out" in result.stdout
     times = json.loads((tmp_path / "times.json").read_text())
@@ -202,18 +218,15 @@ def test_the_command_adds_a_gpu(tmp_path):
     assert model.squeezed_us(LLAMA, 8192, decoding(1), 0.1, 0.05, "value_centroids") == pytest.approx(28)
 
 
-def test_the_command_fails_where_picks_are_too_slow(tmp_path):
+def test_the_command_fails_where_picks_are_too_slow(exit_code, capsys):
     """The other measurements say that vLLM's attention is far faster than the times by which arms are picked."""
-    files = {"grid": measurements(), "other": measurements(slow_stock=0.01)}
-    result = make_times(tmp_path, "--check", "other.json", **files)
-    assert result.returncode == 1
-    assert sum(line.endswith("SLOW") for line in result.stdout.splitlines()) > 3
+    assert exit_code("--check", "other.json", grid=measurements(), other=measurements(slow_stock=0.01)) == 1
+    assert sum(line.endswith("SLOW") for line in capsys.readouterr().out.splitlines()) > 3
 
 
-def test_the_command_refuses_what_nothing_can_be_interpolated_between(tmp_path):
+def test_the_command_refuses_what_nothing_can_be_interpolated_between(exit_code, tmp_path):
     grid = measurements()
     grid["rows"] = [row for row in grid["rows"] if row["prefix"] == 8]
-    result = make_times(tmp_path, grid=grid)
-    assert result.returncode == 1 and "two prefixes" in result.stderr and not (tmp_path / "times.json").exists()
+    assert "two prefixes" in exit_code(grid=grid) and not (tmp_path / "times.json").exists()
     grid["rows"] = [row for row in grid["rows"] if row["arm"] != "stock"]
-    assert "grid.json: no case with times of all of stock, exact" in make_times(tmp_path, grid=grid).stderr
+    assert "grid.json: no case with times of all of stock, exact" in exit_code(grid=grid)

@@ -138,7 +138,11 @@ def served(models, indexes, dense):
     folders = {make: make(bad, f"index{number}-0", models, indexes) for number, make in enumerate(BAD_INDEXES)}
     prompts, _ = dense
     first, *others = folders.values()
-    with warnings_of_squeeze() as warnings, engine(models("llama"), [first, good, *others], budget=0.5) as llm:
+    # The one engine here that finds out itself how much memory it has, after running the model once.
+    with (
+        warnings_of_squeeze() as warnings,
+        engine(models("llama"), [first, good, *others], budget=0.5, kv_cache_memory_bytes=None) as llm,
+    ):
         answers = generate(llm, prompts, num_tokens=6)
         dense_rows = outcomes(llm)
         generate(llm, [GOOD + [11]], num_tokens=1)

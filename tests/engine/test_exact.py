@@ -26,11 +26,10 @@ def dense_bytes(num_tokens: int, prefix: list[int]) -> int:
 @pytest.mark.parametrize("clustered", [False, True], ids=["exact index", "exact mode"])
 @pytest.mark.parametrize("rest", ["value_centroids", "drop"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_answers_are_the_dense_ones(models, indexes, family, rest, clustered):
+def test_answers_are_the_dense_ones(models, indexes, dense_answers, family, rest, clustered):
     model, squeeze = models(family), {"rest": rest} | ({"mode": "exact"} if clustered else {})
     prompts = [CONTRACT + tokens(seed, 3 + seed) for seed in range(10)]
-    with engine(model) as llm:
-        dense = generate(llm, prompts)
+    dense = dense_answers(model, prompts)
     index = indexes(model, CONTRACT) if clustered else indexes(model, CONTRACT, exact=True)
     with engine(model, index, budget=NO_BUDGET, squeeze=squeeze) as llm:
         generate(llm, prompts[:1], num_tokens=1)  # brings the prefix into the KV cache

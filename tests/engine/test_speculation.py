@@ -16,15 +16,14 @@ def drafts(llm) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("num_drafted", [3, 7])
-def test_answers_are_the_dense_ones(models, indexes, monkeypatch, num_drafted):
-    # vLLM's drafting leaves a process behind in which no other engine can start
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+def test_answers_are_the_dense_ones(models, indexes, dense_answers, monkeypatch, num_drafted):
     model = models("gemma2")
     prompts = [PREFIX + tokens(seed, 3 + seed) for seed in range(8)]
     ngram = {"method": "ngram", "num_speculative_tokens": num_drafted, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
-    with engine(model) as llm:
-        dense = generate(llm, prompts, NUM_TOKENS)
-    with engine(model, indexes(model, PREFIX), speculative_config=ngram) as llm:
+    dense, index = dense_answers(model, prompts, NUM_TOKENS), indexes(model, PREFIX)
+    # vLLM's drafting leaves a process behind in which no other engine can start
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    with engine(model, index, speculative_config=ngram) as llm:
         generate(llm, prompts[:1], num_tokens=1)  # brings the prefix into the KV cache
         squeezed = generate(llm, prompts, NUM_TOKENS)
         rows, (num_rows, num_draft_tokens, num_accepted) = outcomes(llm), drafts(llm)

@@ -2,7 +2,7 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_index import EXACT, LAYER_NAMES, make_manifest, make_tokens
 
@@ -147,6 +147,7 @@ def test_what_is_no_manifest_is_refused(text):
         Manifest.from_json(text)
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_any_other_text_is_refused(manifest, data):
     """The digest is of the contents; the layout of the text must be ours too, or a flipped blank would pass."""
