@@ -13,7 +13,7 @@ from vllm.engine.arg_utils import EngineArgs
 from tests.engine.conftest import ENGINE_ARGS, engine, generate, outcomes, tokens
 from tests.logs import warnings_of_squeeze
 from vllm_squeeze.attention_backend.model_identity import model_identity
-from vllm_squeeze.prefix_index.index_folder import IndexWriter, LayerClusters, PrefixIndex
+from vllm_squeeze.prefix_index.index_folder import IndexWriter, PrefixIndex
 from vllm_squeeze.prefix_index.manifest import FORMAT_VERSION
 
 GOOD, BAD, LONG = tokens(seed=1, count=600), tokens(seed=2, count=300), tokens(seed=3, count=1030)
@@ -32,15 +32,9 @@ def rewritten(folder: Path, name: str, **identity_changes) -> Path:
     model = dataclasses.replace(index.manifest.model, **identity_changes)
     with IndexWriter(folder.parent, name) as writer:
         writer.write_tokens(index.token_ids)
-        layers = []
         for i, entry in enumerate(index.manifest.layers):
-            clusters = index.layer(i)
-            vectors = (getattr(clusters, field).to(DTYPES[model.dtype]) for field in ("centroids", "value_centroids"))
-            layers.append(writer.write_layer(i, entry.name, LayerClusters(*vectors, clusters.sizes, clusters.members)))
-        return writer.publish(dataclasses.replace(index.manifest, model=model, layers=tuple(layers)))
-
-
-DTYPES = {"float32": safetensors.torch.torch.float32, "bfloat16": safetensors.torch.torch.bfloat16}
+            writer.write_layer(i, entry.name, index.layer(i))
+        return writer.publish(dataclasses.replace(index.manifest, model=model))
 
 
 def copied(folder: Path, name: str) -> Path:
