@@ -14,7 +14,7 @@ os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 # Of the engine's arguments, those that the indexer chooses for itself.
-INDEXER_SETS = ("enforce_eager", "enable_prefix_caching", "max_model_len", "max_num_seqs")
+INDEXER_SETS = ("enforce_eager", "enable_prefix_caching", "async_scheduling", "max_model_len", "max_num_seqs")
 REQUEST_NUMBERS = itertools.count()
 
 

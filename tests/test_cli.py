@@ -85,6 +85,16 @@ def test_token_ids_that_are_none(capsys, model, tmp_path, content, message):
     assert message in refused(capsys, *arguments)
 
 
+def test_questions_that_are_none(capsys, model, tmp_path):
+    (tmp_path / "prefix.txt").write_text(words(300))
+    (tmp_path / "questions").write_text('{"question": "Who?"}\n{"question": []}')
+    arguments = ["--model", model, "--prefix", tmp_path / "prefix.txt", "--out", tmp_path / "store", "--questions"]
+    error = refused(capsys, *arguments, tmp_path / "questions")
+    assert error == f'--questions: {tmp_path}/questions, line 2: must be a JSON object with a text "question"'
+    error = refused(capsys, *arguments, tmp_path / "questions", "--exact")
+    assert error == "--questions: not together with --exact, which has no budget to calibrate"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

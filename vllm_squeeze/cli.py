@@ -43,6 +43,13 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="do not cluster: requests attend to all of the prefix, reading it once for all of them",
     )
+    index.add_argument(
+        "--questions",
+        type=Path,
+        metavar="FILE",
+        help='what to calibrate budgets on: a question a line, or JSON lines with {"question": ...} '
+        "(default: general questions about a text)",
+    )
     index.add_argument("--centroids", type=float, help="centroids per token of the prefix (default 0.05)")
     index.add_argument("--window", type=int, help="most tokens clustered together (default 8192)")
     index.add_argument("--seed", type=int, help="of the clustering (default 0)")
@@ -65,6 +72,8 @@ def run_index(arguments: argparse.Namespace) -> int:
 
     given = {name: getattr(arguments, name) for name in ("centroids", "window", "seed", "rule")}
     chosen = {name: value for name, value in given.items() if value is not None}
+    if arguments.exact and arguments.questions:
+        raise ValueError("--questions: not together with --exact, which has no budget to calibrate")
     if arguments.exact and chosen:
         raise ValueError(f"--{next(iter(chosen))}: not together with --exact, which clusters nothing")
     parameters = None if arguments.exact else IndexParameters(**chosen)
@@ -78,6 +87,7 @@ def run_index(arguments: argparse.Namespace) -> int:
         arguments.out,
         parameters,
         arguments.engine_args,
+        arguments.questions,
     )
     return 0
 

@@ -61,7 +61,7 @@ def test_templates_that_do_not_begin_with_the_system_message(tokenizer, template
 
 
 def test_given_tokens_are_taken_as_they_are():
-    assert given_tokens("[3, 0, 2147483647]").ids == [3, 0, 2147483647]
+    assert given_tokens(None, "[3, 0, 2147483647]").ids == [3, 0, 2147483647]
 
 
 @pytest.mark.parametrize(

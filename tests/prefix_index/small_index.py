@@ -8,14 +8,14 @@ import torch
 from vllm_squeeze.kernels.tables import quantised
 from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.index_folder import IndexWriter, LayerClusters, tokens_digest
-from vllm_squeeze.prefix_index.manifest import FORMAT_VERSION, IndexParameters, LayerEntry, Manifest
+from vllm_squeeze.prefix_index.manifest import FORMAT_VERSION, Calibration, IndexParameters, LayerEntry, Manifest
 
 NUM_HEADS, NUM_CENTROIDS, HEAD_SIZE = 2, 7, 4
 NUM_TOKENS, NUM_MEMBERS = 47, 37
 LAYER_NAMES = ("model.layers.0.self_attn.attn", "model.layers.3.self_attn.attn")
 PARAMETERS = IndexParameters(num_sinks=4, observation_window=6, max_cluster=12)
 # What the manifest of an exact index has in place of clusters.
-EXACT = {"num_members": 0, "parameters": None, "thresholds": ()}
+EXACT = {"num_members": 0, "parameters": None, "thresholds": (), "calibration": None}
 
 
 def make_identity(**changes) -> ModelIdentity:
@@ -65,6 +65,7 @@ def make_manifest(token_ids: np.ndarray, layers: list[LayerEntry], **changes) ->
         model=make_identity(),
         parameters=PARAMETERS,
         thresholds=((1.0, -20.0), (0.5, -9.0), (0.1, -7.0), (0.01, -4.0)),
+        calibration=Calibration("questions", 16, 512),
         layers=tuple(layers),
     )
     return Manifest(**{**values, **changes})

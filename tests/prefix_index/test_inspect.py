@@ -36,6 +36,7 @@ def test_an_index_is_described(tmp_path):
     assert values["centroids"] == ["7 per layer and KV head, 5.3 keys each"]
     assert f"{num_bytes / dense:.1%} of the dense KV" in values["on disk"][0]
     assert "max_cluster 12" in values["parameters"][0]
+    assert values["calibrated on"] == ["answers to 16 questions, 512 tokens"]
     assert values["keys kept"][0].split() == ["50%", "20%", "10%", "5%", "2%", "1%"]
     assert values["log threshold"][0].split()[::5] == ["-9.00", "-4.00"]
     assert values["verification"] == ["all 4 files verified"]

@@ -77,6 +77,17 @@ def test_a_whole_number_may_stand_for_a_float(manifest):
         (["thresholds", 0, 0], 1.5, "thresholds must be pairs of a share above 0 and at most 1"),
         (["thresholds", 1, 0], 1.0, "thresholds has (1.0, -20.0) and then (1.0, -9.0): shares must decrease"),
         (["thresholds", 1, 1], -21.0, "thresholds has (1.0, -20.0) and then (0.5, -21.0)"),
+        (["calibration"], None, "calibration is null, must say what thresholds were calibrated on"),
+        (["calibration"], "questions", "calibration is 'questions', must be an object"),
+        (["calibration", "surprise"], 1, "calibration.surprise is unknown"),
+        (["calibration", "calibrated_on"], "tea", "calibration.calibrated_on is 'tea', must be one of questions, obs"),
+        (
+            ["calibration", "calibrated_on"],
+            "observation window",
+            "calibration.num_questions is 16, must be from 0 to 0",
+        ),
+        (["calibration", "num_questions"], 0, "calibration.num_questions is 0, must be from 1"),
+        (["calibration", "num_tokens"], 0, "calibration.num_tokens is 0, must be from 1"),
         (["layers"], [], "layers has 0 entries"),
         (["layers", 1, "name"], LAYER_NAMES[0], "layers has 2 entries of the name"),
         (["layers", 1, "num_bytes"], 10**15, "layers[1].num_bytes is 1000000000000000, but"),
@@ -104,6 +115,7 @@ IN_EXACT = "in an exact index, one whose parameters are null"
             "thresholds",
             f"thresholds is ((1.0, -20.0), (0.5, -9.0), (0.1, -7.0), (0.01, -4.0)), must be [] {IN_EXACT}",
         ),
+        ("exact", "calibration", "calibration is Calibration("),
         ("exact", "layers", "layers is (LayerEntry("),
         ("exact", "parameters", "num_members is 0, must be num_tokens less 10, at least 1"),
         ("manifest", "num_members", "num_members is 0, must be num_tokens less 10, at least 1"),
@@ -122,7 +134,9 @@ def test_a_field_of_the_other_kind_is_refused(manifest, exact, kind, field, mess
 
 
 @pytest.mark.parametrize(
-    "path", [["num_tokens"], ["parameters", "seed"], ["model", "rope"], ["layers", 0, "digest"]], ids=str
+    "path",
+    [["num_tokens"], ["parameters", "seed"], ["calibration", "num_tokens"], ["model", "rope"], ["layers", 0, "digest"]],
+    ids=str,
 )
 def test_a_missing_value_is_named_even_where_there_is_a_default(manifest, path):
     with pytest.raises(InvalidIndex, match=rf"{path[-1]} is missing$"):

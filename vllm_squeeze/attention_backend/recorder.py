@@ -1,8 +1,9 @@
 """Makes the clusters of one prefix inside vLLM: runs with the model, next to the keys, on each rank.
 
-The recording connector waits until a single request, the prefix, has been computed. Then it reads each layer's keys
-and values from the paged KV cache, takes the queries of the observation window, and writes the clusters of this
-rank's heads, and a histogram of their scores, into a folder of parts that the indexer joins.
+While questions on the prefix are answered, attention layers keep the queries that thresholds are calibrated on. Then the
+indexer sends a last request, the prefix alone. The recording connector waits until that has been computed, reads each
+layer's keys and values from the paged KV cache, and writes the clusters of this rank's heads, and a histogram of their
+scores, into a folder of parts that the indexer joins.
 """
 
 import re
@@ -39,11 +40,13 @@ class RecordOptions:
     Attributes:
         parts: folder that the parts go to.
         num_tokens: of the prefix.
+        asked: whether questions on the prefix are answered before.
         parameters: of the index.
     """
 
     parts: str
     num_tokens: int
+    asked: bool
     parameters: dict[str, Any]
 
 
@@ -54,10 +57,12 @@ class Part:
     Attributes:
         tensors: those of LayerClusters, and scores, the histogram.
         mean_cosine: of keys to their centroids.
+        num_queries: tokens whose queries the histogram counts.
     """
 
     tensors: dict[str, torch.Tensor]
     mean_cosine: float
+    num_queries: int
 
 
 def layer_order(name: str) -> list[int | str]:
@@ -78,28 +83,29 @@ def read_parts(folder: Path) -> dict[str, list[Path]]:
 def read_part(path: Path) -> Part:
     """Reads one file of ``read_parts``."""
     with safe_open(path, "pt") as file:
-        mean_cosine = float(file.metadata()["mean_cosine"])
+        metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return Part(tensors, mean_cosine)
+    return Part(tensors, float(metadata["mean_cosine"]), int(metadata["num_queries"]))
 
 
 class ObservesQueries:
-    """Mixed into vLLM's attention layers: remembers the queries of the last tokens.
+    """Mixed into vLLM's attention layers: keeps the queries that thresholds are calibrated on, in the host's memory.
 
     Attributes:
-        observed: [W, H * G, D], those of the observation window once the prefix is computed.
+        observing: whether this step is one of requests; vLLM also tries its layers out.
+        queries: [W, H * G, D] in all, those of each step with any.
     """
 
-    observed: torch.Tensor | None = None
+    observing = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         from vllm.config import get_current_vllm_config
 
         super().__init__(*args, **kwargs)
         vllm_config = get_current_vllm_config()
-        options = RecordOptions(**options_of(vllm_config, RECORD))
         self._dtype = vllm_config.model_config.dtype
-        self._window = options.parameters["observation_window"]
+        self._options = RecordOptions(**options_of(vllm_config, RECORD))
+        self.queries: list[torch.Tensor] = []
 
     def forward(
         self,
@@ -112,11 +118,26 @@ class ObservesQueries:
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if attn_metadata is not None:
-            new = in_model_dtype(query[: attn_metadata.num_actual_tokens][-self._window :], layer, self._dtype)
-            seen = new if self.observed is None else torch.cat([self.observed, new])
-            self.observed = seen[-self._window :].clone()
+        if self.observing and attn_metadata is not None:
+            observed = observed_tokens(attn_metadata, self._options)
+            self.queries.append(in_model_dtype(query[observed], layer, self._dtype).cpu())
         return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+
+
+def observed_tokens(attn_metadata: Any, options: RecordOptions) -> torch.Tensor:
+    """The query tokens of a step, by their place in it, that thresholds are calibrated on.
+
+    They are the last of each row on the prefix: those that an answer's tokens come from. Most of what a server squeezes
+    is like them, and a long question does not outweigh its answer. Where nothing is asked, they are those of the
+    prefix's observation window.
+    """
+    ends, seq_lens = attn_metadata.query_start_loc[1:], attn_metadata.seq_lens
+    if options.asked:
+        return ends[seq_lens > options.num_tokens] - 1
+    # The prefix is the only request.
+    num_tokens, done = attn_metadata.num_actual_tokens, int(seq_lens[0])
+    window = options.num_tokens - options.parameters["observation_window"]
+    return torch.arange(num_tokens - min(max(done - window, 0), num_tokens), num_tokens, device=ends.device)
 
 
 @dataclass
@@ -127,29 +148,33 @@ class RecordMetadata(KVConnectorMetadata):
 
 
 class SqueezeRecorder(PassiveConnector):
-    """Scheduler's side: waits for the prefix to be computed. Worker's side: clusters it."""
+    """Scheduler's side: waits for the request of the prefix alone to be computed. Worker's side: clusters it."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any):
         super().__init__(vllm_config, role, kv_cache_config)
         self._options = RecordOptions(**options_of(vllm_config, RECORD))
         self._groups = full_attention_groups(kv_cache_config)
         self._layers_by_group = [group.layer_names for group in kv_cache_config.kv_cache_groups]
+        self._prefix_request: str | None = None
         self._blocks: dict[int, list[int]] = {}
 
     # scheduler's side
 
     def build_connector_meta(self, scheduler_output: Any) -> RecordMetadata:
         cached = scheduler_output.scheduled_cached_reqs
-        progress = []
+        progress = {}
         for new in scheduler_output.scheduled_new_reqs:
-            self._blocks = {group: list(new.block_ids[group]) for group in self._groups}
-            progress.append((new.req_id, new.num_computed_tokens))
+            if len(new.prompt_token_ids) == self._options.num_tokens:
+                self._prefix_request = new.req_id
+                self._blocks = {group: list(new.block_ids[group]) for group in self._groups}
+            progress[new.req_id] = new.num_computed_tokens
         for request_id, blocks, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens):
-            for group in self._groups if blocks is not None else ():
+            for group in self._groups if request_id == self._prefix_request and blocks is not None else ():
                 self._blocks[group].extend(blocks[group])
-            progress.append((request_id, computed))
-        for request_id, computed in progress:
-            done = computed + scheduler_output.num_scheduled_tokens[request_id]
+            progress[request_id] = computed
+        computed = progress.get(self._prefix_request)
+        if computed is not None:
+            done = computed + scheduler_output.num_scheduled_tokens[self._prefix_request]
             if computed < self._options.num_tokens <= done:
                 return RecordMetadata(self._blocks)
         return RecordMetadata()
@@ -158,6 +183,19 @@ class SqueezeRecorder(PassiveConnector):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._kv_caches = kv_caches
+
+    def bind_connector_metadata(self, connector_metadata: RecordMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        self._observe(True)
+
+    def clear_connector_metadata(self) -> None:
+        super().clear_connector_metadata()
+        self._observe(False)
+
+    def _observe(self, observing: bool) -> None:
+        for layer in layers_of(self._vllm_config).values():
+            if isinstance(impl := getattr(layer, "impl", None), ObservesQueries):
+                impl.observing = observing
 
     def wait_for_save(self) -> None:
         blocks = self._get_connector_metadata().blocks
@@ -188,6 +226,7 @@ class SqueezeRecorder(PassiveConnector):
                         "layer": name,
                         "first_head": str(rank * total_heads // world),
                         "mean_cosine": repr(cosine),
+                        "num_queries": str(sum(map(len, layers[name].impl.queries))),
                     }
                     file = f"{re.sub('[^A-Za-z0-9]', '-', name)}.rank{rank}.safetensors"
                     save_file(tensors, Path(self._options.parts) / file, metadata)
@@ -210,15 +249,15 @@ class SqueezeRecorder(PassiveConnector):
             yield batch
 
     def _read(self, layer: Any, blocks: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, float]:
-        """Keys and values [H, T, D], queries of the observation window [H, W, G, D], softmax scale and soft cap."""
+        """Keys and values [H, T, D], kept queries [H, W, G, D], softmax scale and soft cap."""
         impl, cache = layer.impl, self._kv_caches[layer.layer_name]
         group = next(g for g in self._groups if layer.layer_name in self._layers_by_group[g])
         # A block of the scheduler may be several of the attention kernel's.
         pages = self._groups[group] // cache.shape[2]
         table = (torch.tensor(blocks)[:, None] * pages + torch.arange(pages)).flatten()
         keys, values = impl.read_tokens(layer, cache, table, self._options.num_tokens)
-        queries = impl.observed.view(-1, impl.num_kv_heads, impl.num_queries_per_kv, impl.head_size)
-        return keys, values, queries.transpose(0, 1), impl.scale, impl.logits_soft_cap
+        queries = torch.cat(impl.queries).view(-1, impl.num_kv_heads, impl.num_queries_per_kv, impl.head_size)
+        return keys, values, queries.to(keys.device).transpose(0, 1), impl.scale, impl.logits_soft_cap
 
     def _cluster(
         self, keys: Any, values: Any, queries: Any, scales: Any, soft_caps: Any

@@ -1,6 +1,7 @@
 """``vllm-squeeze index``: writes the index of a prefix.
 
-To cluster its keys, the prefix is run through vLLM once. An exact index needs only the prefix's tokens.
+To cluster its keys, the prefix is run through vLLM once, and questions on it are answered, which shows how many keys a
+threshold keeps. An exact index needs only the prefix's tokens.
 """
 
 import os
@@ -16,6 +17,7 @@ import torch
 from torch.nn.functional import pad
 
 from vllm_squeeze import __version__
+from vllm_squeeze.offline_tools.inspect import calibrated_on
 from vllm_squeeze.offline_tools.prefix_text import (
     PrefixTokens,
     chat_tokens,
@@ -23,14 +25,17 @@ from vllm_squeeze.offline_tools.prefix_text import (
     given_tokens,
     raw_tokens,
 )
+from vllm_squeeze.offline_tools.questions import ANSWER_TOKENS, general_questions, read_questions, spread
 from vllm_squeeze.prefix_index.budget import ReadCost
 from vllm_squeeze.prefix_index.calibration import threshold_curve
 from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.index_folder import IndexWriter, LayerClusters, index_name, tokens_digest
-from vllm_squeeze.prefix_index.manifest import FORMAT_VERSION, IndexParameters, LayerEntry, Manifest
+from vllm_squeeze.prefix_index.manifest import FORMAT_VERSION, Calibration, IndexParameters, LayerEntry, Manifest
 
 # Of the device's memory for the model and the prefix' KV cache; clustering needs room beside them.
 MEMORY_UTILIZATION = 0.6
+# Questions answered at the same time.
+CONCURRENT_QUESTIONS = 16
 
 
 def index(
@@ -41,6 +46,7 @@ def index(
     out: Path,
     parameters: IndexParameters | None,
     engine_args: dict[str, Any],
+    questions: Path | None = None,
 ) -> Path:
     """Indexes one prefix.
 
@@ -53,6 +59,7 @@ def index(
         out: folder of indexes.
         parameters: of the clustering; None for an exact index.
         engine_args: more arguments for vLLM's engine.
+        questions: file of questions to calibrate thresholds on; None for general ones.
 
     Returns:
         folder of the index.
@@ -63,6 +70,7 @@ def index(
     started = time.monotonic()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     content = read_input(prefix or token_ids)
+    given_questions = read_questions(questions) if questions else None
     if (model.startswith(("/", ".", "~")) or model.count("/") > 1) and not Path(model).exists():
         raise ValueError(f"--model: {model}: no such folder")
     from vllm.engine.arg_utils import EngineArgs
@@ -90,7 +98,9 @@ def index(
         folder, manifest = write_exact(out, source, tokens.ids, identity_of(args.create_engine_config()))
         cosine = None
     else:
-        folder, manifest, cosine = write_clustered(out, source, tokens.ids, model, parameters, engine_args)
+        asked = spread(given_questions or general_questions(tokens.chat))
+        prompts = prompts_on(tokens, asked, model_config.max_model_len)
+        folder, manifest, cosine = write_clustered(out, source, tokens.ids, prompts, model, parameters, engine_args)
     summarise(folder, manifest, cosine, time.monotonic() - started)
     return folder
 
@@ -107,11 +117,22 @@ def write_clustered(
     out: Path,
     source: str,
     ids: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     model: str,
     parameters: IndexParameters,
     engine_args: dict[str, Any],
 ) -> tuple[Path, Manifest, float]:
-    """Runs the prefix through vLLM, which clusters its keys, and writes the index.
+    """Answers prompts on the prefix, then runs it alone through vLLM, which clusters its keys, and writes the index.
+
+    Args:
+        out: folder of indexes.
+        source: where the prefix came from.
+        ids: of the prefix.
+        prompts: token ids of questions on the prefix, to calibrate thresholds on; without any, the queries of the
+            observation window are taken.
+        model: as vLLM takes it.
+        parameters: of the index.
+        engine_args: more arguments for vLLM's engine.
 
     Returns:
         folder of the index, its manifest, and the mean cosine of keys to their centroids.
@@ -128,20 +149,27 @@ def write_clustered(
             model,
             attention_backend="squeeze",
             enforce_eager=True,
-            enable_prefix_caching=False,
-            max_model_len=len(ids) + 1,
-            max_num_seqs=1,
-            kv_transfer_config=recorder(parts, len(ids), parameters),
+            # Else a step is under way, and observed, when an answer turns out to have ended.
+            async_scheduling=False,
+            max_model_len=max(map(len, [ids, *prompts])) + ANSWER_TOKENS if prompts else len(ids) + 1,
+            max_num_seqs=CONCURRENT_QUESTIONS,
+            kv_transfer_config=recorder(parts, len(ids), bool(prompts), parameters),
             **{"gpu_memory_utilization": MEMORY_UTILIZATION, **engine_args},
         )
         identity = identity_of(engine.llm_engine.vllm_config)
-        engine.generate(
-            TokensPrompt(prompt_token_ids=list(ids)), SamplingParams(max_tokens=1, temperature=0), use_tqdm=False
-        )
+
+        def answer(some: Sequence[Sequence[int]], num_tokens: int) -> None:
+            sampling = SamplingParams(max_tokens=num_tokens, temperature=0, detokenize=False)
+            engine.generate([TokensPrompt(prompt_token_ids=list(p)) for p in some], sampling, use_tqdm=False)
+
+        if prompts:
+            answer(prompts[:1], ANSWER_TOKENS)  # brings the prefix into the KV cache
+            answer(prompts[1:], ANSWER_TOKENS)
+        answer([ids], 1)
         # Frees the memory of the engine, also where it lives in this process.
         engine.llm_engine.engine_core.shutdown()
         with IndexWriter(out, index_name(source, ids, identity)) as writer:
-            manifest, cosine = write(writer, parts, source, ids, identity, parameters)
+            manifest, cosine = write(writer, parts, source, ids, identity, parameters, len(prompts))
             return writer.publish(manifest), manifest, cosine
 
 
@@ -166,7 +194,7 @@ def check_engine_args(engine_args: dict[str, Any], known: set[str]) -> None:
         "model",
         "attention_backend",
         "kv_transfer_config",
-        "enable_prefix_caching",
+        "async_scheduling",
         "max_model_len",
         "max_num_seqs",
     }
@@ -179,11 +207,27 @@ def check_engine_args(engine_args: dict[str, Any], known: set[str]) -> None:
 def tokenise(tokenizer: Any, content: str, given: bool, chat: bool | None) -> PrefixTokens:
     """Token ids of what the user gave."""
     if given:
-        return given_tokens(content)
+        return given_tokens(tokenizer, content)
     if chat is None:
         chat = bool(getattr(tokenizer, "chat_template", None))
         print(f"Indexing as {'a system message (--chat-system)' if chat else 'raw text (--raw)'}.", file=sys.stderr)
     return chat_tokens(tokenizer, content) if chat else raw_tokens(tokenizer, content)
+
+
+def prompts_on(tokens: PrefixTokens, questions: list[str], max_model_len: int) -> list[list[int]]:
+    """Token ids of the prompts that ask questions on a prefix, those that a server would squeeze and has room for."""
+    prompts = [tokens.prompt(question) for question in questions]
+    length, most = len(tokens.ids), max_model_len - ANSWER_TOKENS
+    fitting = [p for p in prompts if length < len(p) <= most and p[:length] == tokens.ids]
+    if left_out := len(prompts) - len(fitting):
+        print(
+            f"{left_out} of {len(prompts)} questions are left out: they do not begin with the prefix, or leave no room "
+            f"for {ANSWER_TOKENS} tokens of an answer.",
+            file=sys.stderr,
+        )
+    if not fitting:
+        print("Budgets are calibrated on the end of the prefix, and may be exceeded.", file=sys.stderr)
+    return fitting
 
 
 def check_length(num_tokens: int, parameters: IndexParameters | None, max_model_len: int) -> None:
@@ -201,11 +245,16 @@ def check_length(num_tokens: int, parameters: IndexParameters | None, max_model_
         raise ValueError(f"--prefix: {num_tokens} tokens; the model takes at most {max_model_len}, with the question")
 
 
-def recorder(parts: Path, num_tokens: int, parameters: IndexParameters) -> dict[str, Any]:
+def recorder(parts: Path, num_tokens: int, asked: bool, parameters: IndexParameters) -> dict[str, Any]:
     """vLLM's settings of the recording connector."""
     from vllm_squeeze.attention_backend.wiring import RECORD, connector
 
-    options = {"parts": str(parts.resolve()), "num_tokens": num_tokens, "parameters": asdict(parameters)}
+    options = {
+        "parts": str(parts.resolve()),
+        "num_tokens": num_tokens,
+        "asked": asked,
+        "parameters": asdict(parameters),
+    }
     return connector(RECORD, options)
 
 
@@ -223,6 +272,7 @@ def write(
     ids: Sequence[int],
     identity: ModelIdentity,
     parameters: IndexParameters,
+    num_questions: int,
 ) -> tuple[Manifest, float]:
     """Joins the recorded parts of all ranks and writes the files of the index but the manifest.
 
@@ -234,19 +284,22 @@ def write(
     """
     from vllm_squeeze.attention_backend.recorder import read_part, read_parts
 
-    entries, cosines, num_members = [], [], 0
+    entries, cosines, num_members, num_queries = [], [], 0, 0
     scores: Any = 0
     for number, (layer, paths) in enumerate(read_parts(parts).items()):
         recorded = [read_part(path) for path in paths]
         cosines += [part.mean_cosine for part in recorded]
         scores = scores + sum(part.tensors.pop("scores") for part in recorded)
         clusters = join([LayerClusters(**part.tensors) for part in recorded])
-        num_members = clusters.members.shape[1]
+        num_members, num_queries = clusters.members.shape[1], recorded[0].num_queries
         entries.append(writer.write_layer(number, layer, clusters))
     if not entries:
         raise ValueError("--model: it has no layer of full attention that can be squeezed")
     writer.write_tokens(ids)
-    manifest = manifest_of(source, ids, identity, parameters, num_members, threshold_curve(scores), tuple(entries))
+    calibration = Calibration("questions" if num_questions else "observation window", num_questions, num_queries)
+    manifest = manifest_of(
+        source, ids, identity, parameters, num_members, threshold_curve(scores), calibration, tuple(entries)
+    )
     return manifest, sum(cosines) / len(cosines)
 
 
@@ -257,6 +310,7 @@ def manifest_of(
     parameters: IndexParameters | None = None,
     num_members: int = 0,
     thresholds: tuple[tuple[float, float], ...] = (),
+    calibration: Calibration | None = None,
     layers: tuple[LayerEntry, ...] = (),
 ) -> Manifest:
     """The manifest of an index made now; of an exact one where there are no clusters."""
@@ -271,6 +325,7 @@ def manifest_of(
         model=identity,
         parameters=parameters,
         thresholds=thresholds,
+        calibration=calibration,
         layers=layers,
     )
 
@@ -336,5 +391,6 @@ def clustered_facts(manifest: Manifest, size: int, cosine: float) -> dict[str, s
         "layers": f"{len(manifest.layers)} of {model.num_layers}",
         "clusters": f"{cost.num_centroids} per KV head, mean cosine of keys to their centroid {cosine:.3f}",
         "size": f"{size / 2**20:.1f} MiB, {size / kv:.1%} of the KV cache that it indexes",
+        "calibrated on": calibrated_on(manifest.calibration),
         "smallest budget": f"{cost.budget_used(0):.3f} (centroids and always attended tokens)",
     }

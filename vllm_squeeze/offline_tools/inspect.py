@@ -7,7 +7,7 @@ from typing import TextIO
 from vllm_squeeze.prefix_index.calibration import log_threshold
 from vllm_squeeze.prefix_index.identity import DTYPE_BYTES
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex, find_indexes
-from vllm_squeeze.prefix_index.manifest import InvalidIndex, Manifest
+from vllm_squeeze.prefix_index.manifest import Calibration, InvalidIndex, Manifest
 
 SHARES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 
@@ -74,9 +74,17 @@ def facts(index: PrefixIndex) -> list[tuple[str, str]]:
         ("centroids", f"{centroids:.0f} per layer and KV head, {manifest.num_members / centroids:.1f} keys each"),
         ("on disk", f"{on_disk / 2**20:.1f} MiB, {on_disk / dense:.1%} of the dense KV's {dense / 2**20:.1f} MiB"),
         ("parameters", ", ".join(f"{name} {value}" for name, value in vars(manifest.parameters).items())),
+        ("calibrated on", calibrated_on(manifest.calibration)),
         ("keys kept", "  ".join(f"{share:>7.0%}" for share in SHARES)),
         ("log threshold", "  ".join(f"{log_threshold(manifest.thresholds, share):>7.2f}" for share in SHARES)),
     ]
+
+
+def calibrated_on(calibration: Calibration) -> str:
+    """What thresholds were calibrated on, in a few words."""
+    if calibration.num_questions:
+        return f"answers to {calibration.num_questions} questions, {calibration.num_tokens} tokens"
+    return f"the observation window, {calibration.num_tokens} tokens"
 
 
 def dense_bytes(manifest: Manifest) -> int:

@@ -1,7 +1,7 @@
 """Turns what the user calls a prefix into the token ids that every request on it will begin with."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,14 @@ class PrefixTokens:
     Attributes:
         ids: that any request on the prefix begins with.
         unstable: of tokens at the end of the text, how many were left out since what follows may change them.
+        chat: whether the text is the system message of conversations.
+        prompt: the token ids of the prompt that asks a question, a user message or what follows the text as it is.
     """
 
     ids: list[int]
     unstable: int
+    chat: bool
+    prompt: Callable[[str], list[int]]
 
 
 def chat_tokens(tokenizer: Any, text: str) -> PrefixTokens:
@@ -39,16 +43,20 @@ def chat_tokens(tokenizer: Any, text: str) -> PrefixTokens:
     ids = common_start([conversation(question) for question in QUESTIONS])
     if text.strip()[:200] not in tokenizer.decode(ids):
         raise ValueError("--chat-system: this model's chat template does not begin with the system message; use --raw")
-    return PrefixTokens(ids, 0)
+    return PrefixTokens(ids, 0, True, conversation)
 
 
 def raw_tokens(tokenizer: Any, text: str) -> PrefixTokens:
     """Tokens that all prompts which begin with this text begin with."""
-    ids = common_start([tokenizer(text + continuation).input_ids for continuation in CONTINUATIONS])
-    return PrefixTokens(ids, max(0, len(tokenizer(text).input_ids) - len(ids)))
+
+    def prompt(continuation: str) -> list[int]:
+        return tokenizer(text + continuation).input_ids
+
+    ids = common_start([prompt(continuation) for continuation in CONTINUATIONS])
+    return PrefixTokens(ids, max(0, len(prompt("")) - len(ids)), False, prompt)
 
 
-def given_tokens(content: str) -> PrefixTokens:
+def given_tokens(tokenizer: Any, content: str) -> PrefixTokens:
     """Token ids from a JSON list.
 
     Raises:
@@ -60,7 +68,11 @@ def given_tokens(content: str) -> PrefixTokens:
         raise ValueError(f"--token-ids: not JSON: {error}") from None
     if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
         raise ValueError("--token-ids: must be a JSON list of token ids, integers from 0 to 2147483647")
-    return PrefixTokens(ids, 0)
+
+    def prompt(continuation: str) -> list[int]:
+        return ids + tokenizer(continuation, add_special_tokens=False).input_ids
+
+    return PrefixTokens(ids, 0, False, prompt)
 
 
 def common_start(sequences: Sequence[Sequence[int]]) -> list[int]:

@@ -1,9 +1,9 @@
 """Finds the threshold on weighted predicted attention probabilities: one for all layers and heads of a prefix.
 
-Queries of the observation window score the clusters. A histogram counts the clustered keys by the joined log p of
-their cluster and its log weight, together (``choose_clusters`` in ``kernels/reference.py``). Its counts are integers: histograms of layers, heads
-and tensor-parallel ranks add up exactly, in any order. The curve read off the sum gives a threshold for each share of
-clustered keys to keep.
+The queries that answers to questions on the prefix came from score the clusters. A histogram counts the clustered keys
+by the joined log p of their cluster and its log weight, together (``choose_clusters`` in ``kernels/reference.py``). Its
+counts are integers: histograms of layers, heads and tensor-parallel ranks add up exactly, in any order. The curve read
+off the sum gives a threshold for each share of clustered keys to keep.
 """
 
 import math

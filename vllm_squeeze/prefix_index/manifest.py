@@ -37,7 +37,7 @@ class IndexParameters:
         iterations: of k-means.
         seed: of the first centroids.
         num_sinks: the first tokens, which are not clustered but always attended to.
-        observation_window: the last tokens, which are not clustered either; thresholds are calibrated on them.
+        observation_window: the last tokens, which are not clustered either.
         rule: how clusters are chosen, one of RULES.
     """
 
@@ -64,6 +64,34 @@ class IndexParameters:
             num_sinks=(0, 2**31 - 1),
             observation_window=(1, 2**31 - 1),
         )
+
+
+QUERIES = ("questions", "observation window")
+"""Whose queries thresholds can be calibrated on."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which queries the thresholds were calibrated on.
+
+    Attributes:
+        calibrated_on: "questions": those that answers to questions on the prefix came from; or "observation window":
+            those of the prefix's last tokens, where no question could be asked.
+        num_questions: that were asked.
+        num_tokens: whose queries were taken, in each layer.
+    """
+
+    calibrated_on: str
+    num_questions: int
+    num_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.calibrated_on not in QUERIES:
+            raise ValueError(
+                f"calibrated_on is {reprlib.repr(self.calibrated_on)}, must be one of {', '.join(QUERIES)}"
+            )
+        asked = (1, 2**31 - 1) if self.calibrated_on == "questions" else (0, 0)
+        check_ranges(self, num_questions=asked, num_tokens=(1, 2**62))
 
 
 @dataclass(frozen=True)
@@ -105,6 +133,7 @@ class Manifest:
         parameters: how they were clustered; None in an exact index.
         thresholds: pairs (share of the clustered keys kept, natural log of the threshold that keeps it), by
             decreasing share. Empty in an exact index.
+        calibration: what the thresholds were calibrated on; None in an exact index.
         layers: the clustered layers, in the model's order. Empty in an exact index.
     """
 
@@ -118,6 +147,7 @@ class Manifest:
     model: ModelIdentity
     parameters: IndexParameters | None
     thresholds: tuple[tuple[float, float], ...]
+    calibration: Calibration | None
     layers: tuple[LayerEntry, ...]
 
     def __post_init__(self) -> None:
@@ -134,7 +164,7 @@ class Manifest:
         return self.parameters is None
 
     def _check_exact(self) -> None:
-        for name, nothing in (("num_members", 0), ("thresholds", ()), ("layers", ())):
+        for name, nothing in (("num_members", 0), ("thresholds", ()), ("calibration", None), ("layers", ())):
             if (value := getattr(self, name)) != nothing:
                 must = f"must be {json.dumps(nothing)} in an exact index, one whose parameters are null"
                 raise ValueError(f"{name} is {reprlib.repr(value)}, {must}")
@@ -146,6 +176,8 @@ class Manifest:
             found = reprlib.repr(self.num_members)
             raise ValueError(f"num_members is {found}, must be num_tokens less {always_kept}, at least 1")
         check_thresholds(self.thresholds)
+        if self.calibration is None:
+            raise ValueError("calibration is null, must say what thresholds were calibrated on")
         if not 1 <= len(self.layers) <= self.model.num_layers:
             raise ValueError(f"layers has {len(self.layers)} entries, must have from 1 to {self.model.num_layers}")
         name, count = Counter(layer.name for layer in self.layers).most_common(1)[0]
