@@ -112,11 +112,11 @@ class DeviceLayer(SqueezeLayer):
         return {"soft_cap": self.logits_soft_cap or 0.0, "key_scale": key_scale, "value_scale": value_scale}
 
     def warm_up(self, layer: Any, kv_cache: torch.Tensor) -> None:
-        caches, dtype = self.caches_of(layer, kv_cache), self._vllm_config.model_config.dtype
+        caches = self.caches_of(layer, kv_cache)
         self.rows.warm_up(caches[0].shape[1])
         for num_tokens in kinds_of_tiles(len(self.residency.prefixes.slots), self.num_heads // self.num_kv_heads):
             shape = num_tokens, self.num_heads, self.head_size
-            query = torch.zeros(shape, dtype=dtype, device=kv_cache.device)
+            query = torch.zeros(shape, dtype=self.dtype, device=kv_cache.device)
             suffix_lse = torch.zeros(self.num_heads, num_tokens, device=kv_cache.device)
             self.rows.num_queries = num_tokens
             for lse in (None, suffix_lse):

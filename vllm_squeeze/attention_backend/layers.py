@@ -69,12 +69,14 @@ class SqueezeLayer:
         table: the clusters of this layer, or None if it stays dense.
         rows: the rows of the current step, or None before the KV cache exists or if the layer stays dense.
         residency: what this rank holds of all indexes; None before weights are loaded.
+        dtype: of the model, which queries have in our kernels.
     """
 
     rows_class: type[RowGroup]
     table: ClusterTable | None = None
     rows: RowGroup | None = None
     residency: Residency | None = None
+    dtype: torch.dtype
 
     def __init__(self, *args: Any, **kwargs: Any):
         from vllm.config import get_current_vllm_config
@@ -89,6 +91,7 @@ class SqueezeLayer:
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Loads this layer's tables while vLLM loads weights, so that its memory profiling counts them."""
         super().process_weights_after_loading(act_dtype)
+        self.dtype = act_dtype
         if self.residency is not None:
             return
         layers = layers_of(self._vllm_config)
