@@ -77,8 +77,7 @@ def make_layer(shape: Shape, kept: float, likeness: float, beside: bool) -> Laye
     """
     import torch
 
-    from vllm_squeeze.kernels.reference import dequantised
-    from vllm_squeeze.kernels.tables import ClusterTable, Prefixes, quantised
+    from vllm_squeeze.kernels.tables import ClusterTable, Prefixes, quantised, unquantised
 
     heads, group, size, page = shape.kv_heads, shape.group, shape.head_size, shape.page_size
     device, dtype = "cuda", torch.bfloat16
@@ -108,7 +107,7 @@ def make_layer(shape: Shape, kept: float, likeness: float, beside: bool) -> Laye
     )
     common, own = torch.randn(2, shape.batch, heads * group, size, device=device)
     query = (common[:1] * likeness**0.5 + own * (1 - likeness) ** 0.5).to(dtype)
-    log_p, as_read = [], dequantised(centroids, centroid_scales[..., None])
+    log_p, as_read = [], unquantised(centroids, centroid_scales)
     for row in query[:4]:
         scores = row.float().view(heads, group, size) @ as_read.mT * size**-0.5
         mass = (scores + sizes.log()[:, None]).logsumexp(-1, keepdim=True)

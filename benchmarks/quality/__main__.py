@@ -17,9 +17,9 @@ the tasks differ from RULER's is in ``tasks.py``: scores compare with those of t
               questions, or scores that are all the same, make it too narrow
     same      percent of answers that are the same token for token
     before    percent of an answer's tokens before the first that differs, mean over answers
-    KL        of dense to other next-token distributions at the first 32 tokens of the dense answers, which are forced for
-              this one after the other, in nats, mean over all these places; and its standard error if questions are drawn
-              anew
+    KL        of dense to other next-token distributions at the first 32 tokens of the dense answers, which are forced
+              for this one after the other, in nats, mean over all these places; and its standard error if questions are
+              drawn anew
     top-1     percent of these places where both have the same most likely token
 
 All is kept in the work folder, answers one a line: the command goes on where it was stopped, and adds tasks and budgets
@@ -92,15 +92,12 @@ def run_arm(arguments: argparse.Namespace) -> None:
     import torch
     from safetensors.torch import load_file, save_file
     from vllm import LLM, SamplingParams, TokensPrompt
-    from vllm.tokenizers import get_tokenizer
 
     from benchmarks.quality import forcing
     from benchmarks.quality.fidelity import divergence
 
     task = read_task(arguments.work, arguments.task)
-    tokenizer = get_tokenizer(arguments.model)
-    texts = [question.text for question in task.questions]
-    prompts = question_prompts(tokenizer, task.prefix, texts, [question.earlier for question in task.questions])
+    prompts = prompts_of(task, arguments.model)
     engine_args = {
         "max_model_len": max(map(len, prompts)) + task.answer_tokens,
         "max_num_seqs": 1,
@@ -143,6 +140,14 @@ def run_arm(arguments: argparse.Namespace) -> None:
 
 def read_task(work: Path, name: str) -> Task:
     return Task.from_dict(json.loads((work / name / "task.json").read_text(encoding="utf-8")))
+
+
+def prompts_of(task: Task, model: str) -> list[list[int]]:
+    """Token ids of a task's questions, each after the prefix and its own earlier conversation."""
+    from vllm.tokenizers import get_tokenizer
+
+    texts, earlier = zip(*((question.text, question.earlier) for question in task.questions))
+    return question_prompts(get_tokenizer(model), task.prefix, texts, earlier)
 
 
 def answers_path(work: Path, task: str, arm: str) -> Path:
@@ -217,13 +222,14 @@ def print_table(arguments: argparse.Namespace, summaries: list[dict[str, Any]]) 
 
 def plot_summaries(path: Path, summaries: list[dict[str, Any]]) -> None:
     """Scores and KL of each task against the budget that was really used."""
-    panels: dict[str, plots.Lines] = {"score, percent": {}, "KL from dense, nats": {}}
+    figures = {"score, percent": ("score", 100), plots.KL: ("kl", 1)}
+    panels: dict[str, plots.Lines] = {title: {} for title in figures}
     for summary in summaries:
         used = 1 if summary["arm"] == DENSE else summary.get("budget_used")
-        for title, name, scale in (("score, percent", "score", 100), ("KL from dense, nats", "kl", 1)):
+        for title, (name, scale) in figures.items():
             if name in summary:
                 panels[title].setdefault(summary["task"], []).append((used, summary[name] * scale))
-    plots.plot(path, panels, logarithmic=frozenset({"KL from dense, nats"}))
+    plots.plot(path, panels, logarithmic=frozenset({plots.KL}))
 
 
 def budget(text: str) -> str:

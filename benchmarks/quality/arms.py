@@ -1,4 +1,4 @@
-"""Puts arms of ``selection.py`` into the layers of an engine in this process, in place of the server's own attention."""
+"""Puts arms of ``selection.py`` into the layers of an engine in this process, in place of the server's attention."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Answers of vLLM's engine in this process with the logits of each of their tokens, chosen by the model or forced on it.
+"""Answers of vLLM's engine in this process with the logits of each token, chosen by the model or forced on it.
 
 The logits are seen by a custom logits processor, which vLLM's V1 runner has, and its V2 runner lacks in some versions.
 """

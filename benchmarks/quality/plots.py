@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+KL = "KL from dense, nats"
 Lines = dict[str, list[tuple[float, float]]]
 """Points (budget, figure) of each line, by what it is called."""
 

@@ -1,8 +1,8 @@
-"""Ways to choose what of a prefix is read, in plain torch: this project's rule, its variants, and what to hold it against.
+"""Ways to choose what of a prefix is read, in plain torch: our rule, its variants, and what to hold it against.
 
 All choose among units of keys: clusters, pages, or keys alone. A rule gives each unit a rank, for each query token and
-KV head; units whose rank exceeds one threshold, the same for all tokens, heads and layers, are attended to exactly. Top-k
-and top-p are such rules too: their ranks are minus the keys, or the mass, that come before a unit.
+KV head; units whose rank exceeds one threshold, the same for all tokens, heads and layers, are attended to exactly.
+Top-k and top-p are such rules too: their ranks are minus the keys, or the mass, that come before a unit.
 
     ours      clusters by predicted attention probability times their weight in the index; the others contribute through
               their mean value
@@ -33,8 +33,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vllm_squeeze.kernels.reference import capped, dequantised, joined, softmax_weighted
-from vllm_squeeze.kernels.tables import ClusterTable
+from vllm_squeeze.kernels.reference import capped, joined, softmax_weighted
+from vllm_squeeze.kernels.tables import ClusterTable, unquantised
 from vllm_squeeze.kernels.tiles import tokens_per_tile
 from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, BYTES_PER_SCALE, BYTES_PER_WEIGHT, ReadCost
 
@@ -203,8 +203,8 @@ def units_of(arm: Arm, prefix: Prefix) -> Units:
         if arm.wide:
             centroids, means = (mean(vectors).bfloat16().float() for vectors in (keys, values))
         else:
-            centroids = dequantised(table.centroids, table.centroid_scales[..., None])
-            means = dequantised(table.value_centroids, table.value_scales[..., None])
+            centroids = unquantised(table.centroids, table.centroid_scales)
+            means = unquantised(table.value_centroids, table.value_scales)
         variance = None
         if arm.spread:
             variance = mean((keys - centroids.gather(1, index)).square().mean(-1, keepdim=True))[..., 0]

@@ -20,8 +20,8 @@ threshold of their index, and read what they read.
     KL        of dense to other next-token distributions, nats, mean over the places of all answers, and its standard
               error if questions are drawn anew
     top-1     percent of places where both have the same most likely token
-    recall    percent of the attention probability, prefix and what follows, that falls on keys attended to exactly, mean
-              over layers, heads and query tokens; and in the layer where it is least
+    recall    percent of the attention probability, prefix and what follows, that falls on keys attended to exactly,
+              mean over layers, heads and query tokens; and in the layer where it is least
     kept      percent of the keys that there are to choose from, in the layer with the least, on average, with the most
 
 Results are appended to ``folder/task/sweep.jsonl``, with all figures of each question.
@@ -43,10 +43,9 @@ from benchmarks.quality.paired import mean_and_error
 from benchmarks.quality.selection import cost_of, parse
 
 # Sets the environment before vLLM is imported.
-from benchmarks.running import count, machine, metrics, question_prompts
+from benchmarks.running import count, machine, metrics
 
 SERVED = "served"
-TITLE = "KL from dense, nats"
 
 
 class Sweep:
@@ -236,13 +235,10 @@ def main() -> int:
         if code := subprocess.run(command, check=False, stdout=sys.stderr).returncode:
             return code
 
-    from vllm.tokenizers import get_tokenizer
-
-    from benchmarks.quality.__main__ import read_task
+    from benchmarks.quality.__main__ import prompts_of, read_task
 
     task = read_task(arguments.work, arguments.task)
-    texts, earlier = zip(*((question.text, question.earlier) for question in task.questions))
-    prompts = question_prompts(get_tokenizer(arguments.model), task.prefix, texts, earlier)
+    prompts = prompts_of(task, arguments.model)
     sweep = Sweep(arguments.model, folder / "index", prompts, arguments.tokens, arguments.engine_args)
     places = sum(map(len, sweep.answers))
     print(f"{machine()}, {arguments.model}, {task.name}, {len(prompts)} questions, {places} places of answers")
@@ -267,7 +263,7 @@ def main() -> int:
         for row in read(folder / "sweep.jsonl"):
             if "kl" in row:
                 lines.setdefault(row["arm"], []).append((row["bytes"], row["kl"]))
-        plots.plot(arguments.plot, {TITLE: lines}, logarithmic=frozenset({TITLE}))
+        plots.plot(arguments.plot, {plots.KL: lines}, logarithmic=frozenset({plots.KL}))
     return 0
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from benchmarks.quality.selection import Arm, Prefix, attend, cost_of, parse, rank, unit_scores, units_of
+from tests.prefix_index.small_index import COST
 from vllm_squeeze.kernels.reference import attend_prefix, capped
 from vllm_squeeze.kernels.tables import ClusterTable, quantised
-from vllm_squeeze.prefix_index.budget import ReadCost
 from vllm_squeeze.prefix_index.clustering import cluster_keys
 from vllm_squeeze.prefix_index.manifest import IndexParameters
 
@@ -146,17 +146,6 @@ def test_a_tile_has_one_choice(query, prefix):
     size = 16  # tokens of a tile of the kernels: 64 rows of 4 padded query heads
     assert all((tile == tile[0]).all() for tile in kept.split(size))
     assert (kept >= run("ours", many, prefix, -math.log(KEYS)).kept).all()
-
-
-COST = ReadCost(
-    num_tokens=1000,
-    num_always=116,
-    num_clustered=884,
-    num_centroids=50,
-    head_size=64,
-    element_size=2,
-    rest=True,
-)
 
 
 def test_bytes_of_arms():

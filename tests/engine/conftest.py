@@ -74,7 +74,8 @@ ENGINE_ARGS = {
     "dtype": "float32",
     "block_size": 32,
     "gpu_memory_utilization": 0.1,
-    # Room for all tokens of any test. On the CPU vLLM would else zero a tenth of the machine's memory at each start.
+    # Room for all tokens of any test. On the CPU vLLM would else zero a tenth of the machine's memory at each start; on
+    # a GPU measure the memory, which others may use at the same time.
     "kv_cache_memory_bytes": 2**28,
 }
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.engine.conftest import check_answers_are_dense, tokens
-from vllm_squeeze.kernels.reference import dequantised
+from vllm_squeeze.kernels.tables import unquantised
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
 
 pytestmark = pytest.mark.skipif(
@@ -51,7 +51,7 @@ def mean_key_and_value(index: Path, layer: int) -> torch.Tensor:
     clusters = PrefixIndex.open(index).layer(layer)
     sizes = clusters.sizes[..., None]
     in_8_bits = (clusters.centroids, clusters.centroid_scales), (clusters.value_centroids, clusters.value_scales)
-    sums = [(dequantised(means, scales[..., None]) * sizes).sum(1) for means, scales in in_8_bits]
+    sums = [(unquantised(means, scales) * sizes).sum(1) for means, scales in in_8_bits]
     return torch.stack(sums) / sizes.sum(1)
 
 

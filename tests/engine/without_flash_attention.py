@@ -15,8 +15,7 @@ from typing import Any
 from tests.engine.conftest import ENGINE_ARGS, engine, outcomes, tokens
 
 PREFIX_TOKENS, REQUESTS, ANSWER_TOKENS = 600, 20, 8
-# Given, so that vLLM need not measure the GPU's memory, which others use at the same time.
-SHARED_GPU = {**ENGINE_ARGS, "dtype": "float16", "kv_cache_memory_bytes": 1 << 28}
+HALF_PRECISION = {**ENGINE_ARGS, "dtype": "float16"}
 
 
 def switch_off_flash_attention() -> None:
@@ -55,7 +54,7 @@ def main() -> None:
     from vllm_squeeze.offline_tools.index import index
     from vllm_squeeze.prefix_index.manifest import IndexParameters
 
-    settings = {**SHARED_GPU, "enforce_eager": not options.graphs, "max_num_seqs": 16}
+    settings = {**HALF_PRECISION, "enforce_eager": not options.graphs, "max_num_seqs": 16}
     prefix = tokens(1, PREFIX_TOKENS)
     # others have no index: rows of both kinds meet in a step
     prompts = [(prefix if seed % 4 else tokens(2, PREFIX_TOKENS)) + tokens(seed, 3 + seed) for seed in range(REQUESTS)]
@@ -63,7 +62,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ids = Path(folder, "tokens.json")
         ids.write_text(json.dumps(prefix))
-        store = index(str(options.model), None, ids, None, Path(folder, "store"), IndexParameters(), SHARED_GPU)
+        store = index(str(options.model), None, ids, None, Path(folder, "store"), IndexParameters(), HALF_PRECISION)
         with engine(options.model, **settings, attention_backend="TRITON_ATTN") as llm:
             report["dense"], report["margins"] = answer(llm, prompts)
         with engine(options.model, store, squeeze={"mode": "squeezed"}, **settings) as llm:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from vllm_squeeze.kernels.reference import attend_causal, dequantised
-from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes, quantised
+from vllm_squeeze.kernels.reference import attend_causal
+from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes, quantised, unquantised
 from vllm_squeeze.kernels.tiles import QueryTiles
 
 ON_GPU = torch.cuda.is_available()
@@ -30,14 +30,6 @@ def check_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float |
 def poisoned(tensor: torch.Tensor) -> torch.Tensor:
     """Fills memory with what must not be used: NaN, or -1 for integers."""
     return tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
-
-
-def centroids_of(table: ClusterTable) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean keys and mean values [H, C, D] of a table's clusters, as they are read."""
-    return (
-        dequantised(table.centroids, table.centroid_scales[..., None]),
-        dequantised(table.value_centroids, table.value_scales[..., None]),
-    )
 
 
 @dataclass(frozen=True)
@@ -94,7 +86,7 @@ class Scene:
         first, count, _, join = self.prefixes.slots[self.slot_of[token]].tolist()
         table = self.table.prefix(first, count)
         query = self.query[token].view(self.num_kv_heads, self.group, -1).double()
-        scores = query @ centroids_of(table)[0].double().mT * self.scale
+        scores = query @ unquantised(table.centroids, table.centroid_scales).double().mT * self.scale
         mass = (table.sizes[:, None] * scores.exp()).sum(-1, keepdim=True).log()
         log_p = scores - mass
         return log_p.exp().mean(1).log() if JOINS[join] == "mean" else log_p.amax(1)
@@ -184,7 +176,8 @@ class Scene:
             for head, cluster in replaced.nonzero().tolist():
                 start, size = int(table.starts[head, cluster]), int(table.sizes[head, cluster])
                 members = table.members[head, start : start + size].long()
-                means, value_means = centroids_of(table)
+                means = unquantised(table.centroids, table.centroid_scales)
+                value_means = unquantised(table.value_centroids, table.value_scales)
                 keys[head, members] = means[head, cluster].double()
                 values[head, members] = value_means[head, cluster].double()
         suffix_keys, suffix_values = self.suffix[token].double()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.kernels.conftest import Scene, centroids_of
+from tests.kernels.conftest import Scene
 from vllm_squeeze.kernels.reference import (
     attend_causal,
     attend_prefix,
@@ -14,6 +14,7 @@ from vllm_squeeze.kernels.reference import (
     merge,
     squeezed_attention_reference,
 )
+from vllm_squeeze.kernels.tables import unquantised
 
 SIZES = ((5, 1, 9, 0, 30, 2, 17, 8, 24), (40, 3, 3))
 
@@ -79,7 +80,7 @@ def test_a_needle_is_always_chosen(make_scene):
     scene = make_scene(sizes=SIZES, slot_of=(0,))
     table = scene.table.prefix(0, len(SIZES[0]))
     query = scene.query[:1].view(1, scene.num_kv_heads, scene.group, -1).clone()
-    query[:, :, -1] = 30 * centroids_of(table)[0][:, 5]
+    query[:, :, -1] = 30 * unquantised(table.centroids, table.centroid_scales)[:, 5]
     _, chosen = choose_clusters(query, table, torch.tensor(0.49).log().item(), scene.scale)
     assert chosen[0, :, 5].all() and chosen.sum() == scene.num_kv_heads
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from vllm_squeeze.kernels.tables import quantised
+from vllm_squeeze.prefix_index.budget import ReadCost
 from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.index_folder import IndexWriter, LayerClusters, tokens_digest
 from vllm_squeeze.prefix_index.manifest import FORMAT_VERSION, Calibration, IndexParameters, LayerEntry, Manifest
@@ -16,6 +17,16 @@ LAYER_NAMES = ("model.layers.0.self_attn.attn", "model.layers.3.self_attn.attn")
 PARAMETERS = IndexParameters(num_sinks=4, observation_window=6, max_cluster=12)
 # What the manifest of an exact index has in place of clusters.
 EXACT = {"num_members": 0, "parameters": None, "thresholds": (), "calibration": None}
+# What one KV head reads over a prefix.
+COST = ReadCost(
+    num_tokens=1000,
+    num_always=116,
+    num_clustered=884,
+    num_centroids=50,
+    head_size=64,
+    element_size=2,
+    rest=True,
+)
 
 
 def make_identity(**changes) -> ModelIdentity:

@@ -3,17 +3,7 @@ import re
 
 import pytest
 
-from vllm_squeeze.prefix_index.budget import ReadCost
-
-COST = ReadCost(
-    num_tokens=1000,
-    num_always=116,
-    num_clustered=884,
-    num_centroids=50,
-    head_size=64,
-    element_size=2,
-    rest=True,
-)
+from tests.prefix_index.small_index import COST
 
 
 def test_bytes_counted_by_hand():

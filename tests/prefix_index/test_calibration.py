@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from vllm_squeeze.kernels.reference import choose_clusters, dequantised
-from vllm_squeeze.kernels.tables import JOINS, ClusterTable, quantised
+from vllm_squeeze.kernels.reference import choose_clusters
+from vllm_squeeze.kernels.tables import JOINS, ClusterTable, quantised, unquantised
 from vllm_squeeze.prefix_index.calibration import (
     HIGHEST,
     LEAST_SHARE,
@@ -31,13 +31,7 @@ def case(num_rows: int = 5, num_queries: int = 90, group: int = 7, num_centroids
         sizes[row, num_centroids - row :] = 0
         centroids[row, num_centroids - row :] = 0
     # as they are stored: what is read back from 8 bits stays as it is when stored once more
-    return query, dequantised(*stored(centroids)), sizes
-
-
-def stored(centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centroids in 8 bits, and their scales, to multiply with."""
-    values, scales = quantised(centroids)
-    return values, scales[..., None]
+    return query, unquantised(*quantised(centroids)), sizes
 
 
 def log_weights(centroids: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_squeeze.attention_backend.compat import logger
 from vllm_squeeze.attention_backend.model_identity import model_identity
-from vllm_squeeze.prefix_index.budget import BYTES_PER_CLUSTER, BYTES_PER_MEMBER, BYTES_PER_SCALE, ReadCost
+from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, ReadCost, bytes_per_cluster
 from vllm_squeeze.prefix_index.calibration import log_threshold
 from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
@@ -132,10 +132,8 @@ def num_centroids(manifest: Manifest) -> int:
 def device_bytes(manifest: Manifest, vllm_config: Any) -> int:
     """Bytes that an index takes on one rank's device."""
     heads = local_kv_heads(manifest, vllm_config.parallel_config.tensor_parallel_size)
-    per_cluster = 2 * (manifest.model.head_size + BYTES_PER_SCALE) + BYTES_PER_CLUSTER
-    return (
-        len(manifest.layers) * heads * (num_centroids(manifest) * per_cluster + BYTES_PER_MEMBER * manifest.num_members)
-    )
+    clusters = num_centroids(manifest) * bytes_per_cluster(manifest.model.head_size, rest=True)
+    return len(manifest.layers) * heads * (clusters + manifest.num_members * BYTES_PER_MEMBER)
 
 
 def full_attention_groups(kv_cache_config: Any) -> dict[int, int]:
@@ -192,7 +190,7 @@ def place(index: PrefixIndex, slot: int, options: Options, block_sizes: dict[int
             threshold = log_threshold(manifest.thresholds, cost.kept_share(options.budget))
         except ValueError as error:
             raise InvalidIndex(f"{index.folder.name}: squeeze.{error}") from None
-    join = "mean" if not manifest.exact and parameters.rule == "paper" else "max"
+    join = "max" if manifest.exact else parameters.join
     return Placement(slot, dict.fromkeys(block_sizes, covered), num_sinks, threshold, cost, join)
 
 

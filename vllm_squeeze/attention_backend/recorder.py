@@ -1,9 +1,9 @@
 """Makes the clusters of one prefix inside vLLM: runs with the model, next to the keys, on each rank.
 
-While questions on the prefix are answered, attention layers keep the queries that thresholds are calibrated on. Then the
-indexer sends a last request, the prefix alone. The recording connector waits until that has been computed, reads each
-layer's keys and values from the paged KV cache, and writes the clusters of this rank's heads, and a histogram of their
-scores, into a folder of parts that the indexer joins.
+While questions on the prefix are answered, attention layers keep the queries that thresholds are calibrated on. Then
+the indexer sends a last request, the prefix alone. The recording connector waits until that has been computed, reads
+each layer's keys and values from the paged KV cache, and writes the clusters of this rank's heads, and a histogram of
+their scores, into a folder of parts that the indexer joins.
 """
 
 import re
@@ -23,7 +23,7 @@ from vllm_squeeze.attention_backend.layers import in_model_dtype, why_dense
 from vllm_squeeze.attention_backend.placement import full_attention_groups
 from vllm_squeeze.attention_backend.wiring import RECORD, options_of
 from vllm_squeeze.attention_backend.worker import layers_of
-from vllm_squeeze.kernels.reference import dequantised
+from vllm_squeeze.kernels.tables import unquantised
 from vllm_squeeze.prefix_index.calibration import score_histogram
 from vllm_squeeze.prefix_index.clustering import Clusters, cluster_keys, mean_cosine
 from vllm_squeeze.prefix_index.manifest import IndexParameters
@@ -274,11 +274,11 @@ class SqueezeRecorder(PassiveConnector):
             # The threshold is calibrated with the centroids as the server will read them.
             tensors["scores"] = score_histogram(
                 query.float(),
-                dequantised(tensors["centroids"], tensors["centroid_scales"][..., None]),
+                unquantised(tensors["centroids"], tensors["centroid_scales"]),
                 tensors["log_weights"],
                 of_layer.sizes,
                 scales[layer],
                 soft_caps[layer],
-                "mean" if parameters.rule == "paper" else "max",
+                parameters.join,
             )
             yield {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, cosine

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_squeeze.kernels.tables import DENSE_SLOT, JOINS, ClusterTable, Prefixes
+from vllm_squeeze.kernels.tables import DENSE_SLOT, JOINS, ClusterTable, Prefixes, unquantised
 
 if TYPE_CHECKING:
     from vllm_squeeze.kernels.tiles import QueryTiles
@@ -47,7 +47,7 @@ def choose_clusters(
     Returns:
         scores s q.c_i, [R, H, G, C] float32, and the choice, [R, H, C] bool.
     """
-    centroids = dequantised(table.centroids, table.centroid_scales[..., None])
+    centroids = unquantised(table.centroids, table.centroid_scales)
     scores = capped(torch.einsum("rhgd,hcd->rhgc", query, centroids) * scale, soft_cap)
     occupied = (table.sizes > 0)[:, None]  # [H, 1, C]
     mass = (scores + table.sizes.float().log()[:, None]).logsumexp(-1, keepdim=True)
@@ -117,7 +117,7 @@ def attend_prefix(
     if rest:
         lumped = (scores + table.sizes.float().log()[:, None]).masked_fill(chosen[:, :, None], -torch.inf)
         logits = torch.cat([logits, lumped], -1)
-        values = torch.cat([values, dequantised(table.value_centroids, table.value_scales[..., None])], 1)
+        values = torch.cat([values, unquantised(table.value_centroids, table.value_scales)], 1)
     output, lse = softmax_weighted(logits, values)
     return output, lse, (chosen * table.sizes).sum(-1), needed.sum(-1)
 
@@ -157,7 +157,7 @@ def capped(logits: torch.Tensor, soft_cap: float) -> torch.Tensor:
 
 
 def dequantised(vectors: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """Keys, values or centroids as they are read: float32 and scaled where they have 8 bits, else as they are."""
+    """Keys or values read from a cache: float32 and scaled where they are 8-bit floats, else as they are."""
     return vectors if scale is None else vectors.float() * scale
 
 

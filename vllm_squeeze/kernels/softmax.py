@@ -17,7 +17,7 @@ def finite_or_zero(b_max):
 
 @triton.jit
 def logits_of(b_q, b_k, scale, soft_cap, SOFT_CAP: tl.constexpr):
-    """Logits [M, N] of queries [M, D] and keys [N, D], and the unit that they are in: a scalar, or as ``scale`` [1, N]."""
+    """Logits [M, N] of queries [M, D] and keys [N, D], and their unit, a scalar or as ``scale`` [1, N]."""
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
     unit = scale * LOG2_E
     if SOFT_CAP:

@@ -139,7 +139,8 @@ def squeezed_attention(
             block, parts_block, warps = tuned.choose
             choose_kernel[(splits, num_kv_heads, tiles_now)](
                 queries.tiles, prefixes.log_threshold, table.log_weights, table.starts, table.sizes, table.members,
-                block_table, queries.always_places, workspace.logits, workspace.masses, workspace.chosen, workspace.picked,
+                block_table, queries.always_places, workspace.logits, workspace.masses, workspace.chosen,
+                workspace.picked,
                 workspace.list_places, workspace.list_bits, workspace.listed, workspace.kept, workspace.kept_pairs,
                 first_tile, table.sizes.stride(0), table.members.stride(0), block_table.stride(0),
                 queries.always_places.stride(0), max_centroids, workspace.picked.shape[2], max_keys,

@@ -21,6 +21,11 @@ def quantised(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (vectors / scales.where(scales > 0, 1)[..., None]).round().to(torch.int8), scales
 
 
+def unquantised(vectors: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """What ``quantised`` made of vectors, as they are read: float32 [..., D]."""
+    return vectors.float() * scales[..., None]
+
+
 @dataclass(frozen=True)
 class ClusterTable:
     """Clusters of prefix keys in one layer, of one prefix or of several laid one after the other.

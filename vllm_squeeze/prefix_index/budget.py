@@ -11,10 +11,18 @@ BYTES_PER_SCALE = 4
 """What a centroid's elements, of one byte each, are multiplied by: float32."""
 BYTES_PER_WEIGHT = 4
 """A cluster's weight in the choice, float32."""
-BYTES_PER_CLUSTER = 8 + BYTES_PER_WEIGHT
-"""Where the members of a cluster start and how many there are, int32 each, and its weight."""
+BYTES_PER_PLACE = 4
+"""Where the members of a cluster start, int32."""
+BYTES_PER_SIZE = 4
+"""How many members a cluster has, int32."""
 BYTES_PER_MEMBER = 4
 """Position of a member in the prefix, int32."""
+
+
+def bytes_per_cluster(head_size: int, rest: bool) -> int:
+    """Bytes that are read of each cluster, or held of it; ``rest`` says whether those of its mean value are."""
+    centroid = head_size + BYTES_PER_SCALE
+    return centroid * (2 if rest else 1) + BYTES_PER_PLACE + BYTES_PER_SIZE + BYTES_PER_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -47,9 +55,8 @@ class ReadCost:
     @property
     def fixed_bytes(self) -> int:
         """Bytes read even if no cluster is kept."""
-        centroid_bytes = self.head_size + BYTES_PER_SCALE
-        bytes_per_cluster = centroid_bytes * (2 if self.rest else 1) + BYTES_PER_CLUSTER
-        return self.num_always * 2 * self._vector_bytes + self.num_centroids * bytes_per_cluster
+        clusters = self.num_centroids * bytes_per_cluster(self.head_size, self.rest)
+        return self.num_always * 2 * self._vector_bytes + clusters
 
     @property
     def bytes_per_key(self) -> int:

@@ -2,11 +2,11 @@
 
 The first tokens (attention sinks) and the last ones (observation window) stay out. The others are cut into near-equal
 windows. K-means runs in each window on keys less their mean, which softmax does not see, L2-normalised; then clusters
-above the size limit are split along their main direction. B counts rows, a row being one KV head of one layer; M counts clustered tokens; I counts (row, window)
-pairs, n the tokens of a window and k its centroids.
+above the size limit are split along their main direction. B counts rows, a row being one KV head of one layer; M counts
+clustered tokens; I counts (row, window) pairs, n the tokens of a window and k its centroids.
 
-The result depends on the seed only: segment sums are reduced in the order of tokens, and no atomics take part. A
-row's result does not depend on the rows beside it, so that every tensor-parallel rank may cluster its own heads.
+The result depends on the seed only: segment sums are reduced in the order of tokens, and no atomics take part. A row's
+result does not depend on the rows beside it, so that every tensor-parallel rank may cluster its own heads.
 """
 
 from collections.abc import Iterator
@@ -244,9 +244,9 @@ def _summarise(
             (keys, clusters.centroids, clusters.key_squares),
             (values, clusters.value_centroids, clusters.value_squares),
         ):
-            means[rows] = _segment_means(vectors[rows].float(), members, starts)
-            squared = vectors[rows].float().square().sum(-1, keepdim=True)
-            squares[rows] = _segment_means(squared, members, starts)[..., 0]
+            points = vectors[rows].float()
+            means[rows] = _segment_means(points, members, starts)
+            squares[rows] = _segment_means(torch.linalg.vecdot(points, points)[..., None], members, starts)[..., 0]
         clusters.sizes[rows] = sizes.int()
         clusters.members[rows] = members.int()
     return clusters

@@ -12,6 +12,7 @@ from itertools import pairwise
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, BYTES_PER_PLACE, bytes_per_cluster
 from vllm_squeeze.prefix_index.identity import ModelIdentity, check_ranges
 
 FORMAT_VERSION = 2
@@ -64,6 +65,11 @@ class IndexParameters:
             num_sinks=(0, 2**31 - 1),
             observation_window=(1, 2**31 - 1),
         )
+
+    @property
+    def join(self) -> str:
+        """How probabilities are joined over the query heads of a KV head by this rule, one of JOINS."""
+        return "mean" if self.rule == "paper" else "max"
 
 
 QUERIES = ("questions", "observation window")
@@ -191,9 +197,10 @@ class Manifest:
                 raise ValueError(f"layers[{i}].num_bytes is {layer.num_bytes}, but the layer's tensors take {needed}")
 
     def tensor_bytes(self, layer: LayerEntry) -> int:
-        """Bytes of a layer's tensors: per cluster two centroids with scales, weight and size; and members; per KV head."""
-        per_cluster = 2 * (self.model.head_size + 4) + 4 + 4
-        return self.model.num_kv_heads * (layer.num_centroids * per_cluster + self.num_members * 4)
+        """Bytes of a layer's tensors, those of LayerClusters."""
+        # all that a server reads of a cluster but where its members start, which their order tells
+        per_cluster = bytes_per_cluster(self.model.head_size, rest=True) - BYTES_PER_PLACE
+        return self.model.num_kv_heads * (layer.num_centroids * per_cluster + self.num_members * BYTES_PER_MEMBER)
 
     def to_json(self) -> str:
         """The manifest as text, closed by a digest of all the rest."""

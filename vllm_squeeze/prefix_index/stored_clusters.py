@@ -2,8 +2,7 @@
 
 import torch
 
-from vllm_squeeze.kernels.reference import dequantised
-from vllm_squeeze.kernels.tables import quantised
+from vllm_squeeze.kernels.tables import quantised, unquantised
 from vllm_squeeze.prefix_index.clustering import Clusters
 from vllm_squeeze.prefix_index.index_folder import LayerClusters
 
@@ -15,7 +14,7 @@ def stored(clusters: Clusters, rule: str) -> LayerClusters:
     """The clusters of one layer, B its KV heads, for a rule of RULES."""
     centroids, centroid_scales = quantised(clusters.centroids)
     value_centroids, value_scales = quantised(clusters.value_centroids)
-    as_read = dequantised(centroids, centroid_scales[..., None])
+    as_read = unquantised(centroids, centroid_scales)
     weights = error_weights(clusters, as_read) if rule == "error" else torch.ones_like(clusters.key_squares)
     return LayerClusters(
         centroids, centroid_scales, value_centroids, value_scales, weights.log(), clusters.sizes, clusters.members
