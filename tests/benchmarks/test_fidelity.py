@@ -17,6 +17,12 @@ def test_divergence_of_known_distributions():
     assert same == [False, True]
 
 
+def test_divergence_is_from_dense_to_other():
+    dense, other = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.125, 0.625, 0.25]]).log()
+    kl, _ = divergence(dense, other)
+    assert kl == pytest.approx([0.5 * math.log(4) + 0.25 * math.log(0.4)])
+
+
 def test_the_error_is_that_of_a_mean_where_answers_are_equally_long():
     mean, error = mean_and_error([[1, 3], [5, 7], [0, 2]])
     assert mean == 3

@@ -52,13 +52,15 @@ def run(arm: str | Arm, query: torch.Tensor, prefix: Prefix, threshold: float, s
 @pytest.mark.parametrize("name", ["ours", "ours+mean", "ours+drop", "paper"])
 def test_the_built_in_rules_are_those_of_the_oracle(query, prefix, name: str, soft_cap: float):
     prefix, arm, threshold = replace(prefix, soft_cap=soft_cap), parse(name), -math.log(KEYS)
-    if arm.plain:
-        prefix = replace(prefix, table=replace(prefix.table, log_weights=torch.zeros_like(prefix.table.log_weights)))
     found = run(arm, query, prefix, threshold)
+    table = prefix.table
+    if arm.plain:
+        # an index of the paper's rule has no weights; an arm of it is to pass over those of another
+        table = replace(table, log_weights=torch.zeros_like(table.log_weights))
     heads = torch.arange(HEADS)[:, None]
     output, lse, kept, _ = attend_prefix(
         query,
-        prefix.table,
+        table,
         lambda positions: (prefix.keys[heads, positions], prefix.values[heads, positions]),
         threshold,
         SINKS,
