@@ -93,8 +93,8 @@ def run_arm(arguments: argparse.Namespace) -> None:
     from safetensors.torch import load_file, save_file
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    from benchmarks.quality import forcing
-    from benchmarks.quality.fidelity import divergence
+    from vllm_squeeze.offline_tools import forcing
+    from vllm_squeeze.offline_tools.fidelity import divergence
 
     task = read_task(arguments.work, arguments.task)
     prompts = prompts_of(task, arguments.model)
@@ -126,7 +126,7 @@ def run_arm(arguments: argparse.Namespace) -> None:
             dense = load_file(path)
             tokens = dense["tokens"][:FORCED_TOKENS].tolist()
             (forced,) = forcing.force(llm, [prompts[number]], [tokens])
-            found["kl"], found["same_top"] = divergence(dense["logits"], forced.cpu())
+            found["kl"], found["same_top"] = divergence(dense["logits"], forced)
         return found
 
     # Brings the prefix, and of no question more than all have, into the KV cache, without which no row is squeezed.

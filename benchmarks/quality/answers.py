@@ -9,8 +9,9 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.agreement import budget_used, rows_of
-from benchmarks.quality.paired import compare, mean_and_error
+from benchmarks.quality.paired import compare
 from benchmarks.quality.questions import Task
+from vllm_squeeze.offline_tools.fidelity import mean_and_error
 
 DENSE = "dense"
 

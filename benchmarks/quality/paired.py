@@ -1,6 +1,5 @@
 """Compares answers to the same questions in pairs: a dense one, and another."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,17 +79,3 @@ def share_before_difference(dense: Sequence[int], other: Sequence[int]) -> float
     longer = max(len(dense), len(other))
     first = next((i for i, pair in enumerate(zip(dense, other)) if pair[0] != pair[1]), min(len(dense), len(other)))
     return first / longer if longer else 1.0
-
-
-def mean_and_error(values: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """The mean of figures that questions have for each place of their answers, and its standard error.
-
-    Places of one question are alike, questions are drawn independently: the error is that of a ratio of two sums over
-    questions. NaN with a single question.
-    """
-    count = sum(map(len, values))
-    mean = sum(map(sum, values)) / count
-    if len(values) < 2:
-        return mean, math.nan
-    squares = sum((sum(one) - mean * len(one)) ** 2 for one in values)
-    return mean, math.sqrt(squares * len(values) / (len(values) - 1)) / count

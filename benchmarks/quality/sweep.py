@@ -38,12 +38,11 @@ from typing import Any
 
 from benchmarks.quality import plots
 from benchmarks.quality.answers import read
-from benchmarks.quality.fidelity import divergence
-from benchmarks.quality.paired import mean_and_error
 from benchmarks.quality.selection import cost_of, parse
 
 # Sets the environment before vLLM is imported.
 from benchmarks.running import count, machine, metrics
+from vllm_squeeze.offline_tools.fidelity import divergence, mean_and_error
 
 SERVED = "served"
 
@@ -66,7 +65,8 @@ class Sweep:
     def __init__(self, model: str, index: Path, prompts: list[list[int]], num_tokens: int, engine_args: dict[str, Any]):
         from vllm import LLM
 
-        from benchmarks.quality import arms, forcing
+        from benchmarks.quality import arms
+        from vllm_squeeze.offline_tools import forcing
 
         self._arms, self._forcing = arms, forcing
         settings = {"index": str(index), "budget": 1, "mode": "squeezed"}

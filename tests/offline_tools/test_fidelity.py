@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.quality.fidelity import divergence
-from benchmarks.quality.paired import mean_and_error
+from vllm_squeeze.offline_tools.fidelity import divergence, mean_and_error
 
 
 def test_divergence_of_known_distributions():
