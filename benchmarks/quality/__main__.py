@@ -3,11 +3,12 @@
     python -m benchmarks.quality --model M --tasks niah_single_2 vt --length 4096 --questions 20 \\
         --budgets 0.5 0.33 0.125 --work folder/ --out quality.json
 
-Indexes each task's prefix and asks its questions on vLLM's own backend and at each budget, each arm in a fresh process,
-one question at a time, so that an answer depends on no other. A prefix is the system message of a conversation and a
-question its user message, its last one in ``chat``; without a chat template they are a raw prompt, "prefix, question,
-Answer:". Answers are greedy, and computed by vLLM's V1 runner, which shows logits to a benchmark in all versions. How
-the tasks differ from RULER's is in ``tasks.py``: scores compare with those of the same command only.
+Indexes each task's prefix, then has one engine that serves it answer the task's questions with vLLM's own attention and
+at each budget, one question at a time, so that an answer depends on no other. Before each of these arms the KV cache is
+emptied and the prefix computed anew, densely. A prefix is the system message of a conversation and a question its user
+message, its last one in ``chat``; without a chat template they are a raw prompt, "prefix, question, Answer:". Answers
+are greedy, and computed by vLLM's V1 runner, which shows logits to a benchmark in all versions. How the tasks differ
+from RULER's is in ``tasks.py``: scores compare with those of the same command only.
 
     used      budget really used, by the server's own counters
     score     references found in answers, in percent, mean over questions; of questions on documents, any of them
@@ -23,13 +24,12 @@ the tasks differ from RULER's is in ``tasks.py``: scores compare with those of t
     top-1     percent of these places where both have the same most likely token
 
 All is kept in the work folder, answers one a line: the command goes on where it was stopped, and adds tasks and budgets
-to those that are there. An arm whose rows were not all squeezed, or that did not answer all questions, has no figures,
-and the exit code is 1.
+to those that are there. An arm whose rows were not all squeezed, or that did not answer all questions, or whose budget is less
+than centroids alone read, has no figures, and the exit code is 1.
 """
 
 import argparse
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -38,23 +38,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.agreement import server_counters
 from benchmarks.quality import plots
-from benchmarks.quality.answers import DENSE, go_on, read, summarise
+from benchmarks.quality.answers import DENSE, answers_path, problem_path, read, summarise
 from benchmarks.quality.questions import Task
 from benchmarks.quality.tasks import TASKS, make_task
 
 # Sets the environment before vLLM is imported.
-from benchmarks.running import indexer_args, machine, question_prompts
+from benchmarks.running import indexer_args, question_prompts
 
 ESSAY = Path(__file__).parents[2] / "examples" / "data" / "persuasion.txt"
-# Of an answer, that distributions are compared at: the logits of each take as much disk as the vocabulary is large.
-FORCED_TOKENS = 32
 # What all of a work folder was made with.
 SETTINGS = ("model", "essay", "length", "questions", "answer_tokens", "seed", "engine_args")
 
 
-# in a process of its own
+# each in a process of its own
 
 
 def prepare(arguments: argparse.Namespace) -> None:
@@ -87,52 +84,14 @@ def prepare(arguments: argparse.Namespace) -> None:
     unfinished.rename(folder / "task.json")
 
 
-def run_arm(arguments: argparse.Namespace) -> None:
-    """Answers the questions that an arm has no answer to."""
-    import torch
-    from safetensors.torch import load_file, save_file
-    from vllm import LLM, SamplingParams, TokensPrompt
+def ask(arguments: argparse.Namespace) -> None:
+    """Answers the questions of a task that its arms have no answer to."""
+    from benchmarks.quality.asking import Asker
 
-    from vllm_squeeze.offline_tools import forcing
-    from vllm_squeeze.offline_tools.fidelity import divergence
-
-    task = read_task(arguments.work, arguments.task)
+    task, folder = read_task(arguments.work, arguments.task), arguments.work / arguments.task
     prompts = prompts_of(task, arguments.model)
-    engine_args = {
-        "max_model_len": max(map(len, prompts)) + task.answer_tokens,
-        "max_num_seqs": 1,
-        "enable_prefix_caching": True,
-        "disable_log_stats": False,
-    }
-    if arguments.arm != DENSE:
-        index = str(arguments.work / task.name / "index")
-        settings = {"index": index, "budget": float(arguments.arm), "mode": "squeezed"}
-        engine_args |= {"attention_backend": "squeeze", "additional_config": {"squeeze": settings}}
-    llm = LLM(arguments.model, **(engine_args | forcing.ENGINE_ARGS | arguments.engine_args))
-    logits_folder = arguments.work / task.name / "logits"
-    logits_folder.mkdir(exist_ok=True)
-
-    def answer(number: int) -> dict[str, Any]:
-        before = server_counters(llm)
-        ((output, logits),) = forcing.answer(llm, [prompts[number]], task.answer_tokens)
-        growth = {name: value - before.get(name, 0) for name, value in server_counters(llm).items()}
-        counters = {name: grown for name, grown in growth.items() if grown}
-        found = {"text": output.text, "tokens": list(output.token_ids), "counters": counters} | machine()
-        path = logits_folder / f"{number}.safetensors"
-        if arguments.arm == DENSE:
-            places = {"logits": logits[:FORCED_TOKENS].contiguous(), "tokens": torch.tensor(found["tokens"])}
-            save_file(places, path)
-        elif path.exists():
-            dense = load_file(path)
-            tokens = dense["tokens"][:FORCED_TOKENS].tolist()
-            (forced,) = forcing.force(llm, [prompts[number]], [tokens])
-            found["kl"], found["same_top"] = divergence(dense["logits"], forced)
-        return found
-
-    # Brings the prefix, and of no question more than all have, into the KV cache, without which no row is squeezed.
-    prefix = TokensPrompt(prompt_token_ids=os.path.commonprefix(prompts))
-    llm.generate(prefix, SamplingParams(max_tokens=1), use_tqdm=False)
-    go_on(answers_path(arguments.work, task.name, arguments.arm), len(prompts), answer, f"{task.name}, {arguments.arm}")
+    asker = Asker(folder, arguments.model, prompts, task.answer_tokens, arguments.engine_args)
+    asker.ask(missing_arms(folder, len(task.questions), arguments.budgets))
 
 
 # all tasks and arms
@@ -150,14 +109,18 @@ def prompts_of(task: Task, model: str) -> list[list[int]]:
     return question_prompts(get_tokenizer(model), task.prefix, texts, earlier)
 
 
-def answers_path(work: Path, task: str, arm: str) -> Path:
-    return work / task / f"{arm}.jsonl"
+def missing_arms(folder: Path, count: int, budgets: list[str]) -> list[str]:
+    """The arms of a task that have not answered all of its ``count`` questions, though they can."""
+    arms = dict.fromkeys([DENSE, *budgets])
+    return [
+        arm for arm in arms if len(read(answers_path(folder, arm))) < count and not problem_path(folder, arm).exists()
+    ]
 
 
-def in_process(task: str, arm: str | None) -> int:
-    """Prepares a task (``arm`` is None) or runs an arm in a fresh process; returns its exit code."""
-    command = [sys.executable, "-m", "benchmarks.quality", *sys.argv[1:], "--task", task]
-    return subprocess.run(command + (["--arm", arm] if arm else []), check=False, stdout=sys.stderr).returncode
+def in_process(task: str, *what: str) -> int:
+    """Prepares a task, or does something else with it, in a fresh process; returns its exit code."""
+    command = [sys.executable, "-m", "benchmarks.quality", *sys.argv[1:], "--task", task, *what]
+    return subprocess.run(command, check=False, stdout=sys.stderr).returncode
 
 
 def keep_settings(arguments: argparse.Namespace) -> None:
@@ -177,16 +140,15 @@ def keep_settings(arguments: argparse.Namespace) -> None:
 
 def run_task(arguments: argparse.Namespace, name: str) -> list[dict[str, Any]]:
     """Does what is missing of a task; returns the figures of its arms."""
-    if not (arguments.work / name / "task.json").exists() and (code := in_process(name, None)):
+    folder = arguments.work / name
+    if not (folder / "task.json").exists() and (code := in_process(name)):
         return [{"task": name, "arm": "index", "problem": f"exit code {code}"}]
     task = read_task(arguments.work, name)
-    arms = {}
-    for arm in dict.fromkeys([DENSE, *arguments.budgets]):
-        path = answers_path(arguments.work, name, arm)
-        if len(read(path)) < len(task.questions):
-            in_process(name, arm)
-        arms[arm] = read(path)
-    return summarise(task, arms)
+    if missing_arms(folder, len(task.questions), arguments.budgets):
+        in_process(name, "--ask")
+    arms = dict.fromkeys([DENSE, *arguments.budgets])
+    problems = {arm: path.read_text(encoding="utf-8") for arm in arms if (path := problem_path(folder, arm)).exists()}
+    return summarise(task, {arm: read(answers_path(folder, arm)) for arm in arms}, problems)
 
 
 COLUMNS = (
@@ -264,10 +226,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="where to write all figures, as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="where to draw scores and KL against budgets")
     parser.add_argument("--task", help=argparse.SUPPRESS)
-    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    parser.add_argument("--ask", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.arm:
-        run_arm(arguments)
+    if arguments.ask:
+        ask(arguments)
         return 0
     if arguments.task:
         try:

@@ -2,8 +2,9 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
@@ -22,6 +23,16 @@ def read(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def answers_path(folder: Path, arm: str) -> Path:
+    """Where the folder of a task keeps an arm's answers."""
+    return folder / f"{arm}.jsonl"
+
+
+def problem_path(folder: Path, arm: str) -> Path:
+    """Where it says why an arm cannot answer."""
+    return folder / f"{arm}.problem"
 
 
 def go_on(path: Path, count: int, answer: Callable[[int], dict[str, Any]], title: str = "") -> None:
@@ -47,9 +58,13 @@ def problem_of(arm: str, rows: list[dict[str, Any]], count: int) -> str | None:
     """Why an arm has no figures; None if it has."""
     if len(rows) != count:
         return f"{len(rows)} of {count} questions were answered"
-    outcomes = sorted(rows_of(total(rows)))
-    expected = [] if arm == DENSE else ["squeezed"]
-    return None if outcomes == expected else f"rows are {rows_of(total(rows))}, not only {expected}"
+    counters = total(rows)
+    outcomes, expected = rows_of(counters), [] if arm == DENSE else ["squeezed"]
+    if sorted(outcomes) != expected:
+        return f"rows are {outcomes}, not only {expected}"
+    if (budget_used(counters) is None) != (arm == DENSE):
+        return f"{'some' if arm == DENSE else 'nothing'} of the prefix was read by what squeezes"
+    return None
 
 
 def total(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -60,12 +75,15 @@ def total(rows: list[dict[str, Any]]) -> dict[str, float]:
     return dict(summed)
 
 
-def summarise(task: Task, arms: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def summarise(
+    task: Task, arms: dict[str, list[dict[str, Any]]], problems: Mapping[str, str] = MappingProxyType({})
+) -> list[dict[str, Any]]:
     """The figures of a task's arms, the dense one first; an arm with a problem has that instead.
 
     Args:
         task: with the questions.
         arms: each arm's answers.
+        problems: why arms cannot answer.
     """
     sorted_arms = {arm: sorted(rows, key=lambda row: row["question"]) for arm, rows in arms.items()}
     summaries: list[dict[str, Any]] = []
@@ -73,7 +91,7 @@ def summarise(task: Task, arms: dict[str, list[dict[str, Any]]]) -> list[dict[st
     for arm, rows in sorted_arms.items():
         summary: dict[str, Any] = {"task": task.name, "arm": arm}
         summaries.append(summary)
-        if problem := problem_of(arm, rows, len(task.questions)):
+        if problem := problems.get(arm) or problem_of(arm, rows, len(task.questions)):
             summary["problem"] = problem
             continue
         scores[arm] = [question.score(row["text"]) for question, row in zip(task.questions, rows, strict=True)]

@@ -204,10 +204,11 @@ def attending(llm: Any, arm: Arm, threshold: float, share: float) -> Iterator[Re
 
 @contextmanager
 def attending_densely(llm: Any) -> Iterator[None]:
-    """Has vLLM's own attention serve all rows of an engine."""
-    residency = residency_in(llm)
-    active, residency.active = residency.active, {}
+    """Has vLLM's own attention serve all rows of an engine, though its scheduler counts them as squeezed."""
+    worker = next(iter(squeezed_impls(llm).values())).rows.worker
+    # What is active stays so: the worker may still have to count what steps before this one read.
+    worker.expect = lambda step: None
     try:
         yield
     finally:
-        residency.active = active
+        del worker.expect

@@ -63,45 +63,24 @@ class Sweep:
     """
 
     def __init__(self, model: str, index: Path, prompts: list[list[int]], num_tokens: int, engine_args: dict[str, Any]):
-        from vllm import LLM
-
         from benchmarks.quality import arms
+        from benchmarks.quality.engine import PrefixEngine
         from vllm_squeeze.offline_tools import forcing
 
         self._arms, self._forcing = arms, forcing
-        settings = {"index": str(index), "budget": 1, "mode": "squeezed"}
-        defaults = {"max_model_len": max(map(len, prompts)) + num_tokens, "max_num_seqs": len(prompts)}
-        self.llm = LLM(
-            model,
-            attention_backend="squeeze",
-            additional_config={"squeeze": settings},
-            enforce_eager=True,
-            enable_prefix_caching=True,
-            disable_log_stats=False,
-            **forcing.ENGINE_ARGS,
-            **(defaults | engine_args),
-        )
-        self.residency = arms.residency_in(self.llm)
-        self._index = self.residency.indexes[0]
+        chosen = {"max_num_seqs": len(prompts)} | engine_args | {"enforce_eager": True}
+        self._engine = PrefixEngine(model, index, prompts, num_tokens, chosen)
+        self.llm = self._engine.llm
         self._prompts = prompts
-        self._begin()
+        self._engine.begin()
         with arms.attending_densely(self.llm):
             found = forcing.answer(self.llm, prompts, num_tokens)
         self.answers = [list(output.token_ids) for output, _ in found]
         self._dense = [logits for _, logits in found]
 
-    def _begin(self) -> None:
-        """Leaves nothing but the prefix in the KV cache, computed densely."""
-        from vllm import SamplingParams, TokensPrompt
-
-        emptied = self.llm.reset_prefix_cache()
-        assert emptied, "requests are still running"
-        prefix = self._prompts[0][: len(self._index.token_ids) + 1]
-        self.llm.generate(TokensPrompt(prompt_token_ids=prefix), SamplingParams(max_tokens=1), use_tqdm=False)
-
     def _compare(self) -> dict[str, Any]:
         """Forces the dense answers on the engine as it is; returns how its distributions differ."""
-        self._begin()
+        self._engine.begin()
         before = metrics(self.llm)
         found = self._forcing.force(self.llm, self._prompts, self.answers)
         grown = {name for name, value in metrics(self.llm).items() if value > before.get(name, 0)}
@@ -138,7 +117,7 @@ class Sweep:
         Raises:
             ValueError: the arm reads more in any case.
         """
-        share = cost_of(parse(name), self.residency.active[0].cost).share(budget)
+        share = cost_of(parse(name), self._engine.cost).share(budget)
         runs, (figures, reads) = 1, self.measure(name, -math.inf, share)
         while share < 1 and runs < most_runs and (runs == 1 or abs(figures["bytes"] / budget - 1) > tolerance):
             runs, (figures, reads) = runs + 1, self.measure(name, reads.threshold(share), share)
@@ -150,11 +129,7 @@ class Sweep:
         Raises:
             ValueError: centroids and always attended tokens alone read more.
         """
-        from vllm_squeeze.prefix_index.calibration import log_threshold
-
-        cost = self.residency.active[0].cost
-        threshold = log_threshold(self._index.manifest.thresholds, cost.kept_share(budget))
-        self.residency.prefixes.log_threshold.fill_(threshold)
+        cost, threshold = self._engine.cost, self._engine.set_budget(budget)
         before = count(self.llm)
         figures = self._compare()
         kept = (count(self.llm) - before).kept_share

@@ -69,12 +69,24 @@ def test_questions_on_documents_have_f1_too():
         ([row(0, "a", [1], SQUEEZED)], "1 of 2 questions"),
         ([row(0, "a", [1], SQUEEZED), row(1, "b", [1], SQUEEZED | {"vllm:squeeze_rowsdense: faster": 1})], "faster"),
         ([row(0, "a", [1], {}), row(1, "b", [1], {})], "rows are {}"),
+        ([row(n, "a", [1], {"vllm:squeeze_rowssqueezed": 3}) for n in range(2)], "nothing of the prefix was read"),
     ],
-    ids=["missing", "dense rows", "no rows"],
+    ids=["missing", "dense rows", "no rows", "no bytes"],
 )
 def test_an_arm_that_was_not_all_squeezed_has_no_figures(rows: list[dict[str, Any]], problem: str):
     _, other = summarise(TASK, {"dense": DENSE_ROWS, "0.25": rows})
     assert problem in other.pop("problem") and other == {"task": "vt", "arm": "0.25"}
+
+
+def test_a_dense_arm_that_was_squeezed_has_no_figures():
+    read_by_kernels = {name: value for name, value in SQUEEZED.items() if "rows" not in name}
+    (dense,) = summarise(TASK, {"dense": [DENSE_ROWS[0], row(1, "b", [3], read_by_kernels)]})
+    assert dense == {"task": "vt", "arm": "dense", "problem": "some of the prefix was read by what squeezes"}
+
+
+def test_an_arm_that_cannot_answer_says_why():
+    _, other = summarise(TASK, {"dense": DENSE_ROWS, "0.01": []}, {"0.01": "budget: 0.01 is too little"})
+    assert other == {"task": "vt", "arm": "0.01", "problem": "budget: 0.01 is too little"}
 
 
 def test_without_a_dense_arm_there_is_no_change():

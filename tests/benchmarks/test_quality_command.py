@@ -60,6 +60,16 @@ def test_an_arm_with_dense_rows_has_no_figures(tmp_path: Path):
     assert "dense: faster" in ran.stdout.splitlines()[-1]
 
 
+def test_a_budget_that_cannot_be_met_is_not_tried_again(tmp_path: Path):
+    answered(tmp_path / "work", [row(0, "a", [1, 2], SQUEEZED), row(1, "b", [3, 4], SQUEEZED)])
+    (tmp_path / "work" / "vt" / "0.01.problem").write_text("budget: 0.01 is too little")
+    ran = quality(tmp_path / "work", "--budgets", "0.01", "0.25")
+    assert ran.returncode == 1
+    impossible, possible = ran.stdout.splitlines()[-2:]
+    assert impossible.split(maxsplit=2) == ["vt", "0.01", "budget: 0.01 is too little"]
+    assert possible.split()[:4] == ["vt", "0.25", "0.2500", "75.0"]
+
+
 def test_a_work_folder_is_of_one_model(tmp_path: Path):
     answered(tmp_path / "work", [row(0, "a", [1, 2], SQUEEZED), row(1, "b", [3, 4], SQUEEZED)])
     assert quality(tmp_path / "work").returncode == 0

@@ -1,0 +1,78 @@
+"""Arms of the answers' benchmark on one real engine: none has anything of another, and a stopped run goes on."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.agreement import budget_used
+from benchmarks.quality.answers import answers_path, problem_of, problem_path, read, total
+from benchmarks.quality.asking import Asker
+from tests.engine.conftest import ENGINE_ARGS, tokens
+
+PREFIX = tokens(seed=1, count=600)
+# Longer than a block of the KV cache, so that vLLM keeps some of each.
+PROMPTS = [PREFIX + tokens(seed, 70 + seed) for seed in range(3)]
+NUM_TOKENS = 6
+
+
+def ask(folder: Path, model: Path, *arms: str) -> dict[str, list[dict[str, Any]]]:
+    asker = Asker(folder, str(model), PROMPTS, NUM_TOKENS, {**ENGINE_ARGS, "enforce_eager": True})
+    try:
+        asker.ask(arms)
+    finally:
+        asker.engine.llm.llm_engine.engine_core.shutdown()
+    return {arm: read(answers_path(folder, arm)) for arm in arms}
+
+
+@pytest.fixture(scope="module")
+def folder(models, indexes, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    shutil.copytree(indexes(models("llama"), PREFIX), folder / "index")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answered(models, folder) -> dict[str, list[dict[str, Any]]]:
+    return ask(folder, models("llama"), "dense", "1", "0.01", "0.6", "0.35")
+
+
+def test_the_dense_arm_is_vllms_own_attention(models, answered, dense_answers):
+    own = dense_answers(models("llama"), PROMPTS, NUM_TOKENS)
+    for row, whole in zip(answered["dense"], own, strict=True):
+        # Those of the fixture go on where an answer ends.
+        assert row["tokens"] == list(whole[: len(row["tokens"])])
+    assert problem_of("dense", answered["dense"], len(PROMPTS)) is None
+
+
+def test_at_a_budget_of_one_answers_are_dense(answered):
+    for dense, one in zip(answered["dense"], answered["1"], strict=True):
+        assert one["tokens"] == dense["tokens"]
+        assert max(map(abs, one["kl"])) < 1e-6 and all(one["same_top"])
+
+
+def test_each_arm_has_its_own_budget(answered):
+    arms = ("1", "0.6", "0.35")
+    assert [problem_of(arm, answered[arm], len(PROMPTS)) for arm in arms] == [None] * 3
+    for arm in arms:
+        # Budgets were calibrated on other questions; at 1 centroids come on top.
+        assert budget_used(total(answered[arm])) == pytest.approx(float(arm), abs=0.03)
+
+
+def test_a_budget_that_cannot_be_met(folder, answered):
+    assert answered["0.01"] == []
+    assert "0.01 is less than" in problem_path(folder, "0.01").read_text()
+
+
+def test_a_stopped_run_goes_on_and_has_nothing_of_other_arms(models, folder, answered):
+    """Another engine, that has run no other arm, gives what the first gave after four others."""
+    path = answers_path(folder, "0.35")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + lines[1][:20])
+    again = ask(folder, models("llama"), "0.35")["0.35"]
+    assert [row["question"] for row in again] == [0, 1, 2]
+    for first, second in zip(answered["0.35"], again, strict=True):
+        assert max(first["kl"]) > 1e-4
+        assert second["kl"] == pytest.approx(first["kl"], rel=1e-5)
+        assert (second["tokens"], second["counters"]) == (first["tokens"], first["counters"])
