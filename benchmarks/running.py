@@ -120,17 +120,11 @@ def question_prompts(
     ]
 
 
-def residency_of(worker: Any) -> Any:
-    """What a worker holds of indexes; None if it serves none."""
-    from vllm_squeeze.attention_backend.worker import layers_of
-
-    impls = (getattr(layer, "impl", None) for layer in layers_of(worker.vllm_config).values())
-    return next((impl.residency for impl in impls if getattr(impl, "residency", None) is not None), None)
-
-
 def counters_of(worker: Any) -> tuple[list[int], int] | None:
     """The counters of a worker's only prefix, and its keys to choose from; None without one. Waits for the device."""
-    residency = residency_of(worker)
+    from vllm_squeeze.attention_backend.worker import residency_of
+
+    residency = residency_of(worker.vllm_config)
     if residency is None or 0 not in residency.active:
         return None
     return residency.prefixes.counters[0, :4].tolist(), residency.active[0].cost.num_clustered

@@ -145,7 +145,7 @@ def make_index(arguments: argparse.Namespace) -> None:
         engine_args |= {"load_format": LOAD_FORMAT, "skip_tokenizer_init": True}
     path = arguments.work / "prefix.json"
     path.write_text(json.dumps(ids))
-    index(str(model_of(arguments)), None, path, None, arguments.index, IndexParameters(), engine_args)
+    index(str(model_of(arguments)), None, path, None, arguments.index, IndexParameters(), engine_args, measured=False)
 
 
 def model_of(arguments: argparse.Namespace) -> Path:
@@ -213,9 +213,9 @@ def measure(llm: Any, prompts: list[list[int]], num_tokens: int) -> dict[str, fl
 
 def set_threshold(worker: Any, log_threshold: float) -> None:
     """Sets what all choices on a worker compare with, from the next kernel on."""
-    from running import residency_of
+    from vllm_squeeze.attention_backend.worker import residency_of
 
-    residency_of(worker).prefixes.log_threshold.fill_(log_threshold)
+    residency_of(worker.vllm_config).prefixes.log_threshold.fill_(log_threshold)
 
 
 def find_threshold(llm: Any, prompts: list[list[int]], wanted: float) -> float:

@@ -47,8 +47,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--questions",
         type=Path,
         metavar="FILE",
-        help='what to calibrate budgets on: a question a line, or JSON lines with {"question": ...} '
+        help="what to calibrate budgets on, and to measure what they cost: a question a line, or JSON lines with "
+        '{"question": ...} '
         "(default: general questions about a text)",
+    )
+    index.add_argument(
+        "--skip-quality",
+        dest="measured",
+        action="store_false",
+        help="do not measure what budgets cost, which takes another start of the engine",
     )
     index.add_argument("--centroids", type=float, help="centroids per token of the prefix (default 0.05)")
     index.add_argument("--window", type=int, help="most tokens clustered together (default 8192)")
@@ -88,6 +95,7 @@ def run_index(arguments: argparse.Namespace) -> int:
         parameters,
         arguments.engine_args,
         arguments.questions,
+        arguments.measured,
     )
     return 0
 

@@ -9,6 +9,7 @@ from typing import Any
 INDEX_VARIABLE = "SQUEEZE_INDEX"
 REST_MODES = ("value_centroids", "drop")
 MODES = ("auto", "squeezed", "exact")
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,9 @@ class SqueezeConfig:
     Attributes:
         index: folders of indexes, or single indexes. Empty: nothing is squeezed.
         budget: bytes read over the bytes that a dense pass over the prefix reads, in (0, 1].
-            1 attends to every key, exactly.
+            1 attends to every key, exactly. Or "auto": for each index the smallest that costs no more than ``max_kl``,
+            as measured when it was made.
+        max_kl: what a budget of "auto" may cost: KL from dense to squeezed next-token distributions, in nats.
         rest: what clusters that are not chosen contribute: "value_centroids", their mean value with the weight that
             their centroid predicts, or "drop", nothing (the paper's way).
         mode: "auto": in each step what is fastest for the rows on a prefix, of "squeezed", "exact", and vLLM's own
@@ -29,7 +32,8 @@ class SqueezeConfig:
     """
 
     index: tuple[str, ...] = ()
-    budget: float = 0.125
+    budget: float | str = 0.125
+    max_kl: float = 0.05
     rest: str = "value_centroids"
     mode: str = "auto"
     memory_limit_gib: float = 4.0
@@ -37,8 +41,10 @@ class SqueezeConfig:
     def __post_init__(self) -> None:
         if not all(isinstance(path, str) and path for path in self.index):
             raise ValueError(f"squeeze.index: {self.index!r} is not a folder's path or a list of them")
-        if not is_number(self.budget) or not 0 < self.budget <= 1:
-            raise ValueError(f"squeeze.budget: {self.budget!r} is not a number in (0, 1]")
+        if self.budget != AUTO and not (is_number(self.budget) and 0 < self.budget <= 1):
+            raise ValueError(f'squeeze.budget: {self.budget!r} is not a number in (0, 1], nor "{AUTO}"')
+        if not is_number(self.max_kl) or not self.max_kl > 0:
+            raise ValueError(f"squeeze.max_kl: {self.max_kl!r} is not a number above 0")
         if self.rest not in REST_MODES:
             raise ValueError(f"squeeze.rest: {self.rest!r} is not one of {', '.join(REST_MODES)}")
         if self.mode not in MODES:

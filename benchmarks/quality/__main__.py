@@ -77,7 +77,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     prefix = folder / "prefix.txt"
     prefix.write_text(task.prefix, encoding="utf-8")
     engine_args = indexer_args(arguments.engine_args)
-    index(arguments.model, prefix, None, None, folder / "index", IndexParameters(), engine_args)
+    index(arguments.model, prefix, None, None, folder / "index", IndexParameters(), engine_args, measured=False)
     # Whole or not at all: it says that the index is there.
     unfinished = folder / "task.json.part"
     unfinished.write_text(json.dumps(asdict(task), indent=2), encoding="utf-8")

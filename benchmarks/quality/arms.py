@@ -200,15 +200,3 @@ def attending(llm: Any, arm: Arm, threshold: float, share: float) -> Iterator[Re
         for impl in impls.values():
             for shadowed in (impl, "attend_prefix"), (impl, "attend_prefixes"), (impl.rows, "can_be_alone"):
                 vars(shadowed[0]).pop(shadowed[1], None)
-
-
-@contextmanager
-def attending_densely(llm: Any) -> Iterator[None]:
-    """Has vLLM's own attention serve all rows of an engine, though its scheduler counts them as squeezed."""
-    worker = next(iter(squeezed_impls(llm).values())).rows.worker
-    # What is active stays so: the worker may still have to count what steps before this one read.
-    worker.expect = lambda step: None
-    try:
-        yield
-    finally:
-        del worker.expect

@@ -14,11 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.agreement import server_counters
 from benchmarks.quality.answers import DENSE, answers_path, go_on, problem_path
-from benchmarks.quality.arms import attending_densely
-from benchmarks.quality.engine import PrefixEngine
 from benchmarks.running import machine
 from vllm_squeeze.offline_tools import forcing
 from vllm_squeeze.offline_tools.fidelity import divergence
+from vllm_squeeze.offline_tools.prefix_engine import PrefixEngine
 
 # Of an answer, that distributions are compared at: the logits of each take as much disk as the vocabulary is large.
 FORCED_TOKENS = 32
@@ -57,7 +56,7 @@ class Asker:
                     continue
             self.engine.begin()
             answer = self._answer_densely if arm == DENSE else self._answer_and_compare
-            with attending_densely(self.engine.llm) if arm == DENSE else nullcontext():
+            with self.engine.squeezing_paused() if arm == DENSE else nullcontext():
                 go_on(answers_path(self._folder, arm), len(self._prompts), answer, f"{self._folder.name}, {arm}")
 
     def _answer_densely(self, number: int) -> dict[str, Any]:

@@ -64,8 +64,8 @@ class Sweep:
 
     def __init__(self, model: str, index: Path, prompts: list[list[int]], num_tokens: int, engine_args: dict[str, Any]):
         from benchmarks.quality import arms
-        from benchmarks.quality.engine import PrefixEngine
         from vllm_squeeze.offline_tools import forcing
+        from vllm_squeeze.offline_tools.prefix_engine import PrefixEngine
 
         self._arms, self._forcing = arms, forcing
         chosen = {"max_num_seqs": len(prompts)} | engine_args | {"enforce_eager": True}
@@ -73,7 +73,7 @@ class Sweep:
         self.llm = self._engine.llm
         self._prompts = prompts
         self._engine.begin()
-        with arms.attending_densely(self.llm):
+        with self._engine.squeezing_paused():
             found = forcing.answer(self.llm, prompts, num_tokens)
         self.answers = [list(output.token_ids) for output, _ in found]
         self._dense = [logits for _, logits in found]

@@ -45,7 +45,7 @@ def placed(num_tokens: int, exact: bool = False, kept: float = 0.1, centroids: f
     cost = SimpleNamespace(
         kept_share=lambda budget: kept, num_centroids=round(centroids * num_tokens), num_tokens=num_tokens
     )
-    return SimpleNamespace(covered=num_tokens, exact=exact, cost=cost)
+    return SimpleNamespace(covered=num_tokens, exact=exact, budget=0.125, cost=cost)
 
 
 def test_work_is_counted_by_rows_and_tokens():
@@ -79,7 +79,7 @@ def test_more_takes_longer(model):
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("rows", ROWS)
 def test_the_fastest_is_picked(model, prefix, rows):
-    work, policy = decoding(rows), Policy(replace(model, step_us=0), LLAMA, 32, 0.125, "drop")
+    work, policy = decoding(rows), Policy(replace(model, step_us=0), LLAMA, 32, "drop")
     stock, exact = model.stock_us(LLAMA, prefix, work), model.exact_us(LLAMA, prefix, work)
     squeezed = model.squeezed_us(LLAMA, prefix, work, 0.1, 0.05, "drop")
     us = {Arm.STOCK: stock, Arm.EXACT: exact, Arm.SQUEEZED: squeezed}
@@ -91,7 +91,7 @@ def test_the_fastest_is_picked(model, prefix, rows):
 
 def test_few_layers_are_not_worth_a_step():
     model = replace(CostModel.of(measured_times()[DEFAULT_GPU]), step_us=1000)
-    picks = {layers: Policy(model, LLAMA, layers, 0.125, "drop")(placed(2**15), decoding(1)) for layers in (1, 100)}
+    picks = {layers: Policy(model, LLAMA, layers, "drop")(placed(2**15), decoding(1)) for layers in (1, 100)}
     assert picks == {1: Arm.STOCK, 100: Arm.SQUEEZED}
 
 
@@ -101,7 +101,7 @@ def test_long_questions_are_left_to_vllm(model):
     assert model.stock_us(LLAMA, 2**17, Work(0, 1, 512)) == pytest.approx(
         2 * 2 * 512 * 2**17 * 32 * 128 / model.tflops / 1e6
     )
-    policy = Policy(model, LLAMA, 32, 0.125, "value_centroids")
+    policy = Policy(model, LLAMA, 32, "value_centroids")
     assert policy(placed(2**17), Work(0, 1, 512)) is Arm.STOCK
     assert policy(placed(2**17), decoding(1)) is Arm.SQUEEZED
 
@@ -157,7 +157,7 @@ def test_a_gpu_without_times_gets_those_of_another_and_a_warning(monkeypatch, vl
     on_gpu(monkeypatch, DEFAULT_GPU)
     with warnings_of_squeeze() as warnings:
         known = arms_of(options("auto"), vllm_config, 24)
-    assert not warnings and known.shape == Shape(2, 7, 64, 2) and known.budget == OPTIONS.budget
+    assert not warnings and known.shape == Shape(2, 7, 64, 2) and known.rest == OPTIONS.rest
     on_gpu(monkeypatch, "Imaginary 9000")
     with warnings_of_squeeze() as warnings:
         unknown = arms_of(options("auto"), vllm_config, 24)

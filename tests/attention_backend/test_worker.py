@@ -17,6 +17,7 @@ def worker():
     """One that has loaded prefix 0, but not 1, and has room for suffixes of 100 tokens."""
     worker = object.__new__(SqueezeWorker)
     worker._residency = SimpleNamespace(active={0: None})
+    worker.paused = False
     worker._groups = {0: SimpleNamespace(can_be_alone=lambda num_tokens, longest_suffix: longest_suffix <= ROOM)}
     return worker
 
@@ -45,6 +46,9 @@ def worker():
 def test_which_steps_are_squeezed_and_which_alone(worker, slots, longest_suffix, squeezing, alone):
     worker.expect(Step([LiveBlock(slot, 0, 3, 7, 64) for slot in slots], 1, longest_suffix))
     assert (worker.squeezing, worker.alone) == (squeezing, alone)
+    worker.paused = True
+    worker.expect(Step([LiveBlock(slot, 0, 3, 7, 64) for slot in slots], 1, longest_suffix))
+    assert (worker.squeezing, worker.alone) == (False, False)
 
 
 def test_counters_are_read_when_they_may_have_changed():

@@ -49,7 +49,7 @@ def indexes(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
             tokens.write_text(str(list(ids)))
             chosen = None if exact else IndexParameters(**parameters)
             arguments = {**ENGINE_ARGS, "kv_cache_dtype": kv_cache_dtype}
-            made[known] = index(str(model), None, tokens, None, folder / "store", chosen, arguments)
+            made[known] = index(str(model), None, tokens, None, folder / "store", chosen, arguments, measured=False)
         return made[known]
 
     return make

@@ -62,7 +62,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ids = Path(folder, "tokens.json")
         ids.write_text(json.dumps(prefix))
-        store = index(str(options.model), None, ids, None, Path(folder, "store"), IndexParameters(), HALF_PRECISION)
+        store = index(
+            str(options.model),
+            None,
+            ids,
+            None,
+            Path(folder, "store"),
+            IndexParameters(),
+            HALF_PRECISION,
+            measured=False,
+        )
         with engine(options.model, **settings, attention_backend="TRITON_ATTN") as llm:
             report["dense"], report["margins"] = answer(llm, prompts)
         with engine(options.model, store, squeeze={"mode": "squeezed"}, **settings) as llm:

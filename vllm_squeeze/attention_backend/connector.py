@@ -77,7 +77,7 @@ class SqueezeConnector(PassiveConnector):
                 indexes[slot].folder.name,
                 placement.cost.num_tokens,
                 placement.covered,
-                "exactly" if placement.exact else f"at a budget of {options.budget:g}",
+                "exactly" if placement.exact else f"at a budget of {placement.budget:g}",
             )
         tokens = {slot: indexes[slot].token_ids.tolist() for slot in placements}
         matcher = PrefixMatcher(placements.values(), tokens)
@@ -106,15 +106,13 @@ class SqueezeConnector(PassiveConnector):
     # worker's side
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        from vllm_squeeze.attention_backend.worker import SqueezeWorker, layers_of
+        from vllm_squeeze.attention_backend.worker import SqueezeWorker, residency_of
 
-        for layer in layers_of(self._vllm_config).values():
-            residency = getattr(getattr(layer, "impl", None), "residency", None)
-            if residency is not None:
-                self._worker = SqueezeWorker(self._vllm_config, residency, self._kv_cache_config, kv_caches)
-                if residency.device.type == "cuda":
-                    compat.prepare_cuda_graphs()
-                return
+        residency = residency_of(self._vllm_config)
+        if residency is not None:
+            self._worker = SqueezeWorker(self._vllm_config, residency, self._kv_cache_config, kv_caches)
+            if residency.device.type == "cuda":
+                compat.prepare_cuda_graphs()
 
     def handle_preemptions(self, kv_connector_metadata: StepMetadata) -> None:
         if self._worker is not None:

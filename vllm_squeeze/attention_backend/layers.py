@@ -9,7 +9,7 @@ from vllm_squeeze.attention_backend.placement import Options
 from vllm_squeeze.attention_backend.residency import Residency
 from vllm_squeeze.attention_backend.rows import RowGroup
 from vllm_squeeze.attention_backend.wiring import RECORD, SERVE, options_of
-from vllm_squeeze.attention_backend.worker import layers_of
+from vllm_squeeze.attention_backend.worker import layers_of, residency_of
 from vllm_squeeze.kernels.tables import ClusterTable
 
 FLOAT8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
@@ -94,11 +94,10 @@ class SqueezeLayer:
         self.dtype = act_dtype
         if self.residency is not None:
             return
-        layers = layers_of(self._vllm_config)
-        others = (getattr(getattr(layer, "impl", None), "residency", None) for layer in layers.values())
-        self.residency = next((r for r in others if r is not None), None)
+        self.residency = residency_of(self._vllm_config)
         if self.residency is None:
             self.residency = Residency(self._vllm_config, Options(**options_of(self._vllm_config, SERVE)))
+        layers = layers_of(self._vllm_config)
         name = next(name for name, layer in layers.items() if getattr(layer, "impl", None) is self)
         if reason := self.why_dense(layers[name], act_dtype):
             logger.warning_once("squeeze: layers with %s stay dense.", reason)

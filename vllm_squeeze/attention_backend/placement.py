@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_squeeze.attention_backend.compat import logger
 from vllm_squeeze.attention_backend.model_identity import model_identity
+from vllm_squeeze.config import AUTO
 from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, ReadCost, bytes_per_cluster
 from vllm_squeeze.prefix_index.calibration import log_threshold
 from vllm_squeeze.prefix_index.identity import ModelIdentity
@@ -26,7 +27,8 @@ class Options:
     """The serving connector's options, the same in all processes of an engine. An index's slot is its position."""
 
     indexes: list[str]
-    budget: float
+    budget: float | str
+    max_kl: float
     rest: str
     mode: str
     memory_limit_gib: float
@@ -41,7 +43,8 @@ class Placement:
         prefix_lens: tokens that the squeezed part covers, whole blocks, by KV cache group. What follows in the
             prefix, the observation window in it, is attended to densely with the rest of the request.
         num_sinks: first tokens of the squeezed part that are always attended to; all of them where attention is exact.
-        log_threshold: of the choice of clusters, for the wanted budget; infinite where attention is exact.
+        budget: that is wanted; 1 where attention is exact.
+        log_threshold: of the choice of clusters, for the budget; infinite where attention is exact.
         cost: what reading the prefix costs.
         join: how query heads are joined in the choice, one of JOINS.
     """
@@ -49,6 +52,7 @@ class Placement:
     slot: int
     prefix_lens: dict[int, int]
     num_sinks: int
+    budget: float
     log_threshold: float
     cost: ReadCost
     join: str = "max"
@@ -184,14 +188,47 @@ def place(index: PrefixIndex, slot: int, options: Options, block_sizes: dict[int
         element_size=element_size,
         rest=options.rest == "value_centroids",
     )
-    threshold = math.inf
+    budget, threshold = 1.0, math.inf
     if not exact:
+        budget = budget_of(index, options)
         try:
-            threshold = log_threshold(manifest.thresholds, cost.kept_share(options.budget))
+            threshold = threshold_of(manifest, cost, budget)
         except ValueError as error:
             raise InvalidIndex(f"{index.folder.name}: squeeze.{error}") from None
     join = "max" if manifest.exact else parameters.join
-    return Placement(slot, dict.fromkeys(block_sizes, covered), num_sinks, threshold, cost, join)
+    return Placement(slot, dict.fromkeys(block_sizes, covered), num_sinks, budget, threshold, cost, join)
+
+
+def budget_of(index: PrefixIndex, options: Options) -> float:
+    """The budget of a clustered index.
+
+    Raises:
+        InvalidIndex: it is to be found, but was not measured, or all that were measured cost too much.
+    """
+    if options.budget != AUTO:
+        return options.budget
+    quality = index.quality()
+    if quality is None:
+        raise InvalidIndex(
+            f"{index.folder.name}: squeeze.budget is {AUTO}, but what budgets cost was not measured when this index was "
+            "made; index the prefix again, or set a budget"
+        )
+    if (budget := quality.least_budget(options.max_kl)) is None:
+        most = quality.budgets[0]
+        raise InvalidIndex(
+            f"{index.folder.name}: squeeze.max_kl is {options.max_kl}, but a budget of {most.budget:g} already costs a "
+            f"KL of {most.kl:.3g}"
+        )
+    return budget
+
+
+def threshold_of(manifest: Manifest, cost: ReadCost, budget: float) -> float:
+    """The log threshold of the choice for a budget.
+
+    Raises:
+        ValueError: centroids and always attended tokens alone read more.
+    """
+    return log_threshold(manifest.thresholds, cost.kept_share(budget))
 
 
 def place_all(

@@ -213,13 +213,12 @@ class Policy:
         model: of the GPU.
         shape: of a layer's attention.
         num_layers: that share what a step costs.
-        budget, rest: as in SqueezeConfig.
+        rest: as in SqueezeConfig.
     """
 
     model: CostModel
     shape: Shape
     num_layers: int
-    budget: float
     rest: str
 
     def __call__(self, placement: Placement, work: Work) -> Arm:
@@ -228,7 +227,7 @@ class Policy:
         us = {Arm.STOCK: self.model.stock_us(*step), Arm.EXACT: beside + self.model.exact_us(*step)}
         if not placement.exact:
             cost = placement.cost
-            shares = cost.kept_share(self.budget), cost.num_centroids / cost.num_tokens
+            shares = cost.kept_share(placement.budget), cost.num_centroids / cost.num_tokens
             us[Arm.SQUEEZED] = beside + self.model.squeezed_us(*step, *shares, self.rest)
         return min(us, key=us.__getitem__)
 
@@ -263,7 +262,7 @@ def arms_of(options: Options, vllm_config: Any, num_layers: int) -> ChooseArm:
         )
         gpu = DEFAULT_GPU
     logger.info("squeeze: choosing between squeezed, exact and vLLM's attention by times on %s.", gpu)
-    return Policy(CostModel.of(measured[gpu]), shape_of(vllm_config), num_layers, options.budget, options.rest)
+    return Policy(CostModel.of(measured[gpu]), shape_of(vllm_config), num_layers, options.rest)
 
 
 def shape_of(vllm_config: Any) -> Shape:

@@ -1,9 +1,9 @@
 """Makes the clusters of one prefix inside vLLM: runs with the model, next to the keys, on each rank.
 
-While questions on the prefix are answered, attention layers keep the queries that thresholds are calibrated on. Then
-the indexer sends a last request, the prefix alone. The recording connector waits until that has been computed, reads
-each layer's keys and values from the paged KV cache, and writes the clusters of this rank's heads, and a histogram of
-their scores, into a folder of parts that the indexer joins.
+While questions on the prefix are answered, attention layers keep the queries that thresholds are calibrated on, and
+then those of other questions, by which it is seen what thresholds keep. At last the indexer sends the prefix alone. The
+recording connector waits until that has been computed, reads each layer's keys and values from the paged KV cache, and
+writes the clusters of this rank's heads, and histograms of their scores, into a folder of parts that the indexer joins.
 """
 
 import re
@@ -24,7 +24,7 @@ from vllm_squeeze.attention_backend.placement import full_attention_groups
 from vllm_squeeze.attention_backend.wiring import RECORD, options_of
 from vllm_squeeze.attention_backend.worker import layers_of
 from vllm_squeeze.kernels.tables import unquantised
-from vllm_squeeze.prefix_index.calibration import score_histogram
+from vllm_squeeze.prefix_index.calibration import attention_histogram, score_histogram
 from vllm_squeeze.prefix_index.clustering import Clusters, cluster_keys, mean_cosine
 from vllm_squeeze.prefix_index.manifest import IndexParameters
 from vllm_squeeze.prefix_index.stored_clusters import stored
@@ -40,13 +40,13 @@ class RecordOptions:
     Attributes:
         parts: folder that the parts go to.
         num_tokens: of the prefix.
-        asked: whether questions on the prefix are answered before.
+        num_questions: on the prefix that are answered first, for thresholds; what is asked then is held back.
         parameters: of the index.
     """
 
     parts: str
     num_tokens: int
-    asked: bool
+    num_questions: int
     parameters: dict[str, Any]
 
 
@@ -55,7 +55,8 @@ class Part:
     """Clusters of one layer on one rank, as the recorder wrote them.
 
     Attributes:
-        tensors: those of LayerClusters, and scores, the histogram.
+        tensors: those of LayerClusters; scores, the histogram of ``score_histogram``; and where questions were held
+            back, attention, that of ``attention_histogram``.
         mean_cosine: of keys to their centroids.
         num_queries: tokens whose queries the histogram counts.
     """
@@ -92,11 +93,13 @@ class ObservesQueries:
     """Mixed into vLLM's attention layers: keeps the queries that thresholds are calibrated on, in the host's memory.
 
     Attributes:
-        observing: whether this step is one of requests; vLLM also tries its layers out.
-        queries: [W, H * G, D] in all, those of each step with any.
+        observed: what this step's queries are added to, ``queries`` or ``held_back``. None while there is no step of
+            requests; vLLM also tries its layers out.
+        queries: those that calibrate, [W, H * G, D] in all, of each step with any.
+        held_back: those of questions that do not, likewise.
     """
 
-    observing = False
+    observed: list[torch.Tensor] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         from vllm.config import get_current_vllm_config
@@ -106,6 +109,7 @@ class ObservesQueries:
         self._dtype = vllm_config.model_config.dtype
         self._options = RecordOptions(**options_of(vllm_config, RECORD))
         self.queries: list[torch.Tensor] = []
+        self.held_back: list[torch.Tensor] = []
 
     def forward(
         self,
@@ -118,9 +122,9 @@ class ObservesQueries:
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if self.observing and attn_metadata is not None:
-            observed = observed_tokens(attn_metadata, self._options)
-            self.queries.append(in_model_dtype(query[observed], layer, self._dtype).cpu())
+        if self.observed is not None and attn_metadata is not None:
+            tokens = observed_tokens(attn_metadata, self._options)
+            self.observed.append(in_model_dtype(query[tokens], layer, self._dtype).cpu())
         return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
 
 
@@ -132,7 +136,7 @@ def observed_tokens(attn_metadata: Any, options: RecordOptions) -> torch.Tensor:
     prefix's observation window.
     """
     ends, seq_lens = attn_metadata.query_start_loc[1:], attn_metadata.seq_lens
-    if options.asked:
+    if options.num_questions:
         return ends[seq_lens > options.num_tokens] - 1
     # The prefix is the only request.
     num_tokens, done = attn_metadata.num_actual_tokens, int(seq_lens[0])
@@ -142,8 +146,14 @@ def observed_tokens(attn_metadata: Any, options: RecordOptions) -> torch.Tensor:
 
 @dataclass
 class RecordMetadata(KVConnectorMetadata):
-    """Block ids of the prefix by KV cache group, in the step that completes it; None in others."""
+    """What the worker has to know of a step.
 
+    Attributes:
+        held_back: whether its queries do not calibrate.
+        blocks: of the prefix by KV cache group, in the step that completes it; None in others.
+    """
+
+    held_back: bool
     blocks: dict[int, list[int]] | None = None
 
 
@@ -156,6 +166,7 @@ class SqueezeRecorder(PassiveConnector):
         self._groups = full_attention_groups(kv_cache_config)
         self._layers_by_group = [group.layer_names for group in kv_cache_config.kv_cache_groups]
         self._prefix_request: str | None = None
+        self._num_asked = 0
         self._blocks: dict[int, list[int]] = {}
 
     # scheduler's side
@@ -164,6 +175,7 @@ class SqueezeRecorder(PassiveConnector):
         cached = scheduler_output.scheduled_cached_reqs
         progress = {}
         for new in scheduler_output.scheduled_new_reqs:
+            self._num_asked += 1
             if len(new.prompt_token_ids) == self._options.num_tokens:
                 self._prefix_request = new.req_id
                 self._blocks = {group: list(new.block_ids[group]) for group in self._groups}
@@ -172,12 +184,13 @@ class SqueezeRecorder(PassiveConnector):
             for group in self._groups if request_id == self._prefix_request and blocks is not None else ():
                 self._blocks[group].extend(blocks[group])
             progress[request_id] = computed
+        held_back = self._num_asked > self._options.num_questions > 0
         computed = progress.get(self._prefix_request)
         if computed is not None:
             done = computed + scheduler_output.num_scheduled_tokens[self._prefix_request]
             if computed < self._options.num_tokens <= done:
-                return RecordMetadata(self._blocks)
-        return RecordMetadata()
+                return RecordMetadata(held_back, self._blocks)
+        return RecordMetadata(held_back)
 
     # worker's side
 
@@ -186,16 +199,17 @@ class SqueezeRecorder(PassiveConnector):
 
     def bind_connector_metadata(self, connector_metadata: RecordMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
-        self._observe(True)
+        for impl in self._observing():
+            impl.observed = impl.held_back if connector_metadata.held_back else impl.queries
 
     def clear_connector_metadata(self) -> None:
         super().clear_connector_metadata()
-        self._observe(False)
+        for impl in self._observing():
+            impl.observed = None
 
-    def _observe(self, observing: bool) -> None:
-        for layer in layers_of(self._vllm_config).values():
-            if isinstance(impl := getattr(layer, "impl", None), ObservesQueries):
-                impl.observing = observing
+    def _observing(self) -> list[ObservesQueries]:
+        impls = (getattr(layer, "impl", None) for layer in layers_of(self._vllm_config).values())
+        return [impl for impl in impls if isinstance(impl, ObservesQueries)]
 
     def wait_for_save(self) -> None:
         blocks = self._get_connector_metadata().blocks
@@ -248,19 +262,24 @@ class SqueezeRecorder(PassiveConnector):
         if batch:
             yield batch
 
-    def _read(self, layer: Any, blocks: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, float]:
-        """Keys and values [H, T, D], kept queries [H, W, G, D], softmax scale and soft cap."""
+    def _read(self, layer: Any, blocks: list[int]) -> tuple[torch.Tensor, ...]:
+        """Keys and values [H, T, D], queries that calibrate and those held back [H, W, G, D], softmax scale, soft cap."""
         impl, cache = layer.impl, self._kv_caches[layer.layer_name]
         group = next(g for g in self._groups if layer.layer_name in self._layers_by_group[g])
         # A block of the scheduler may be several of the attention kernel's.
         pages = self._groups[group] // cache.shape[2]
         table = (torch.tensor(blocks)[:, None] * pages + torch.arange(pages)).flatten()
         keys, values = impl.read_tokens(layer, cache, table, self._options.num_tokens)
-        queries = torch.cat(impl.queries).view(-1, impl.num_kv_heads, impl.num_queries_per_kv, impl.head_size)
-        return keys, values, queries.to(keys.device).transpose(0, 1), impl.scale, impl.logits_soft_cap
+        heads = impl.num_kv_heads, impl.num_queries_per_kv, impl.head_size
+        none = torch.empty(0, impl.num_heads, impl.head_size, dtype=impl.queries[0].dtype)
+        queries = (
+            torch.cat([none, *kept]).view(-1, *heads).to(keys.device).transpose(0, 1)
+            for kept in (impl.queries, impl.held_back)
+        )
+        return keys, values, *queries, impl.scale, impl.logits_soft_cap
 
     def _cluster(
-        self, keys: Any, values: Any, queries: Any, scales: Any, soft_caps: Any
+        self, keys: Any, values: Any, queries: Any, held_back: Any, scales: Any, soft_caps: Any
     ) -> Iterator[tuple[dict, float]]:
         num_heads = len(keys[0])
         parameters = IndexParameters(**self._options.parameters)
@@ -272,13 +291,11 @@ class SqueezeRecorder(PassiveConnector):
             cosine = mean_cosine(all_keys[heads], of_layer)
             tensors = vars(stored(of_layer, parameters.rule))
             # The threshold is calibrated with the centroids as the server will read them.
-            tensors["scores"] = score_histogram(
-                query.float(),
-                unquantised(tensors["centroids"], tensors["centroid_scales"]),
-                tensors["log_weights"],
-                of_layer.sizes,
-                scales[layer],
-                soft_caps[layer],
-                parameters.join,
-            )
+            centroids = unquantised(tensors["centroids"], tensors["centroid_scales"])
+            clusters_read = centroids, tensors["log_weights"], of_layer.sizes
+            softmax = scales[layer], soft_caps[layer], parameters.join
+            tensors["scores"] = score_histogram(query.float(), *clusters_read, *softmax)
+            if (asked := held_back[layer]).shape[1]:
+                of_keys = asked.float(), all_keys[heads], *clusters_read, of_layer.members
+                tensors["attention"] = attention_histogram(*of_keys, *softmax)
             yield {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, cosine

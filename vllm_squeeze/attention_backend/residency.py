@@ -14,6 +14,7 @@ from vllm_squeeze.attention_backend.placement import (
     local_kv_heads,
     num_centroids,
     open_indexes,
+    threshold_of,
 )
 from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
@@ -166,6 +167,15 @@ class Residency:
                 ends = starts + table.sizes[:, span.centroids]
                 table.sizes[:, span.centroids] = (before.gather(1, ends) - before.gather(1, starts)).int()
         self._write_slots()
+
+    def set_budget(self, budget: float) -> None:
+        """Has all choices meet another budget, from the next kernel on.
+
+        Raises:
+            ValueError: centroids and always attended tokens alone read more.
+        """
+        for slot, place in self.active.items():
+            self.prefixes.log_threshold[slot] = threshold_of(self._indexes[slot].manifest, place.cost, budget)
 
     def attend_exactly(self, slots: frozenset[int]) -> None:
         """Says to which prefixes rows attend exactly from here on. The device gets it in stream order, without a wait.

@@ -50,6 +50,7 @@ def add_connector(args: Any) -> None:
     options = {
         "indexes": [str(folder) for folder in folders],
         "budget": config.budget,
+        "max_kl": config.max_kl,
         "rest": config.rest,
         "mode": config.mode,
         "memory_limit_gib": config.memory_limit_gib,

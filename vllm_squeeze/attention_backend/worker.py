@@ -18,6 +18,12 @@ def layers_of(vllm_config: Any) -> dict[str, Any]:
     return vllm_config.compilation_config.static_forward_context
 
 
+def residency_of(vllm_config: Any) -> Residency | None:
+    """What the engine in this process holds of indexes; None if it serves none."""
+    impls = (getattr(layer, "impl", None) for layer in layers_of(vllm_config).values())
+    return next((impl.residency for impl in impls if getattr(impl, "residency", None) is not None), None)
+
+
 def worker_of(vllm_config: Any) -> "SqueezeWorker | None":
     """The serving state of the engine in this process, or None where it serves no index."""
     for layer in layers_of(vllm_config).values():
@@ -32,10 +38,11 @@ class SqueezeWorker:
     Attributes:
         squeezing: whether the current step has squeezed rows.
         alone: whether it has no others, and our kernels attend to what follows their prefixes too.
+        paused: whether vLLM's own attention serves all rows, whatever the scheduler's side says.
     """
 
     def __init__(self, vllm_config: Any, residency: Residency, kv_cache_config: Any, kv_caches: dict[str, Any]):
-        self.squeezing = self.alone = False
+        self.squeezing = self.alone = self.paused = False
         self._residency = residency
         residency.activate(
             place_all(
@@ -61,7 +68,7 @@ class SqueezeWorker:
     def expect(self, step: Step) -> None:
         """Takes note, as early as a step's metadata are known, of whether and how the step has squeezed rows."""
         slots, active = {block.slot for block in step.live if block.slot >= 0}, self._residency.active.keys()
-        self.squeezing = bool(self._groups) and not slots.isdisjoint(active)
+        self.squeezing = bool(self._groups) and not self.paused and not slots.isdisjoint(active)
         self.alone = (
             self.squeezing
             and step.longest_suffix is not None

@@ -69,19 +69,16 @@ class KeepsLogits:
         ]
 
 
-ENGINE_ARGS = {
-    "logits_processors": [Teacher],
-    "worker_extension_cls": f"{__name__}.{KeepsLogits.__name__}",
-    "async_scheduling": False,
-}
-"""Arguments that an engine in this process needs for the functions below. Its workers may be in others."""
+ENGINE_ARGS = {"logits_processors": [Teacher], "async_scheduling": False}
+"""Arguments that an engine in this process needs for the functions below, beside a ``worker_extension_cls`` that extends
+KeepsLogits. Its workers may be in other processes."""
 
 
-def answer(llm: Any, prompts: list[list[int]], num_tokens: int) -> list[tuple[Any, torch.Tensor]]:
+def answer(llm: Any, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[tuple[Any, torch.Tensor]]:
     """Lets the model answer greedily, all prompts together.
 
     Args:
-        llm: vLLM's, with ENGINE_ARGS.
+        llm: vLLM's, made for this.
         prompts: token ids.
         num_tokens: most tokens of an answer.
 
@@ -91,7 +88,7 @@ def answer(llm: Any, prompts: list[list[int]], num_tokens: int) -> list[tuple[An
     return _run(llm, prompts, [SamplingParams(temperature=0, max_tokens=num_tokens) for _ in prompts], None)
 
 
-def force(llm: Any, prompts: list[list[int]], answers: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+def force(llm: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Forces an answer's token ids on each prompt, all together, one token a step as a server decodes them.
 
     Returns:
@@ -104,12 +101,15 @@ def force(llm: Any, prompts: list[list[int]], answers: Sequence[Sequence[int]]) 
 
 
 def _run(
-    llm: Any, prompts: list[list[int]], sampling: list[SamplingParams], forced: Sequence[Sequence[int]] | None
+    llm: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: list[SamplingParams],
+    forced: Sequence[Sequence[int]] | None,
 ) -> list[tuple[Any, torch.Tensor]]:
     numbers = [next(NUMBERS) for _ in prompts]
     for number, parameters, tokens in zip(numbers, sampling, forced or [None] * len(prompts), strict=True):
         parameters.extra_args = {"lesson": {"number": number, "forced": tokens and list(tokens)}}
-    tokens = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
+    tokens = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
     outputs = [result.outputs[0] for result in llm.generate(tokens, sampling, use_tqdm=False)]
     lengths = {number: len(output.token_ids) for number, output in zip(numbers, outputs, strict=True)}
     of_workers = llm.collective_rpc("take_logits", args=(lengths,))

@@ -1,9 +1,11 @@
 """``vllm-squeeze index``: writes the index of a prefix.
 
 To cluster its keys, the prefix is run through vLLM once, and questions on it are answered, which shows how many keys a
-threshold keeps. An exact index needs only the prefix's tokens.
+threshold keeps. Then it is served to other questions, which shows what budgets cost. An exact index needs only the
+prefix's tokens.
 """
 
+import gc
 import os
 import sys
 import time
@@ -17,7 +19,7 @@ import torch
 from torch.nn.functional import pad
 
 from vllm_squeeze import __version__
-from vllm_squeeze.offline_tools.inspect import calibrated_on
+from vllm_squeeze.offline_tools.inspect import calibrated_on, costs_of_budgets
 from vllm_squeeze.offline_tools.prefix_text import (
     PrefixTokens,
     chat_tokens,
@@ -25,12 +27,20 @@ from vllm_squeeze.offline_tools.prefix_text import (
     given_tokens,
     raw_tokens,
 )
-from vllm_squeeze.offline_tools.questions import ANSWER_TOKENS, general_questions, read_questions, spread
+from vllm_squeeze.offline_tools.questions import (
+    ANSWER_TOKENS,
+    GENERAL_HELD_BACK,
+    general_questions,
+    hold_back,
+    read_questions,
+    spread,
+)
 from vllm_squeeze.prefix_index.budget import ReadCost
-from vllm_squeeze.prefix_index.calibration import threshold_curve
+from vllm_squeeze.prefix_index.calibration import log_threshold, recall, threshold_curve
 from vllm_squeeze.prefix_index.identity import ModelIdentity
-from vllm_squeeze.prefix_index.index_folder import IndexWriter, LayerClusters, index_name, tokens_digest
+from vllm_squeeze.prefix_index.index_folder import IndexWriter, LayerClusters, index_name, tokens_digest, write_quality
 from vllm_squeeze.prefix_index.manifest import FORMAT_VERSION, Calibration, IndexParameters, LayerEntry, Manifest
+from vllm_squeeze.prefix_index.quality import QUALITY_VERSION, BudgetQuality, Quality, manifest_digest
 
 # Of the device's memory for the model and the prefix' KV cache; clustering needs room beside them.
 MEMORY_UTILIZATION = 0.6
@@ -47,6 +57,7 @@ def index(
     parameters: IndexParameters | None,
     engine_args: dict[str, Any],
     questions: Path | None = None,
+    measured: bool = True,
 ) -> Path:
     """Indexes one prefix.
 
@@ -59,7 +70,9 @@ def index(
         out: folder of indexes.
         parameters: of the clustering; None for an exact index.
         engine_args: more arguments for vLLM's engine.
-        questions: file of questions to calibrate thresholds on; None for general ones.
+        questions: file of questions to calibrate thresholds on, and to measure what budgets cost; None for general
+            ones.
+        measured: whether what budgets cost is measured.
 
     Returns:
         folder of the index.
@@ -94,14 +107,23 @@ def index(
         )
 
     source = (prefix or token_ids).name if str(prefix or token_ids) != "-" else "stdin"
+    cosine = quality = None
     if parameters is None:
         folder, manifest = write_exact(out, source, tokens.ids, identity_of(args.create_engine_config()))
-        cosine = None
     else:
-        asked = spread(given_questions or general_questions(tokens.chat))
-        prompts = prompts_on(tokens, asked, model_config.max_model_len)
-        folder, manifest, cosine = write_clustered(out, source, tokens.ids, prompts, model, parameters, engine_args)
-    summarise(folder, manifest, cosine, time.monotonic() - started)
+        calibrating, own = hold_back(spread(given_questions or []))
+        calibrating = calibrating or general_questions(tokens.chat)
+        held_back = own or general_questions(tokens.chat, GENERAL_HELD_BACK)
+        prompts, others = (prompts_on(tokens, asked, model_config.max_model_len) for asked in (calibrating, held_back))
+        if not prompts:
+            print("Budgets are calibrated on the end of the prefix, and may be exceeded.", file=sys.stderr)
+        others = others if prompts and measured else []
+        folder, manifest, cosine, attention = write_clustered(
+            out, source, tokens.ids, prompts, others, model, parameters, engine_args
+        )
+        if others:
+            quality = measure_quality(folder, manifest, attention, model, others, bool(own), engine_args)
+    summarise(folder, manifest, cosine, quality, time.monotonic() - started)
     return folder
 
 
@@ -118,10 +140,11 @@ def write_clustered(
     source: str,
     ids: Sequence[int],
     prompts: Sequence[Sequence[int]],
+    held_back: Sequence[Sequence[int]],
     model: str,
     parameters: IndexParameters,
     engine_args: dict[str, Any],
-) -> tuple[Path, Manifest, float]:
+) -> tuple[Path, Manifest, float, list[torch.Tensor]]:
     """Answers prompts on the prefix, then runs it alone through vLLM, which clusters its keys, and writes the index.
 
     Args:
@@ -130,12 +153,14 @@ def write_clustered(
         ids: of the prefix.
         prompts: token ids of questions on the prefix, to calibrate thresholds on; without any, the queries of the
             observation window are taken.
+        held_back: token ids of other questions, only with prompts, by which it is seen where attention falls.
         model: as vLLM takes it.
         parameters: of the index.
         engine_args: more arguments for vLLM's engine.
 
     Returns:
-        folder of the index, its manifest, and the mean cosine of keys to their centroids.
+        folder of the index, its manifest, the mean cosine of keys to their centroids, and of each layer the histogram
+        of attention [H, NUM_BINS], if questions were held back.
     """
     # The engine in this process: errors and the progress bar come out here.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -151,9 +176,9 @@ def write_clustered(
             enforce_eager=True,
             # Else a step is under way, and observed, when an answer turns out to have ended.
             async_scheduling=False,
-            max_model_len=max(map(len, [ids, *prompts])) + ANSWER_TOKENS if prompts else len(ids) + 1,
+            max_model_len=max(map(len, [*prompts, *held_back])) + ANSWER_TOKENS if prompts else len(ids) + 1,
             max_num_seqs=CONCURRENT_QUESTIONS,
-            kv_transfer_config=recorder(parts, len(ids), bool(prompts), parameters),
+            kv_transfer_config=recorder(parts, len(ids), len(prompts), parameters),
             **{"gpu_memory_utilization": MEMORY_UTILIZATION, **engine_args},
         )
         identity = identity_of(engine.llm_engine.vllm_config)
@@ -165,12 +190,72 @@ def write_clustered(
         if prompts:
             answer(prompts[:1], ANSWER_TOKENS)  # brings the prefix into the KV cache
             answer(prompts[1:], ANSWER_TOKENS)
+            answer(held_back, ANSWER_TOKENS)
         answer([ids], 1)
-        # Frees the memory of the engine, also where it lives in this process.
         engine.llm_engine.engine_core.shutdown()
         with IndexWriter(out, index_name(source, ids, identity)) as writer:
-            manifest, cosine = write(writer, parts, source, ids, identity, parameters, len(prompts))
-            return writer.publish(manifest), manifest, cosine
+            manifest, cosine, attention = write(writer, parts, source, ids, identity, parameters, len(prompts))
+            return writer.publish(manifest), manifest, cosine, attention
+
+
+def measure_quality(
+    folder: Path,
+    manifest: Manifest,
+    attention: list[torch.Tensor],
+    model: str,
+    prompts: Sequence[Sequence[int]],
+    own_questions: bool,
+    engine_args: dict[str, Any],
+) -> Quality | None:
+    """Serves an index to questions at several budgets, and adds to it what they cost.
+
+    Args:
+        folder: of the index.
+        manifest: of the index.
+        attention: histograms of each layer, from ``write_clustered``.
+        model: as vLLM takes it.
+        prompts: token ids of questions on the prefix that were held back.
+        own_questions: whether they are the user's.
+        engine_args: more arguments for vLLM's engine.
+
+    Returns:
+        what was added; None, and a line on standard error, where the index cannot be served to these questions.
+    """
+    from vllm_squeeze.offline_tools.measure import measure
+    from vllm_squeeze.offline_tools.prefix_engine import PrefixEngine
+
+    free_memory()
+    ours = {"enforce_eager": True, "max_num_seqs": len(prompts), "gpu_memory_utilization": MEMORY_UTILIZATION}
+    try:
+        engine = PrefixEngine(model, folder, prompts, ANSWER_TOKENS, ours | engine_args)
+        try:
+            costs, num_places = measure(engine, prompts, ANSWER_TOKENS)
+            cost = engine.cost
+        finally:
+            engine.shut_down()
+    except RuntimeError as error:
+        print(f"What budgets cost was not measured: {error}", file=sys.stderr)
+        return None
+
+    def recall_at(budget: float) -> tuple[tuple[float, ...], ...]:
+        threshold = log_threshold(manifest.thresholds, cost.kept_share(budget))
+        return tuple(tuple(round(share, 4) for share in recall(of_layer, threshold).tolist()) for of_layer in attention)
+
+    if not costs:
+        print("What budgets cost was not measured: centroids alone read more than half of the prefix.", file=sys.stderr)
+        return None
+    budgets = tuple(BudgetQuality(**measured._asdict(), recall=recall_at(measured.budget)) for measured in costs)
+    digest = manifest_digest(manifest)
+    quality = Quality(QUALITY_VERSION, digest, own_questions, len(prompts), num_places, budgets)
+    write_quality(folder, quality)
+    return quality
+
+
+def free_memory() -> None:
+    """Frees what an engine in this process that was shut down still holds on the GPU."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def read_input(path: Path) -> str:
@@ -225,8 +310,6 @@ def prompts_on(tokens: PrefixTokens, questions: list[str], max_model_len: int) -
             f"for {ANSWER_TOKENS} tokens of an answer.",
             file=sys.stderr,
         )
-    if not fitting:
-        print("Budgets are calibrated on the end of the prefix, and may be exceeded.", file=sys.stderr)
     return fitting
 
 
@@ -245,14 +328,14 @@ def check_length(num_tokens: int, parameters: IndexParameters | None, max_model_
         raise ValueError(f"--prefix: {num_tokens} tokens; the model takes at most {max_model_len}, with the question")
 
 
-def recorder(parts: Path, num_tokens: int, asked: bool, parameters: IndexParameters) -> dict[str, Any]:
+def recorder(parts: Path, num_tokens: int, num_questions: int, parameters: IndexParameters) -> dict[str, Any]:
     """vLLM's settings of the recording connector."""
     from vllm_squeeze.attention_backend.wiring import RECORD, connector
 
     options = {
         "parts": str(parts.resolve()),
         "num_tokens": num_tokens,
-        "asked": asked,
+        "num_questions": num_questions,
         "parameters": asdict(parameters),
     }
     return connector(RECORD, options)
@@ -273,23 +356,26 @@ def write(
     identity: ModelIdentity,
     parameters: IndexParameters,
     num_questions: int,
-) -> tuple[Manifest, float]:
+) -> tuple[Manifest, float, list[torch.Tensor]]:
     """Joins the recorded parts of all ranks and writes the files of the index but the manifest.
 
     Returns:
-        the manifest, and the mean cosine of keys to their centroids.
+        the manifest, the mean cosine of keys to their centroids, and of each layer the histogram of attention [H,
+        NUM_BINS], if questions were held back.
 
     Raises:
         ValueError: nothing was recorded.
     """
     from vllm_squeeze.attention_backend.recorder import read_part, read_parts
 
-    entries, cosines, num_members, num_queries = [], [], 0, 0
+    entries, cosines, attention, num_members, num_queries = [], [], [], 0, 0
     scores: Any = 0
     for number, (layer, paths) in enumerate(read_parts(parts).items()):
         recorded = [read_part(path) for path in paths]
         cosines += [part.mean_cosine for part in recorded]
         scores = scores + sum(part.tensors.pop("scores") for part in recorded)
+        if "attention" in recorded[0].tensors:
+            attention.append(torch.cat([part.tensors.pop("attention") for part in recorded]))
         clusters = join([LayerClusters(**part.tensors) for part in recorded])
         num_members, num_queries = clusters.members.shape[1], recorded[0].num_queries
         entries.append(writer.write_layer(number, layer, clusters))
@@ -300,7 +386,7 @@ def write(
     manifest = manifest_of(
         source, ids, identity, parameters, num_members, threshold_curve(scores), calibration, tuple(entries)
     )
-    return manifest, sum(cosines) / len(cosines)
+    return manifest, sum(cosines) / len(cosines), attention
 
 
 def manifest_of(
@@ -349,13 +435,14 @@ def join(parts: list[LayerClusters]) -> LayerClusters:
     )
 
 
-def summarise(folder: Path, manifest: Manifest, cosine: float | None, seconds: float) -> None:
+def summarise(folder: Path, manifest: Manifest, cosine: float | None, quality: Quality | None, seconds: float) -> None:
     """Prints what was made.
 
     Args:
         folder: of the index.
         manifest: of the index.
         cosine: mean of keys to their centroids; None where nothing was clustered.
+        quality: what budgets cost, if it was measured.
         seconds: that it took.
     """
     size = sum(file.stat().st_size for file in folder.iterdir())
@@ -365,6 +452,8 @@ def summarise(folder: Path, manifest: Manifest, cosine: float | None, seconds: f
         facts = clustered_facts(manifest, size, cosine)
     print(folder)
     for label, value in {"tokens": manifest.num_tokens, **facts, "time": f"{seconds:.1f} s"}.items():
+        print(f"  {label:<15}  {value}")
+    for label, value in costs_of_budgets(quality) if quality else ():
         print(f"  {label:<15}  {value}")
 
 

@@ -1,13 +1,16 @@
 """What is in an index, as text: ``vllm-squeeze inspect``. Needs neither vLLM nor a GPU."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+from vllm_squeeze.config import SqueezeConfig
 from vllm_squeeze.prefix_index.calibration import log_threshold
 from vllm_squeeze.prefix_index.identity import DTYPE_BYTES
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex, find_indexes
 from vllm_squeeze.prefix_index.manifest import Calibration, InvalidIndex, Manifest
+from vllm_squeeze.prefix_index.quality import BudgetQuality, Quality
 
 SHARES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 
@@ -43,7 +46,8 @@ def inspect_index(folder: Path, out: TextIO) -> int:
     except InvalidIndex as error:
         print(f"  {'verification':<17} {printable(f'error: {error}')}", file=out)
         return 1
-    print(f"  {'verification':<17} all {len(index.manifest.layers) + 2} files verified", file=out)
+    num_files = len(index.manifest.layers) + (2 if index.quality() is None else 3)
+    print(f"  {'verification':<17} all {num_files} files verified", file=out)
     return 0
 
 
@@ -77,7 +81,36 @@ def facts(index: PrefixIndex) -> list[tuple[str, str]]:
         ("calibrated on", calibrated_on(manifest.calibration)),
         ("keys kept", "  ".join(f"{share:>7.0%}" for share in SHARES)),
         ("log threshold", "  ".join(f"{log_threshold(manifest.thresholds, share):>7.2f}" for share in SHARES)),
+        *(costs_of_budgets(quality) if (quality := index.quality()) else [("costs", "not measured")]),
     ]
+
+
+def costs_of_budgets(quality: Quality) -> list[tuple[str, str]]:
+    """Labels and values of what budgets cost, a column a budget."""
+
+    def line(form: str, figure: Callable[[BudgetQuality], float]) -> str:
+        return "  ".join(f"{figure(measured):>7{form}}" for measured in quality.budgets)
+
+    asked = f"{quality.num_questions} {'questions given' if quality.own_questions else 'general questions'}"
+    return [
+        ("measured on", f"{asked} that were held back, {quality.num_places} tokens of answers"),
+        ("budget", line(".3f", lambda measured: measured.budget)),
+        ("bytes read", line(".3f", lambda measured: measured.bytes_read)),
+        ("KL from dense", line(".4f", lambda measured: measured.kl)),
+        ("  +-", line(".4f", lambda measured: measured.kl_error)),
+        ("same best token", line(".1%", lambda measured: measured.same_top)),
+        ("attention kept", line(".1%", lambda measured: measured.mean_recall)),
+        ("suggested budget", suggestion(quality)),
+    ]
+
+
+def suggestion(quality: Quality, max_kl: float = SqueezeConfig.max_kl) -> str:
+    """The budget that a server with a budget of "auto" takes, in a line."""
+    budget = quality.least_budget(max_kl)
+    if budget is None:
+        worst = f"a budget of {quality.budgets[0].budget:g} already costs a KL of {quality.budgets[0].kl:.3g}"
+        return f"NONE: {worst}, more than {max_kl:g}. Serve this prefix exactly."
+    return f"{budget:g}, for a KL of {max_kl:g}"
 
 
 def calibrated_on(calibration: Calibration) -> str:

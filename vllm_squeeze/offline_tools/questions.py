@@ -1,6 +1,10 @@
-"""The questions that a prefix is asked while it is indexed: their answers' queries calibrate thresholds."""
+"""The questions that a prefix is asked while it is indexed: their answers' queries calibrate thresholds.
+
+By others, which are held back, it is measured what budgets cost.
+"""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 ANSWER_TOKENS = 32
@@ -27,10 +31,32 @@ GENERAL = (
     "Write a title and a subtitle for this text.",
 )
 
+GENERAL_HELD_BACK = (
+    "What is the main point of this text?",
+    "Which person or thing is mentioned most, and in what connection?",
+    "What comes right after the first paragraph?",
+    "Name something that the text compares or contrasts.",
+    "What does the last part of the text deal with?",
+    "Which detail would a careful reader notice that others would miss?",
+    "Repeat the longest sentence that you can find.",
+    "Which questions does this text leave open?",
+)
 
-def general_questions(chat: bool) -> list[str]:
+FEWEST_TO_SPLIT = 8
+"""Questions given of which some are held back; of fewer, all calibrate."""
+
+
+def general_questions(chat: bool, questions: Sequence[str] = GENERAL) -> list[str]:
     """Questions about any text: user messages where it is a system message, else what follows it."""
-    return list(GENERAL) if chat else [f"\n\nQuestion: {question}\nAnswer:" for question in GENERAL]
+    return list(questions) if chat else [f"\n\nQuestion: {question}\nAnswer:" for question in questions]
+
+
+def hold_back(questions: list[str]) -> tuple[list[str], list[str]]:
+    """Every fourth of the questions given, of few none, is held back; returns the others first."""
+    if len(questions) < FEWEST_TO_SPLIT:
+        return questions, []
+    held_back = questions[3::4]
+    return [question for number, question in enumerate(questions) if number % 4 != 3], held_back
 
 
 def read_questions(path: Path) -> list[str]:

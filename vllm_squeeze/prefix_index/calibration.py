@@ -3,7 +3,8 @@
 The queries that answers to questions on the prefix came from score the clusters. A histogram counts the clustered keys
 by the joined log p of their cluster and its log weight, together (``choose_clusters`` in ``kernels/reference.py``). Its
 counts are integers: histograms of layers, heads and tensor-parallel ranks add up exactly, in any order. The curve read
-off the sum gives a threshold for each share of clustered keys to keep.
+off the sum gives a threshold for each share of clustered keys to keep. A second histogram, over the same bins, weighs
+keys by the attention that other queries paid to them: it says how much of it a threshold keeps.
 """
 
 import math
@@ -56,13 +57,86 @@ def score_histogram(
     bytes_per_row = num_queries * num_centroids * (12 * group + 32)
     for rows in torch.arange(num_rows, device=query.device).split(max(memory_bytes // max(bytes_per_row, 1), 1)):
         weights = sizes[rows].long()[:, None].expand(-1, num_queries, -1)
-        logits = torch.einsum("bwgd,bcd->bwgc", query[rows].float(), centroids[rows].float()) * scale
-        scores = capped(logits, soft_cap)
-        mass = (scores + sizes[rows].log()[:, None, None]).logsumexp(-1, keepdim=True)
-        log_p = joined(scores - mass, join) + log_weights[rows][:, None]  # [B, W, C]
-        bins = ((log_p - LOWEST) / (HIGHEST - LOWEST) * NUM_BINS).clamp(0, NUM_BINS - 1).long()
+        clusters = centroids[rows], log_weights[rows], sizes[rows]
+        bins = _bins(query[rows], *clusters, scale, soft_cap, join)
         histogram.scatter_add_(0, bins.flatten(), weights.flatten())
     return histogram
+
+
+def _bins(
+    query: torch.Tensor,
+    centroids: torch.Tensor,
+    log_weights: torch.Tensor,
+    sizes: torch.Tensor,
+    scale: float,
+    soft_cap: float,
+    join: str,
+) -> torch.Tensor:
+    """The bin of each cluster for each query token, [B, W, C]; arguments as in ``score_histogram``."""
+    logits = torch.einsum("bwgd,bcd->bwgc", query.float(), centroids.float()) * scale
+    scores = capped(logits, soft_cap)
+    mass = (scores + sizes.log()[:, None, None]).logsumexp(-1, keepdim=True)
+    log_p = joined(scores - mass, join) + log_weights[:, None]  # [B, W, C]
+    return ((log_p - LOWEST) / (HIGHEST - LOWEST) * NUM_BINS).clamp(0, NUM_BINS - 1).long()
+
+
+def attention_histogram(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    centroids: torch.Tensor,
+    log_weights: torch.Tensor,
+    sizes: torch.Tensor,
+    members: torch.Tensor,
+    scale: float,
+    soft_cap: float = 0.0,
+    join: str = "max",
+    memory_bytes: int = 1 << 28,
+) -> torch.Tensor:
+    """The attention probability of clustered keys, over a prefix alone, by the weighted log p of their cluster.
+
+    Args:
+        query: [B, W, G, D], of tokens that ask about the prefix.
+        keys: [B, T, D], all of the prefix.
+        centroids, log_weights, sizes, scale, soft_cap, join: as in ``score_histogram``.
+        members: [B, M], positions of clustered keys, ordered by cluster.
+        memory_bytes: bound on temporary memory, as far as one query token fits into it.
+
+    Returns:
+        [B, NUM_BINS] float32, mean over tokens and query heads, in the bins of ``score_histogram``. What is missing to
+        a sum of 1 fell on keys that are always attended to.
+    """
+    num_rows, num_queries, group, _ = query.shape
+    num_centroids = sizes.shape[1]
+    histogram = torch.zeros(num_rows, NUM_BINS, dtype=torch.float32, device=query.device)
+    bytes_per_token = 4 * ((2 * group + 2) * keys.shape[1] + (3 * group + 8) * num_centroids)
+    for row in range(num_rows):
+        clusters = centroids[row : row + 1], log_weights[row : row + 1], sizes[row : row + 1]
+        cluster_of = torch.arange(num_centroids, device=query.device).repeat_interleave(sizes[row].long())
+        for some in query[row].float().split(max(memory_bytes // bytes_per_token, 1)):
+            logits = capped(torch.einsum("wgd,td->wgt", some, keys[row].float()) * scale, soft_cap)
+            of_keys = logits.softmax(-1).sum(1)[:, members[row].long()]
+            of_clusters = of_keys.new_zeros(len(some), num_centroids).index_add_(1, cluster_of, of_keys)
+            bins = _bins(some[None], *clusters, scale, soft_cap, join)
+            histogram[row].scatter_add_(0, bins.flatten(), of_clusters.flatten())
+    return histogram / (num_queries * group)
+
+
+def recall(histogram: torch.Tensor, log_threshold: float) -> torch.Tensor:
+    """The attention probability that falls on keys which a threshold keeps, or which are always attended to.
+
+    Args:
+        histogram: [..., NUM_BINS], from ``attention_histogram``.
+        log_threshold: of the choice.
+
+    Returns:
+        [...] from 0 to 1.
+    """
+    place = min(max((log_threshold - LOWEST) / (HIGHEST - LOWEST) * NUM_BINS, 0.0), float(NUM_BINS))
+    whole = math.floor(place)
+    lost = histogram[..., :whole].sum(-1)
+    if whole < NUM_BINS:
+        lost = lost + (place - whole) * histogram[..., whole]
+    return (1 - lost).clamp(0, 1)
 
 
 def threshold_curve(histogram: torch.Tensor) -> Curve:

@@ -4,6 +4,7 @@
                                 tokens.safetensors        token_ids [T]
                                 layer-0000.safetensors    the clusters of the manifest's first layer, of all KV heads
                                 ...                       (an exact index has no layers)
+                                quality.json              what budgets cost, if it was measured
 
 An index appears in the store, and is replaced, by rename. A writer that was killed leaves hidden folders behind, which
 the next writer removes. Nothing that a file says is taken as a path.
@@ -32,11 +33,13 @@ from safetensors import SafetensorError
 
 from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.manifest import MAX_HEADER_BYTES, InvalidIndex, LayerEntry, Manifest, content_digest
+from vllm_squeeze.prefix_index.quality import Quality
 
 MANIFEST_FILE = "manifest.json"
 TOKENS_FILE = "tokens.safetensors"
+QUALITY_FILE = "quality.json"
 LOCK_FILE = "lock"
-MAX_MANIFEST_BYTES = 2**24
+MAX_MANIFEST_BYTES = MAX_QUALITY_BYTES = 2**24
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,14 +119,30 @@ class PrefixIndex:
             raise InvalidIndex(f"{path}: {error}") from None
         return clusters
 
-    def verify(self) -> None:
-        """Reads and checks all layers.
+    def quality(self) -> Quality | None:
+        """Reads and checks what budgets cost; None if that was not measured.
 
         Raises:
-            InvalidIndex: as ``layer``.
+            InvalidIndex: the file is damaged, not a plain file, or another index's.
+        """
+        path = self.folder / QUALITY_FILE
+        if not os.path.lexists(path):
+            return None
+        content = read_plain_file(path, 1, MAX_QUALITY_BYTES)
+        try:
+            return Quality.from_json(content.decode("ascii"), self.manifest)
+        except (UnicodeDecodeError, InvalidIndex) as error:
+            raise InvalidIndex(f"{path}: {error}") from None
+
+    def verify(self) -> None:
+        """Reads and checks all layers, and what budgets cost.
+
+        Raises:
+            InvalidIndex: as ``layer`` and ``quality``.
         """
         for i in range(len(self.manifest.layers)):
             self.layer(i)
+        self.quality()
 
 
 def layer_file(i: int) -> str:
@@ -359,10 +378,7 @@ class IndexWriter:
         return published
 
     def _write(self, name: str, content: bytes) -> None:
-        with open(self.folder / name, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_file(self.folder / name, content)
 
     @contextmanager
     def _locked_store(self) -> Iterator[None]:
@@ -382,6 +398,22 @@ class IndexWriter:
         for building in self.store.glob(".building-*"):
             if not is_locked(building / LOCK_FILE):
                 remove_index(building)
+
+
+def write_quality(folder: Path, quality: Quality) -> None:
+    """Adds to a published index what its budgets cost, whole or not at all."""
+    unfinished = folder / f".{QUALITY_FILE}-{secrets.token_hex(8)}"
+    write_file(unfinished, quality.to_json().encode())
+    unfinished.rename(folder / QUALITY_FILE)
+    sync_folder(folder)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file, and waits until its content is on disk."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def is_locked(path: Path) -> bool:
