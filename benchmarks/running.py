@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 # The engine in this process: a step is one call, and workers can be asked what their kernels counted.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+IN_THIS_PROCESS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+for variable, value in IN_THIS_PROCESS.items():
+    os.environ.setdefault(variable, value)
 
 # Of the engine's arguments, those that the indexer chooses for itself.
 INDEXER_SETS = ("enforce_eager", "enable_prefix_caching", "async_scheduling", "max_model_len", "max_num_seqs")
@@ -81,6 +85,19 @@ def machine() -> dict[str, Any]:
     }
 
 
+def conversation(text: str, question: str, earlier: Sequence[tuple[str, str]] = ()) -> list[dict[str, str]]:
+    """The messages that ask a question about a text, which is the system message, after earlier ones with answers."""
+    roles = itertools.chain(["system"], itertools.cycle(["user", "assistant"]))
+    contents = [text, *itertools.chain(*earlier), question]
+    return [{"role": role, "content": content} for role, content in zip(roles, contents)]
+
+
+def raw_prompt(text: str, question: str, earlier: Sequence[tuple[str, str]] = ()) -> str:
+    """The same for models without a chat template."""
+    before = [f"{asked}\nAnswer: {answer}" for asked, answer in earlier]
+    return "\n".join([text, *before, f"{question}\nAnswer:"])
+
+
 def chat_prompts(
     tokenizer: Any, text: str, questions: Sequence[str], earlier: Sequence[Sequence[tuple[str, str]]] | None = None
 ) -> list[list[int]]:
@@ -92,32 +109,24 @@ def chat_prompts(
         questions: that each conversation ends with.
         earlier: questions and answers that each conversation has before that.
     """
-
-    def conversation(question: str, turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-        roles = itertools.chain(["system"], itertools.cycle(["user", "assistant"]))
-        contents = [text, *itertools.chain(*turns), question]
-        return [{"role": role, "content": content} for role, content in zip(roles, contents)]
-
     return [
-        tokenizer.apply_chat_template(conversation(*pair), add_generation_prompt=True, return_dict=False)
+        tokenizer.apply_chat_template(conversation(text, *pair), add_generation_prompt=True, return_dict=False)
         for pair in zip(questions, earlier or [()] * len(questions), strict=True)
     ]
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def question_prompts(
     tokenizer: Any, text: str, questions: Sequence[str], earlier: Sequence[Sequence[tuple[str, str]]] | None = None
 ) -> list[list[int]]:
     """Token ids of what asks questions about a text: conversations, or without a chat template raw prompts."""
-    if getattr(tokenizer, "chat_template", None):
+    if has_chat_template(tokenizer):
         return chat_prompts(tokenizer, text, questions, earlier)
-
-    def prompt(question: str, turns: Sequence[tuple[str, str]]) -> str:
-        before = [f"{asked}\nAnswer: {answer}" for asked, answer in turns]
-        return "\n".join([text, *before, f"{question}\nAnswer:"])
-
-    return [
-        tokenizer(prompt(*pair)).input_ids for pair in zip(questions, earlier or [()] * len(questions), strict=True)
-    ]
+    pairs = zip(questions, earlier or [()] * len(questions), strict=True)
+    return [tokenizer(raw_prompt(text, *pair)).input_ids for pair in pairs]
 
 
 def counters_of(worker: Any) -> tuple[list[int], int] | None:

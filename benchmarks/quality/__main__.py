@@ -23,6 +23,12 @@ from RULER's is in ``tasks.py``: scores compare with those of the same command o
               drawn anew
     top-1     percent of these places where both have the same most likely token
 
+With ``--served`` each arm is a ``vllm serve`` of its own, as users start it, the dense one with vLLM's own backend, and
+questions go through the OpenAI API: to chat completions, or without a chat template to completions; KL is not measured
+there. Its answers are kept beside the others, which it is compared with where they are there:
+
+    alike     percent of answers that are token for token those that the engine in this process gave in the same arm
+
 All is kept in the work folder, answers one a line: the command goes on where it was stopped, and adds tasks and budgets
 to those that are there. An arm whose rows were not all squeezed, or that did not answer all questions, or whose budget is less
 than centroids alone read, has no figures, and the exit code is 1.
@@ -39,12 +45,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import plots
-from benchmarks.quality.answers import DENSE, answers_path, problem_path, read, summarise
+from benchmarks.quality.answers import DENSE, SERVED, answers_path, problem_path, read, same_tokens, summarise
 from benchmarks.quality.questions import Task
 from benchmarks.quality.tasks import TASKS, make_task
 
 # Sets the environment before vLLM is imported.
-from benchmarks.running import indexer_args, question_prompts
+from benchmarks.running import has_chat_template, indexer_args, question_prompts
 
 ESSAY = Path(__file__).parents[2] / "examples" / "data" / "persuasion.txt"
 # What all of a work folder was made with.
@@ -86,12 +92,20 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 def ask(arguments: argparse.Namespace) -> None:
     """Answers the questions of a task that its arms have no answer to."""
-    from benchmarks.quality.asking import Asker
-
     task, folder = read_task(arguments.work, arguments.task), arguments.work / arguments.task
     prompts = prompts_of(task, arguments.model)
-    asker = Asker(folder, arguments.model, prompts, task.answer_tokens, arguments.engine_args)
-    asker.ask(missing_arms(folder, len(task.questions), arguments.budgets))
+    if arguments.served:
+        from vllm.tokenizers import get_tokenizer
+
+        from benchmarks.quality.served import ServedAsker
+
+        chat = has_chat_template(get_tokenizer(arguments.model))
+        asker = ServedAsker(folder, task, arguments.model, prompts, chat, arguments.engine_args)
+    else:
+        from benchmarks.quality.asking import Asker
+
+        asker = Asker(folder, arguments.model, prompts, task.answer_tokens, arguments.engine_args)
+    asker.ask(missing_arms(folder, len(task.questions), arguments))
 
 
 # all tasks and arms
@@ -109,11 +123,21 @@ def prompts_of(task: Task, model: str) -> list[list[int]]:
     return question_prompts(get_tokenizer(model), task.prefix, texts, earlier)
 
 
-def missing_arms(folder: Path, count: int, budgets: list[str]) -> list[str]:
+def arms_of(arguments: argparse.Namespace) -> list[str]:
+    return list(dict.fromkeys([DENSE, *arguments.budgets]))
+
+
+def kept_answers(folder: Path, arm: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """An arm's answers in the way that is wanted."""
+    return read(answers_path(folder, (SERVED if arguments.served else "") + arm))
+
+
+def missing_arms(folder: Path, count: int, arguments: argparse.Namespace) -> list[str]:
     """The arms of a task that have not answered all of its ``count`` questions, though they can."""
-    arms = dict.fromkeys([DENSE, *budgets])
     return [
-        arm for arm in arms if len(read(answers_path(folder, arm))) < count and not problem_path(folder, arm).exists()
+        arm
+        for arm in arms_of(arguments)
+        if len(kept_answers(folder, arm, arguments)) < count and not problem_path(folder, arm).exists()
     ]
 
 
@@ -144,11 +168,16 @@ def run_task(arguments: argparse.Namespace, name: str) -> list[dict[str, Any]]:
     if not (folder / "task.json").exists() and (code := in_process(name)):
         return [{"task": name, "arm": "index", "problem": f"exit code {code}"}]
     task = read_task(arguments.work, name)
-    if missing_arms(folder, len(task.questions), arguments.budgets):
+    if missing_arms(folder, len(task.questions), arguments):
         in_process(name, "--ask")
-    arms = dict.fromkeys([DENSE, *arguments.budgets])
+    arms = arms_of(arguments)
     problems = {arm: path.read_text(encoding="utf-8") for arm in arms if (path := problem_path(folder, arm)).exists()}
-    return summarise(task, {arm: read(answers_path(folder, arm)) for arm in arms}, problems)
+    answers = {arm: kept_answers(folder, arm, arguments) for arm in arms}
+    summaries = summarise(task, answers, problems)
+    if arguments.served:
+        for summary in summaries:
+            summary["as_in_process"] = same_tokens(answers[arm := summary["arm"]], read(answers_path(folder, arm)))
+    return summaries
 
 
 COLUMNS = (
@@ -164,6 +193,7 @@ COLUMNS = (
     ("+-", "kl_error", 1, ".4f"),
     ("top-1", "top1", 100, ".1f"),
 )
+SERVED_COLUMNS = (*COLUMNS[:8], ("alike", "as_in_process", 100, ".0f"))
 
 
 def print_table(arguments: argparse.Namespace, summaries: list[dict[str, Any]]) -> None:
@@ -172,13 +202,14 @@ def print_table(arguments: argparse.Namespace, summaries: list[dict[str, Any]]) 
     for device, versions in {(row["machine"], tuple(row["versions"].items())) for row in rows}:
         print(f"{device}, {', '.join(f'{name} {version}' for name, version in versions)}, {datetime.now(UTC):%Y-%m-%d}")
     print(f"python -m benchmarks.quality {shlex.join(sys.argv[1:])}")
-    print(f"{'task':<18}{'arm':<8}" + "".join(f"{title:>8}" for title, *_ in COLUMNS))
+    columns = SERVED_COLUMNS if arguments.served else COLUMNS
+    print(f"{'task':<18}{'arm':<8}" + "".join(f"{title:>8}" for title, *_ in columns))
     for summary in summaries:
         start = f"{summary['task']:<18}{summary['arm']:<8}"
         if "problem" in summary:
             print(f"{start}  {summary['problem']}")
             continue
-        values = ((summary.get(name), scale, form) for _, name, scale, form in COLUMNS)
+        values = ((summary.get(name), scale, form) for _, name, scale, form in columns)
         print(start + "".join(f"{'-' if v is None else format(v * scale, form):>8}" for v, scale, form in values))
 
 
@@ -222,6 +253,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps prefixes, indexes and answers")
     parser.add_argument("--essay", type=Path, default=ESSAY, help="text that needles are planted in")
     parser.add_argument("--seed", type=int, default=0, help="of the tasks")
+    parser.add_argument("--served", action="store_true", help="ask through the OpenAI API, see above")
     parser.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON")
     parser.add_argument("--out", type=Path, help="where to write all figures, as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="where to draw scores and KL against budgets")

@@ -15,6 +15,8 @@ from benchmarks.quality.questions import Task
 from vllm_squeeze.offline_tools.fidelity import mean_and_error
 
 DENSE = "dense"
+SERVED = "served-"
+"""What the names of arms begin with that a server answered."""
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -73,6 +75,13 @@ def total(rows: list[dict[str, Any]]) -> dict[str, float]:
     for row in rows:
         summed.update(row["counters"])
     return dict(summed)
+
+
+def same_tokens(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> float | None:
+    """The share of answers that are the same token for token, of questions that both answered; None without any."""
+    known = {row["question"]: row["tokens"] for row in others}
+    same = [row["tokens"] == known[row["question"]] for row in rows if row["question"] in known]
+    return sum(same) / len(same) if same else None
 
 
 def summarise(

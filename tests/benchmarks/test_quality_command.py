@@ -51,6 +51,21 @@ def test_what_is_there_is_not_run_again(tmp_path: Path):
     assert [(figures["arm"], figures["score"]) for figures in rows] == [("dense", 0.75), ("0.25", 0.5)]
 
 
+def test_answers_of_servers_are_compared_with_those_of_the_engine(tmp_path: Path):
+    """There is no dense one of the engine."""
+    folder = tmp_path / "work" / "vt"
+    answered(tmp_path / "work", [row(0, "a", [1, 2], SQUEEZED), row(1, "nothing", [5, 4], SQUEEZED)])
+    (folder / "dense.jsonl").rename(folder / "served-dense.jsonl")
+    rows = [row(1, "b", [3, 4], SQUEEZED), row(0, "a", [1, 2], SQUEEZED)]
+    (folder / "served-0.25.jsonl").write_text("".join(json.dumps(one | MACHINE) + "\n" for one in rows))
+    ran = quality(tmp_path / "work", "--served")
+    assert ran.returncode == 0, ran.stderr
+    header, dense, squeezed = ran.stdout.splitlines()[-3:]
+    assert header.split() == ["task", "arm", "used", "score", "f1", "change", "from", "to", "same", "before", "alike"]
+    assert dense.split() == ["vt", "dense", "-", "75.0", *["-"] * 7]
+    assert squeezed.split() == ["vt", "0.25", "0.2500", "75.0", "-", *["+0.0"] * 3, "100", "100", "50"]
+
+
 def test_an_arm_with_dense_rows_has_no_figures(tmp_path: Path):
     answered(
         tmp_path / "work", [row(0, "a", [1, 2], SQUEEZED), row(1, "b", [3], {"vllm:squeeze_rowsdense: faster": 1})]

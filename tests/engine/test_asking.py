@@ -1,4 +1,4 @@
-"""Arms of the answers' benchmark on one real engine: none has anything of another, and a stopped run goes on."""
+"""Arms of the benchmark of answers, on one real engine, where none has anything of another, and on a real server."""
 
 import shutil
 from pathlib import Path
@@ -7,13 +7,18 @@ from typing import Any
 import pytest
 
 from benchmarks.agreement import budget_used
-from benchmarks.quality.answers import answers_path, problem_of, problem_path, read, total
+from benchmarks.quality.answers import answers_path, problem_of, problem_path, read, same_tokens, total
 from benchmarks.quality.asking import Asker
+from benchmarks.quality.questions import Question, Task
+from benchmarks.quality.served import ServedAsker
 from tests.engine.conftest import ENGINE_ARGS, tokens
 
 PREFIX = tokens(seed=1, count=600)
 # Longer than a block of the KV cache, so that vLLM keeps some of each.
-PROMPTS = [PREFIX + tokens(seed, 70 + seed) for seed in range(3)]
+QUESTIONS = [tokens(seed, 70 + seed) for seed in range(3)]
+# As "Answer:", which raw prompts end with.
+UNKNOWN = 3
+PROMPTS = [[*PREFIX, *question, UNKNOWN] for question in QUESTIONS]
 NUM_TOKENS = 6
 
 
@@ -76,3 +81,17 @@ def test_a_stopped_run_goes_on_and_has_nothing_of_other_arms(models, folder, ans
         assert max(first["kl"]) > 1e-4
         assert second["kl"] == pytest.approx(first["kl"], rel=1e-5)
         assert (second["tokens"], second["counters"]) == (first["tokens"], first["counters"])
+
+
+def test_a_server_answers_the_same(models, folder, answered):
+    def text(ids: list[int]) -> str:
+        return " ".join(f"t{id}" for id in ids)
+
+    questions = tuple(Question(text(question), ("t1",)) for question in QUESTIONS)
+    task = Task("vt", text(PREFIX), questions, NUM_TOKENS)
+    engine_args = {**ENGINE_ARGS, "enforce_eager": True}
+    ServedAsker(folder, task, str(models("llama")), PROMPTS, False, engine_args).ask(["0.6"])
+    served = read(answers_path(folder, "served-0.6"))
+    assert problem_of("0.6", served, len(PROMPTS)) is None
+    assert same_tokens(served, answered["0.6"]) == 1
+    assert budget_used(total(served)) == pytest.approx(budget_used(total(answered["0.6"])), rel=1e-3)
