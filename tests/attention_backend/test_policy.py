@@ -95,6 +95,37 @@ def test_few_layers_are_not_worth_a_step():
     assert picks == {1: Arm.STOCK, 100: Arm.SQUEEZED}
 
 
+def test_a_choice_that_is_remembered_is_for_the_same_step_alone():
+    """Whatever was asked before, a policy says what one that was asked nothing says."""
+    model = CostModel.of(measured_times()[DEFAULT_GPU])
+    steps = [
+        (placed(num_tokens, exact, kept, centroids), work)
+        for num_tokens, kept, centroids, exact in [
+            *((8192, kept, 0.05, False) for kept in (0.02, 0.5, 1.0)), (8192, 0.02, 0.5, False), (8192, 0.1, 0.05, True),
+            (2**17, 0.1, 0.05, False), (2**17, 0.1, 0.05, True),
+        ]
+        for work in (decoding(1), decoding(16), Work(0, 1, 16), Work(0, 1, 512), Work(1, 1, 512))
+    ]  # fmt: skip
+    asked = Policy(model, LLAMA, 32, 0.125, "drop")
+    expected = [Policy(model, LLAMA, 32, 0.125, "drop")(*step) for step in steps]
+    assert set(expected) == set(Arm)
+    for _ in range(2):
+        assert [asked(*step) for step in steps] == expected
+
+
+def test_times_are_reckoned_once_for_equal_steps():
+    class Counting(CostModel):
+        def stock_us(self, *step):
+            reckoned.append(step)
+            return super().stock_us(*step)
+
+    reckoned = []
+    policy = Policy(Counting(**vars(CostModel.of(measured_times()[DEFAULT_GPU]))), LLAMA, 32, 0.125, "drop")
+    for work in (decoding(1), decoding(2), decoding(1)):
+        policy(placed(2**15), work)
+    assert len(reckoned) == 2
+
+
 @MODELS
 def test_long_questions_are_left_to_vllm(model):
     # bound by products, of keys and of values
