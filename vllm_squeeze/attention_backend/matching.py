@@ -197,11 +197,11 @@ class LiveRequests:
         blocks, stock, num_tokens, num_rows, suffixes = set(), set(), 0, 0, []
         for slot, rows in ready.items():
             placement = rows[0][0].placement
-            work = Work.of([count for *_, count in rows])
+            work = Work.of([count for _, _, count in rows])
             arm = self._choose(placement, work)
             self._count(OUTCOMES[arm], len(rows))
             on_no_index -= len(rows)
-            ends = {end for prefix_ends in {live.prefix_ends for live, *_ in rows} for end in prefix_ends}
+            ends = {end for prefix_ends in {live.prefix_ends for live, _, _ in rows} for end in prefix_ends}
             if arm is Arm.STOCK:
                 stock |= {LiveBlock(STOCK_SLOT, *end) for end in ends}
                 dense += [(live, computed) for live, computed, _ in rows]
