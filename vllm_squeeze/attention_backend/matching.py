@@ -101,7 +101,7 @@ class PrefixMatcher:
 
 def _begins_with(tokens: list[int], start: list[int]) -> bool:
     """Whether the first of at least as many tokens are ``start``, which is not empty."""
-    # Long slices are copied in no less time than they are compared. Texts of the same first words mostly differ here.
+    # A slice is a copy. The last token tells most texts apart without one, also those of one chat template.
     return tokens[len(start) - 1] == start[-1] and tokens[: len(start)] == start
 
 
