@@ -38,18 +38,21 @@ def image_at(offset: int) -> SimpleNamespace:
         (LONG + [1], 0),
         (LONG[:80], 0),
         (LONG[:79] + [1, 2], 1),
+        (LONG[:20] + [1] + LONG[21:], None),
+        (LONG[:60] + [1] + LONG[61:], 1),
         (LONG[:48], 1),
         (LONG[:47] + [1], None),
         (LONG[:47], None),
         (LONG[:24], None),
+        (LONG[:20] + [1] + LONG[21:40], None),
         (LONG[:3], None),
         (LONG[1:], None),
         (PREFIXES[2] + LONG, 2),
         ([], None),
     ],
     ids=[
-        "whole", "covered-part", "one-token-off", "nested", "one-token-off-nested", "one-token-short", "half",
-        "a-few-tokens", "not-at-the-start", "another-text", "empty",
+        "whole", "covered-part", "one-token-off", "off-inside", "off-inside-after-nested", "nested", "one-token-off-nested",
+        "one-token-short", "half", "off-inside-a-half", "a-few-tokens", "not-at-the-start", "another-text", "empty",
     ],
 )  # fmt: skip
 def test_the_longest_prefix_that_a_prompt_begins_with(tokens, slot):

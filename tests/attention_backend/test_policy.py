@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,7 +67,7 @@ def test_more_takes_longer(model):
     for cost in (model.stock_us, model.exact_us):
         us = [[cost(LLAMA, prefix, decoding(rows)) for rows in ROWS] for prefix in PREFIXES]
         for line in (*us, *zip(*us)):
-            assert all(less < 1.15 * more for less, more in zip(line, line[1:], strict=False)) and line[0] < line[-1]
+            assert all(less < 1.15 * more for less, more in pairwise(line)) and line[0] < line[-1]
     longer = [[model.stock_us(LLAMA, prefix, Work(0, 1, n)) for n in (2, 64, 512, 4096)] for prefix in PREFIXES]
     assert all(sorted(line) == line for line in longer)
     kept = [model.squeezed_us(LLAMA, 2**17, decoding(4), kept, 0.05, "drop") for kept in (0.02, 0.1, 0.5, 1.0)]
@@ -93,6 +94,37 @@ def test_few_layers_are_not_worth_a_step():
     model = replace(CostModel.of(measured_times()[DEFAULT_GPU]), step_us=1000)
     picks = {layers: Policy(model, LLAMA, layers, "drop")(placed(2**15), decoding(1)) for layers in (1, 100)}
     assert picks == {1: Arm.STOCK, 100: Arm.SQUEEZED}
+
+
+def test_a_choice_that_is_remembered_is_for_the_same_step_alone():
+    """Whatever was asked before, a policy says what one that was asked nothing says."""
+    model = CostModel.of(measured_times()[DEFAULT_GPU])
+    steps = [
+        (placed(num_tokens, exact, kept, centroids), work)
+        for num_tokens, kept, centroids, exact in [
+            *((8192, kept, 0.05, False) for kept in (0.02, 0.5, 1.0)), (8192, 0.02, 0.5, False), (8192, 0.1, 0.05, True),
+            (2**17, 0.1, 0.05, False), (2**17, 0.1, 0.05, True),
+        ]
+        for work in (decoding(1), decoding(16), Work(0, 1, 16), Work(0, 1, 512), Work(1, 1, 512))
+    ]  # fmt: skip
+    asked = Policy(model, LLAMA, 32, "drop")
+    expected = [Policy(model, LLAMA, 32, "drop")(*step) for step in steps]
+    assert set(expected) == set(Arm)
+    for _ in range(2):
+        assert [asked(*step) for step in steps] == expected
+
+
+def test_times_are_reckoned_once_for_equal_steps():
+    class Counting(CostModel):
+        def stock_us(self, *step):
+            reckoned.append(step)
+            return super().stock_us(*step)
+
+    reckoned = []
+    policy = Policy(Counting(**vars(CostModel.of(measured_times()[DEFAULT_GPU]))), LLAMA, 32, "drop")
+    for work in (decoding(1), decoding(2), decoding(1)):
+        policy(placed(2**15), work)
+    assert len(reckoned) == 2
 
 
 @MODELS

@@ -51,6 +51,13 @@ def test_which_steps_are_squeezed_and_which_alone(worker, slots, longest_suffix,
     assert (worker.squeezing, worker.alone) == (False, False)
 
 
+def test_a_step_without_squeezed_rows_is_not_taken_for_the_one_before(worker):
+    worker.expect(Step([LiveBlock(0, 0, 3, 7, 64)], 1, ROOM))
+    assert worker.squeezing and worker.alone
+    worker.expect(Step([], 0, None))
+    assert not worker.squeezing and not worker.alone
+
+
 def test_counters_are_read_when_they_may_have_changed():
     """Steps that leave all rows to vLLM copy nothing; what was counted is told once."""
     counters = torch.zeros(2, 6, dtype=torch.int64, device="cuda" if ON_GPU else "cpu")

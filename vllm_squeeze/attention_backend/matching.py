@@ -61,6 +61,9 @@ class Step(NamedTuple):
     longest_suffix: int | None
 
 
+_NOTHING = Step([], 0, None)
+
+
 class PrefixMatcher:
     """Finds the longest indexed prefix that a request begins with, in time that does not depend on their number."""
 
@@ -80,10 +83,11 @@ class PrefixMatcher:
             return None, EMBEDDINGS
         tokens, start_of = request.prompt_token_ids, None
         for placement, covered in self._by_start.get(tuple(tokens[:_FIRST]), ()):
-            if tokens[: len(covered)] != covered[: len(tokens)]:
-                continue
             if len(tokens) < len(covered):
-                start_of = placement
+                if _begins_with(covered, tokens):
+                    start_of = placement
+                continue
+            if not _begins_with(tokens, covered):
                 continue
             if request.lora_request is not None:
                 return None, LORA
@@ -95,15 +99,50 @@ class PrefixMatcher:
         return start_of, NO_INDEX
 
 
-@dataclass
+def _begins_with(tokens: list[int], start: list[int]) -> bool:
+    """Whether the first of at least as many tokens are ``start``, which is not empty."""
+    # A slice is a copy. The last token tells most texts apart without one, also those of one chat template.
+    return tokens[len(start) - 1] == start[-1] and tokens[: len(start)] == start
+
+
+@dataclass(slots=True)
 class _Live:
+    """What is known of a request.
+
+    Attributes:
+        placement: of the prefix that it begins with, or is the start of.
+        begins_with_prefix: whether it is the former.
+        block_sizes: by KV cache group.
+        blocks: that vLLM has told of, by KV cache group.
+        prefix_ends: the last block of the request's prefix, in each group: it stands for all before it. As LiveBlock's
+            group, index, block and context. None until vLLM has told of all blocks of the prefix; the row goes dense.
+    """
+
     placement: Placement
     begins_with_prefix: bool
+    block_sizes: dict[int, int]
     blocks: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    prefix_ends: tuple[tuple[int, int, int, int], ...] | None = None
+
+    def clear(self) -> None:
+        """Forgets the blocks."""
+        self.blocks.clear()
+        self.prefix_ends = None
 
     def extend(self, block_ids: tuple[list[int], ...]) -> None:
         for group in self.placement.prefix_lens:
             self.blocks[group].extend(block_ids[group])
+        if self.prefix_ends is None and self.begins_with_prefix:
+            self.prefix_ends = self._find_ends()
+
+    def _find_ends(self) -> tuple[tuple[int, int, int, int], ...] | None:
+        ends = []
+        for group, prefix_len in self.placement.prefix_lens.items():
+            last = prefix_len // self.block_sizes[group] - 1
+            if last >= len(self.blocks[group]):
+                return None
+            ends.append((group, last, self.blocks[group][last], prefix_len))
+        return tuple(ends)
 
 
 class LiveRequests:
@@ -129,7 +168,7 @@ class LiveRequests:
     def add(self, request: Any) -> None:
         placement, reason = self._matcher.match(request)
         if placement is not None:
-            self._live[request.request_id] = _Live(placement, reason == SQUEEZED)
+            self._live[request.request_id] = _Live(placement, reason == SQUEEZED, self._block_sizes)
         elif reason != NO_INDEX:
             self._refused[request.request_id] = reason
 
@@ -139,75 +178,71 @@ class LiveRequests:
 
     def step(self, scheduled: Any) -> Step:
         """Follows a step, vLLM's SchedulerOutput."""
-        num_rows = len(scheduled.num_scheduled_tokens)
+        counts = scheduled.num_scheduled_tokens
         if not self._live and not self._refused:
-            self.rows += Counter({NO_INDEX: num_rows})
-            return Step([], 0, None)
-        reasons = Counter(self._refused[id] for id in self._refused.keys() & scheduled.num_scheduled_tokens.keys())
-        ready, dense = defaultdict(list), []
-        for request_id, computed in self._update(scheduled):
-            live = self._live[request_id]
-            if live.begins_with_prefix and computed >= live.placement.covered and self._knows_prefix(live):
-                ready[live.placement.slot].append((live, computed, scheduled.num_scheduled_tokens[request_id]))
+            self._count(NO_INDEX, len(counts))
+            return _NOTHING
+        ready, dense, on_no_index = defaultdict(list), [], len(counts)
+        for request_id in self._refused.keys() & counts.keys():
+            self._count(self._refused[request_id], 1)
+            on_no_index -= 1
+        for request_id, live, computed in self._update(scheduled):
+            if live.prefix_ends is not None and computed >= live.placement.covered:
+                ready[live.placement.slot].append((live, computed, counts[request_id]))
             else:
-                reasons[NOT_COMPUTED] += live.begins_with_prefix
                 dense.append((live, computed))
+        waiting = sum(live.begins_with_prefix for live, _ in dense)
+        self._count(NOT_COMPUTED, waiting)
 
-        blocks, stock, num_tokens, suffixes = set(), set(), 0, []
-        for rows in ready.values():
-            work = Work.of([count for *_, count in rows])
-            arm = self._choose(rows[0][0].placement, work)
-            reasons[OUTCOMES[arm]] += len(rows)
-            marks = {block for live, *_ in rows for block in self._prefix_blocks(live, arm)}
+        blocks, stock, num_tokens, num_rows, suffixes = set(), set(), 0, 0, []
+        for slot, rows in ready.items():
+            placement = rows[0][0].placement
+            work = Work.of([count for _, _, count in rows])
+            arm = self._choose(placement, work)
+            self._count(OUTCOMES[arm], len(rows))
+            on_no_index -= len(rows)
+            ends = {end for prefix_ends in {live.prefix_ends for live, _, _ in rows} for end in prefix_ends}
             if arm is Arm.STOCK:
-                stock |= marks
+                stock |= {LiveBlock(STOCK_SLOT, *end) for end in ends}
                 dense += [(live, computed) for live, computed, _ in rows]
             else:
-                blocks |= marks
+                blocks |= {LiveBlock(slot, *end, arm is Arm.EXACT) for end in ends}
                 num_tokens += work.tokens
-                suffixes += [computed + count - live.placement.covered for live, computed, count in rows]
-        self.rows += reasons + Counter({NO_INDEX: num_rows - reasons.total()})
+                num_rows += len(rows)
+                suffixes.append(max(computed + count for _, computed, count in rows) - placement.covered)
+        self._count(NO_INDEX, on_no_index - waiting)
+        if not blocks:
+            return _NOTHING
 
-        if blocks:
-            shortest = min(block.context for block in blocks)
-            blocks |= stock
-            blocks |= {
-                block
-                for live, computed in dense
-                if computed >= shortest
-                for block in self._dense_blocks(live, computed)
-            }
-        return Step(sorted(blocks), num_tokens, max(suffixes) if 0 < len(suffixes) == num_rows else None)
+        shortest = min(block.context for block in blocks)
+        blocks |= stock
+        for live, computed in dense:
+            if computed >= shortest:
+                blocks |= set(self._dense_blocks(live, computed))
+        return Step(sorted(blocks), num_tokens, max(suffixes) if num_rows == len(counts) else None)
 
-    def _update(self, scheduled: Any) -> list[tuple[str, int]]:
+    def _count(self, outcome: str, rows: int) -> None:
+        if rows:
+            self.rows[outcome] += rows
+
+    def _update(self, scheduled: Any) -> list[tuple[str, _Live, int]]:
         """Takes note of new blocks; returns the scheduled live requests and the tokens each has computed."""
         computed = []
         for new in scheduled.scheduled_new_reqs:
             if live := self._live.get(new.req_id):
-                live.blocks.clear()
+                live.clear()
                 live.extend(new.block_ids)
-                computed.append((new.req_id, new.num_computed_tokens))
+                computed.append((new.req_id, live, new.num_computed_tokens))
         cached = scheduled.scheduled_cached_reqs
-        for request_id, new_blocks, count in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens):
-            if live := self._live.get(request_id):
+        for row, request_id in enumerate(cached.req_ids):
+            if request_id in self._live:
+                live, new_blocks = self._live[request_id], cached.new_block_ids[row]
                 if request_id in cached.resumed_req_ids:
-                    live.blocks.clear()
+                    live.clear()
                 if new_blocks is not None:
                     live.extend(new_blocks)
-                computed.append((request_id, count))
+                computed.append((request_id, live, cached.num_computed_tokens[row]))
         return computed
-
-    def _knows_prefix(self, live: _Live) -> bool:
-        """Whether vLLM has told of all blocks of the request's prefix; if not, the row goes dense."""
-        prefix_lens = live.placement.prefix_lens.items()
-        return all(len(live.blocks[group]) * self._block_sizes[group] >= length for group, length in prefix_lens)
-
-    def _prefix_blocks(self, live: _Live, arm: Arm) -> Iterable[LiveBlock]:
-        """The last block of the request's prefix, in each group: it stands for all before it."""
-        slot = STOCK_SLOT if arm is Arm.STOCK else live.placement.slot
-        for group, prefix_len in live.placement.prefix_lens.items():
-            last = prefix_len // self._block_sizes[group] - 1
-            yield LiveBlock(slot, group, last, live.blocks[group][last], prefix_len, arm is Arm.EXACT)
 
     def _dense_blocks(self, live: _Live, computed: int) -> Iterable[LiveBlock]:
         """Keeps a request from being taken for one on another indexed prefix that it has computed too.

@@ -1,5 +1,6 @@
 """Which indexes an engine serves, and where each lies in its paged KV cache."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Placement:
         """Whether all keys of the prefix are attended to."""
         return self.num_sinks == self.covered
 
-    @property
+    @functools.cached_property
     def covered(self) -> int:
         """Tokens of the prefix that a request must share."""
         return max(self.prefix_lens.values())

@@ -20,6 +20,7 @@ from vllm_squeeze.attention_backend.placement import Options, Placement
 MEASURED_TIMES = Path(__file__).with_name("measured_times.json")
 DEFAULT_GPU = "NVIDIA H100 80GB HBM3"
 _UNION_EXPONENT = 0.65
+_CHOICES_KEPT = 1024
 
 
 class Arm(Enum):
@@ -222,12 +223,23 @@ class Policy:
     rest: str
 
     def __call__(self, placement: Placement, work: Work) -> Arm:
-        step = self.shape, placement.covered, work
+        if placement.exact:
+            return self._chosen(placement.covered, work, None)
+        cost = placement.cost
+        shares = cost.kept_share(placement.budget), cost.num_centroids / cost.num_tokens
+        return self._chosen(placement.covered, work, shares)
+
+    @functools.cached_property
+    def _chosen(self) -> Callable[[int, Work, tuple[float, float] | None], Arm]:
+        """``_fastest``, which remembers: most steps are like those before them."""
+        return functools.lru_cache(_CHOICES_KEPT)(self._fastest)
+
+    def _fastest(self, num_tokens: int, work: Work, shares: tuple[float, float] | None) -> Arm:
+        """The arm for rows on so many tokens; ``shares`` of kept keys and of centroids, None without clusters."""
+        step = self.shape, num_tokens, work
         beside = self.model.step_us / self.num_layers
         us = {Arm.STOCK: self.model.stock_us(*step), Arm.EXACT: beside + self.model.exact_us(*step)}
-        if not placement.exact:
-            cost = placement.cost
-            shares = cost.kept_share(placement.budget), cost.num_centroids / cost.num_tokens
+        if shares is not None:
             us[Arm.SQUEEZED] = beside + self.model.squeezed_us(*step, *shares, self.rest)
         return min(us, key=us.__getitem__)
 

@@ -31,6 +31,7 @@ class RowGroup:
         self._max_rows = vllm_config.scheduler_config.max_num_seqs
         self._live: list[tuple[int, ...]] = []
         self._found = torch.zeros(2, self._max_rows, dtype=torch.int32, device=self._device)
+        self.row_slot, self.prefix_len = self._found
 
     def prepare(self, group: int) -> None:
         """Makes room for rows of layers with ``group`` query heads per KV head, where room is needed."""
@@ -65,7 +66,8 @@ class RowGroup:
             alone: whether layers do without vLLM's attention in this step.
         """
         self.alone = alone
-        self.row_slot, self.prefix_len = self._found[:, : len(self.seq_lens)]
+        if len(self.row_slot) != (num_rows := len(self.seq_lens)):
+            self.row_slot, self.prefix_len = self._found[:, :num_rows]
         self._match_rows(
             self.block_table,
             self.seq_lens,

@@ -67,6 +67,9 @@ class SqueezeWorker:
 
     def expect(self, step: Step) -> None:
         """Takes note, as early as a step's metadata are known, of whether and how the step has squeezed rows."""
+        self.squeezing = self.alone = False
+        if not step.live:
+            return
         slots, active = {block.slot for block in step.live if block.slot >= 0}, self._residency.active.keys()
         self.squeezing = bool(self._groups) and not self.paused and not slots.isdisjoint(active)
         self.alone = (

@@ -4,6 +4,7 @@ Read are the keys and values of kept and of always attended tokens, the centroid
 and weight of their clusters, and the member list of kept clusters.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -47,18 +48,18 @@ class ReadCost:
     element_size: int
     rest: bool
 
-    @property
+    @functools.cached_property
     def dense_bytes(self) -> int:
         """Bytes of a dense pass."""
         return self.num_tokens * 2 * self._vector_bytes
 
-    @property
+    @functools.cached_property
     def fixed_bytes(self) -> int:
         """Bytes read even if no cluster is kept."""
         clusters = self.num_centroids * bytes_per_cluster(self.head_size, self.rest)
         return self.num_always * 2 * self._vector_bytes + clusters
 
-    @property
+    @functools.cached_property
     def bytes_per_key(self) -> int:
         """Bytes read for each kept key: the key, its value and its position."""
         return 2 * self._vector_bytes + BYTES_PER_MEMBER
