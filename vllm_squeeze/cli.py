@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_squeeze.config import SqueezeConfig
+
 
 def engine_args(text: str) -> dict[str, Any]:
     """Parses --engine-args."""
@@ -52,10 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: general questions about a text)",
     )
     index.add_argument(
-        "--skip-quality",
-        dest="measured",
-        action="store_false",
-        help="do not measure what budgets cost, which takes another start of the engine",
+        "--quality",
+        action=argparse.BooleanOptionalAction,
+        help="measure what budgets cost, which takes another start of the engine (default: where there is a GPU)",
     )
     index.add_argument("--centroids", type=float, help="centroids per token of the prefix (default 0.05)")
     index.add_argument("--window", type=int, help="most tokens clustered together (default 8192)")
@@ -71,6 +72,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="show and verify indexes; needs neither a GPU nor vLLM")
     inspect.add_argument("index", type=Path, help="an index, or a folder of indexes")
+
+    report = commands.add_parser("report", help="write a page on what budgets cost in answers, as measured by index")
+    report.add_argument("index", type=Path, help="an index, or a folder of indexes")
+    report.add_argument("--out", type=Path, required=True, metavar="FILE", help="HTML file to write")
+    report.add_argument(
+        "--max-kl",
+        type=float,
+        default=SqueezeConfig.max_kl,
+        help="what the suggested budget may cost: KL from dense next-token distributions, nats (default %(default)s)",
+    )
     return parser
 
 
@@ -95,7 +106,7 @@ def run_index(arguments: argparse.Namespace) -> int:
         parameters,
         arguments.engine_args,
         arguments.questions,
-        arguments.measured,
+        arguments.quality,
     )
     return 0
 
@@ -106,11 +117,21 @@ def run_inspect(arguments: argparse.Namespace) -> int:
     return inspect(arguments.index, sys.stdout)
 
 
+def run_report(arguments: argparse.Namespace) -> int:
+    from vllm_squeeze.offline_tools.report import report
+
+    if not arguments.max_kl > 0:
+        raise ValueError(f"--max-kl: {arguments.max_kl} is not above 0")
+    report(arguments.index, arguments.out, arguments.max_kl)
+    print(arguments.out)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, or 1 for an error, which is printed in one line."""
     arguments = build_parser().parse_args(argv)
     try:
-        return {"index": run_index, "inspect": run_inspect}[arguments.command](arguments)
+        return {"index": run_index, "inspect": run_inspect, "report": run_report}[arguments.command](arguments)
     except (ValueError, OSError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         print(f"vllm-squeeze {arguments.command}: error: {' '.join(lines)}", file=sys.stderr)

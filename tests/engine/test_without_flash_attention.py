@@ -23,10 +23,10 @@ def test_answers_are_the_dense_ones(models, mode):
     assert result.returncode == 0, result.stderr[-3000:]
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["layers"] == ["SqueezeTritonImpl"]
-    # 15 of the 20 requests are on the prefix, which one before them computes
-    assert report["outcomes"]["squeezed"] >= 15 * 8
+    # 15 of the 20 requests are on the prefix, which one before them computes; vLLM 0.26 does not tell of last steps
+    assert report["outcomes"]["squeezed"] >= 15 * 7
     assert report["outcomes"]["dense: prefix not in the KV cache yet"] == 1
-    assert report["outcomes"]["dense: no index"] >= 5 * 8
+    assert report["outcomes"]["dense: no index"] >= 5 * 7
     same = 0
     for dense, margins, squeezed in zip(report["dense"], report["margins"], report["squeezed"], strict=True):
         parted = next((i for i, pair in enumerate(zip(dense, squeezed, strict=True)) if pair[0] != pair[1]), None)

@@ -10,7 +10,9 @@ from vllm_squeeze.prefix_index.calibration import (
     LEAST_SHARE,
     LOWEST,
     NUM_BINS,
+    attention_histogram,
     log_threshold,
+    recall,
     score_histogram,
     threshold_curve,
 )
@@ -161,3 +163,48 @@ def test_threshold_is_linear_in_the_log_of_the_share():
     assert log_threshold(curve, 0.1) == pytest.approx(-8.0)
     assert log_threshold(curve, math.sqrt(0.1)) == pytest.approx(-10.0)
     assert log_threshold(curve, 10**-1.25) == pytest.approx(-7.0)
+
+
+def prefix_case(num_rows: int = 3, num_queries: int = 20, group: int = 3, num_keys: int = 300, num_sinks: int = 7):
+    """Queries, keys, and clusters of all keys but the first, of uneven sizes; some have no keys."""
+    generator = torch.Generator().manual_seed(7)
+    query = torch.randn(num_rows, num_queries, group, 16, generator=generator) * 2
+    keys = torch.randn(num_rows, num_keys, 16, generator=generator)
+    cluster_of = torch.randint(0, 40, (num_rows, num_keys - num_sinks), generator=generator) * 2 % 61
+    sizes = torch.stack([row.bincount(minlength=61) for row in cluster_of]).int()
+    members = cluster_of.argsort(stable=True).int() + num_sinks
+    centroids = (
+        torch.stack(
+            [
+                torch.stack([keys[b, members[b].long()][cluster_of[b].sort().values == c].sum(0) for c in range(61)])
+                for b in range(num_rows)
+            ]
+        )
+        / sizes.clamp(min=1)[..., None]
+    )
+    return query, keys, centroids, sizes, members, num_sinks
+
+
+@pytest.mark.parametrize("join", JOINS)
+@pytest.mark.parametrize("memory_bytes", [1, 1 << 28])
+def test_attention_kept_is_that_of_what_is_chosen(join, memory_bytes):
+    query, keys, centroids, sizes, members, num_sinks = prefix_case()
+    clusters = centroids, log_weights(centroids), sizes
+    soft_cap = 4.0
+    histogram = attention_histogram(query, keys, *clusters, members, SCALE, soft_cap, join, memory_bytes)
+    assert histogram.shape == (len(query), NUM_BINS)
+    logits = soft_cap * torch.tanh(torch.einsum("bwgd,btd->bwgt", query, keys) * SCALE / soft_cap)
+    attention = logits.softmax(-1)
+    cluster = torch.stack([torch.arange(61).repeat_interleave(row.long()) for row in sizes])
+    for edge in (2600, 2900, 3000, 3100):
+        threshold = LOWEST + edge * BIN_WIDTH
+        stored = table(centroids, sizes)
+        _, chosen = choose_clusters(query.transpose(0, 1), stored, threshold, SCALE, soft_cap, join)  # [W, B, C]
+        kept = torch.ones(len(query), query.shape[1], keys.shape[1], dtype=torch.bool)
+        of_members = chosen.transpose(0, 1).gather(2, cluster[:, None].expand(-1, query.shape[1], -1))
+        kept.scatter_(2, members.long()[:, None].expand(-1, query.shape[1], -1), of_members)
+        expected = (attention * kept[:, :, None]).sum(-1).mean((1, 2))
+        assert recall(histogram, threshold) == pytest.approx(expected, abs=0.01)
+    assert recall(histogram, -math.inf) == pytest.approx(torch.ones(len(query)))
+    always = attention[..., :num_sinks].sum(-1).mean((1, 2))
+    assert recall(histogram, math.inf) == pytest.approx(always, abs=1e-5)

@@ -1,5 +1,6 @@
 """Measures what budgets of an index cost: the server's own attention, forced on dense answers to questions."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -66,4 +67,4 @@ def cost_of(budget: float, dense: Sequence[Any], other: Sequence[Any], bytes_rea
     """Compares the logits of answers, [places, V] each, at a budget."""
     kl, same_top = zip(*(divergence(*pair) for pair in zip(dense, other, strict=True)))
     mean, error = mean_and_error(kl)
-    return Cost(budget, bytes_read, mean, error, mean_and_error(same_top)[0])
+    return Cost(budget, bytes_read, mean, 0.0 if math.isnan(error) else error, mean_and_error(same_top)[0])

@@ -37,7 +37,7 @@ class BudgetQuality:
     recall: tuple[tuple[float, ...], ...]
 
     def __post_init__(self) -> None:
-        check_ranges(self, budget=(0, 1), bytes_read=(0, 2), kl=(-1, 1000), kl_error=(0, 1000), same_top=(0, 1))
+        check_ranges(self, budget=(1e-6, 1), bytes_read=(0, 2), kl=(-1, 1000), kl_error=(0, 1000), same_top=(0, 1))
         if not all(0 <= share <= 1 for layer in self.recall for share in layer):
             raise ValueError("recall has shares that are not from 0 to 1")
 
