@@ -1,6 +1,7 @@
 """Which attention the rows of a step on one prefix get: the fastest, by times that were measured on this GPU.
 
-The times of a layer lie in ``measured_times.json``, which ``benchmarks/policy.py`` writes. They are of one shape of
+What counts is the whole step: the GPU's time, or where that is shorter, as with small models, the host's. The times of a
+layer lie in ``measured_times.json``, which ``benchmarks/policy.py`` writes. They are of one shape of
 attention and one share of kept keys. Others are reckoned by the bytes that they read and the query rows they have.
 """
 
@@ -206,21 +207,30 @@ class CostModel:
         return max(work.tokens * self.shape.tile_tokens / shape.tile_tokens, 1.0)
 
 
+HOST_US, HOST_US_OF_ROW, HOST_US_OF_KERNELS = 2300.0, 38.0, 500.0
+"""What the host needs for a step: at the least, more for each request, and more where our kernels have rows. Measured with
+Qwen2.5-Coder-0.5B, whose steps are the host's: 2.3 ms with one request, 3.5 ms with 32, and .5 to .7 ms more with ours."""
+WEIGHT_BYTES_OF_US = 3e6
+"""Bytes of weights that a GPU loads in a microsecond, about."""
+
+
 @dataclass(frozen=True)
 class Policy:
-    """Chooses the arm that costs least. Of equal ones it takes the more exact.
+    """Chooses the arm whose step takes least. Of equal ones it takes the more exact.
 
     Attributes:
         model: of the GPU.
         shape: of a layer's attention.
-        num_layers: that share what a step costs.
+        num_layers: of the model.
         rest: as in SqueezeConfig.
+        weights_us: microseconds that loading the model's weights takes in a step.
     """
 
     model: CostModel
     shape: Shape
     num_layers: int
     rest: str
+    weights_us: float
 
     def __call__(self, placement: Placement, work: Work) -> Arm:
         if placement.exact:
@@ -237,10 +247,17 @@ class Policy:
     def _fastest(self, num_tokens: int, work: Work, shares: tuple[float, float] | None) -> Arm:
         """The arm for rows on so many tokens; ``shares`` of kept keys and of centroids, None without clusters."""
         step = self.shape, num_tokens, work
-        beside = self.model.step_us / self.num_layers
-        us = {Arm.STOCK: self.model.stock_us(*step), Arm.EXACT: beside + self.model.exact_us(*step)}
+        of_layer = {Arm.STOCK: self.model.stock_us(*step), Arm.EXACT: self.model.exact_us(*step)}
         if shares is not None:
-            us[Arm.SQUEEZED] = beside + self.model.squeezed_us(*step, *shares, self.rest)
+            of_layer[Arm.SQUEEZED] = self.model.squeezed_us(*step, *shares, self.rest)
+        host_us = HOST_US + HOST_US_OF_ROW * (work.decoding + work.prefilling)
+        us = {
+            arm: max(
+                self.weights_us + self.num_layers * layer_us + (0.0 if arm is Arm.STOCK else self.model.step_us),
+                host_us + (0.0 if arm is Arm.STOCK else HOST_US_OF_KERNELS),
+            )
+            for arm, layer_us in of_layer.items()
+        }
         return min(us, key=us.__getitem__)
 
 
@@ -274,7 +291,9 @@ def arms_of(options: Options, vllm_config: Any, num_layers: int) -> ChooseArm:
         )
         gpu = DEFAULT_GPU
     logger.info("squeeze: choosing between squeezed, exact and vLLM's attention by times on %s.", gpu)
-    return Policy(CostModel.of(measured[gpu]), shape_of(vllm_config), num_layers, options.rest)
+    shape = shape_of(vllm_config)
+    weights_us = weight_bytes(shape, vllm_config) / WEIGHT_BYTES_OF_US
+    return Policy(CostModel.of(measured[gpu]), shape, num_layers, options.rest, weights_us)
 
 
 def shape_of(vllm_config: Any) -> Shape:
@@ -283,3 +302,18 @@ def shape_of(vllm_config: Any) -> Shape:
     kv_heads = model.get_num_kv_heads(parallel)
     group = model.get_num_attention_heads(parallel) // kv_heads
     return Shape(kv_heads, group, model.get_head_size(), model.dtype.itemsize)
+
+
+def weight_bytes(shape: Shape, vllm_config: Any) -> float:
+    """About how many bytes of weights a rank loads in a step: those of a decoder with gated feed-forward layers.
+
+    Args:
+        shape: of a layer's attention on the rank.
+        vllm_config: of the engine.
+    """
+    text, ranks = vllm_config.model_config.hf_text_config, vllm_config.parallel_config.tensor_parallel_size
+    attention = 2 * shape.kv_heads * (shape.group + 1) * shape.head_size
+    others = (
+        3 * getattr(text, "intermediate_size", 4 * text.hidden_size) * text.num_hidden_layers + text.vocab_size
+    ) / ranks
+    return text.hidden_size * (attention * text.num_hidden_layers + others) * shape.element_size
