@@ -2,7 +2,15 @@
 
 import pytest
 
-from vllm_squeeze.offline_tools.questions import GENERAL, MOST_QUESTIONS, general_questions, read_questions, spread
+from vllm_squeeze.offline_tools.questions import (
+    GENERAL,
+    GENERAL_HELD_BACK,
+    MOST_QUESTIONS,
+    general_questions,
+    hold_back,
+    read_questions,
+    spread,
+)
 
 
 def written(tmp_path, content: str | bytes):
@@ -61,3 +69,19 @@ def test_of_many_questions_some_are_taken_from_all_of_the_file(count):
 def test_general_questions_follow_a_raw_text_after_a_blank_line():
     assert general_questions(chat=True) == list(GENERAL)
     assert all(question.startswith("\n\n") for question in general_questions(chat=False))
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 64])
+def test_some_of_many_questions_are_held_back(count):
+    given = [f"question {number}" for number in range(count)]
+    calibrating, held_back = hold_back(given)
+    assert sorted(calibrating + held_back) == sorted(given)
+    assert len(held_back) == (count // 4 if count >= 8 else 0)
+    assert calibrating == [question for question in given if question not in held_back]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_general_questions_that_are_held_back_are_others(chat):
+    asked, held_back = general_questions(chat), general_questions(chat, GENERAL_HELD_BACK)
+    assert len(held_back) == 8 and not set(asked) & set(held_back)
+    assert chat or all(question.endswith("\nAnswer:") for question in held_back)
