@@ -114,7 +114,8 @@ def index(
     if parameters is None:
         folder, manifest = write_exact(out, source, tokens.ids, identity_of(args.create_engine_config()))
     else:
-        calibrating, own = hold_back(spread(given_questions or []))
+        given = spread(given_questions or [])
+        calibrating, own = hold_back(given) if measured else (given, [])
         calibrating = calibrating or general_questions(tokens.chat)
         held_back = own or general_questions(tokens.chat, GENERAL_HELD_BACK)
         prompts, others = (prompts_on(tokens, asked, model_config.max_model_len) for asked in (calibrating, held_back))
