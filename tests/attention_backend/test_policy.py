@@ -16,6 +16,9 @@ from tests.attention_backend.world import OPTIONS, make_placement
 from tests.logs import warnings_of_squeeze
 from vllm_squeeze.attention_backend.policy import (
     DEFAULT_GPU,
+    HOST_US,
+    HOST_US_OF_KERNELS,
+    HOST_US_OF_ROW,
     Arm,
     CostModel,
     Policy,
@@ -176,6 +179,14 @@ QWEN = Shape(kv_heads=2, group=7, head_size=64, element_size=2)
 def test_small_models_wait_for_the_host(shape, layers, prefix, weights_us, picks):
     policy = Policy(CostModel.of(measured_times()[DEFAULT_GPU]), shape, layers, "value_centroids", weights_us)
     assert [policy(placed(prefix), decoding(rows)) for rows in (1, 8, 32)] == picks
+
+
+@pytest.mark.parametrize(("beyond_host", "arm"), [(-400, Arm.STOCK), (400, Arm.STOCK), (600, Arm.EXACT)])
+def test_our_kernels_must_save_more_than_the_host_needs_for_them(beyond_host, arm):
+    stock_us = HOST_US + 8 * HOST_US_OF_ROW + beyond_host
+    model = SimpleNamespace(stock_us=lambda *step: stock_us, exact_us=lambda *step: 1.0, step_us=0)
+    assert HOST_US_OF_KERNELS == 500
+    assert Policy(model, QWEN, 1, "drop", 0)(placed(96, exact=True), decoding(8)) is arm
 
 
 def test_weights_are_those_of_the_model(vllm_config):

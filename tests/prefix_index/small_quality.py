@@ -6,9 +6,9 @@ from vllm_squeeze.prefix_index.quality import QUALITY_VERSION, BudgetQuality, Qu
 
 
 def make_quality(manifest: Manifest, kls: dict[float, float] | None = None, **changes) -> Quality:
-    """KL by budget, decreasing; the first head of the first layer keeps least."""
+    """KL by budget, decreasing; the last head of the last layer keeps least."""
     kls = kls or {0.5: 0.001, 0.25: 0.01, 0.125: 0.1}
-    recall = tuple(tuple(0.9 - 0.1 * (i == h == 0) for h in range(NUM_HEADS)) for i in range(len(LAYER_NAMES)))
+    recall = tuple(tuple(0.9 - 0.1 * (i == h == 1) for h in range(NUM_HEADS)) for i in range(len(LAYER_NAMES)))
     values = {
         "format_version": QUALITY_VERSION,
         "manifest_digest": manifest_digest(manifest),

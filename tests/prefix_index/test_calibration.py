@@ -208,3 +208,11 @@ def test_attention_kept_is_that_of_what_is_chosen(join, memory_bytes):
     assert recall(histogram, -math.inf) == pytest.approx(torch.ones(len(query)))
     always = attention[..., :num_sinks].sum(-1).mean((1, 2))
     assert recall(histogram, math.inf) == pytest.approx(always, abs=1e-5)
+
+
+def test_attention_inside_a_bin_is_taken_to_be_even():
+    histogram = torch.zeros(2, NUM_BINS)
+    histogram[1, 2000], histogram[1, 3000] = 0.4, 0.2
+    places = {2000: 1.0, 2000.25: 0.9, 2001: 0.6, 3000.5: 0.5, 3001: 0.4}
+    for place, kept in places.items():
+        assert recall(histogram, LOWEST + place * BIN_WIDTH).tolist() == pytest.approx([1, kept])

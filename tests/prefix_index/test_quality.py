@@ -99,6 +99,7 @@ def test_a_link_is_not_followed(index, tmp_path):
         (0.0009, None),
         (0.001 * 10**0.5, 0.354),  # halfway in the logarithms
         (0.01 * 10**0.5, 0.177),
+        (0.001 * 10**0.3, 0.407),  # rounded up, from .4061
     ],
 )
 def test_the_least_budget(index, max_kl, budget):

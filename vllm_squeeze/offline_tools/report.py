@@ -74,7 +74,6 @@ def section(index: PrefixIndex, max_kl: float) -> str:
         InvalidIndex: it is damaged.
     """
     manifest, quality = index.manifest, index.quality()
-    index.verify()
     parts = [f"<h1>{escape(manifest.source)}</h1>"]
     if manifest.exact:
         parts.append('<p class="suggestion">All of this prefix is attended to: nothing is lost.</p>')
