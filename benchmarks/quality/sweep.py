@@ -41,8 +41,8 @@ from benchmarks.quality.answers import read
 from benchmarks.quality.selection import cost_of, parse
 
 # Sets the environment before vLLM is imported.
-from benchmarks.running import count, machine, metrics
-from vllm_squeeze.offline_tools.fidelity import divergence, mean_and_error
+from benchmarks.running import count, machine
+from vllm_squeeze.offline_tools.fidelity import mean_and_error
 
 SERVED = "served"
 
@@ -64,29 +64,19 @@ class Sweep:
 
     def __init__(self, model: str, index: Path, prompts: list[list[int]], num_tokens: int, engine_args: dict[str, Any]):
         from benchmarks.quality import arms
-        from vllm_squeeze.offline_tools import forcing
+        from vllm_squeeze.offline_tools import measure
         from vllm_squeeze.offline_tools.prefix_engine import PrefixEngine
 
-        self._arms, self._forcing = arms, forcing
+        self._arms, self._measure = arms, measure
         chosen = {"max_num_seqs": len(prompts)} | engine_args | {"enforce_eager": True}
         self._engine = PrefixEngine(model, index, prompts, num_tokens, chosen)
         self.llm = self._engine.llm
         self._prompts = prompts
-        self._engine.begin()
-        with self._engine.squeezing_paused():
-            found = forcing.answer(self.llm, prompts, num_tokens)
-        self.answers = [list(output.token_ids) for output, _ in found]
-        self._dense = [logits for _, logits in found]
+        self.answers, self._dense = measure.answer_densely(self._engine, prompts, num_tokens)
 
     def _compare(self) -> dict[str, Any]:
         """Forces the dense answers on the engine as it is; returns how its distributions differ."""
-        self._engine.begin()
-        before = metrics(self.llm)
-        found = self._forcing.force(self.llm, self._prompts, self.answers)
-        grown = {name for name, value in metrics(self.llm).items() if value > before.get(name, 0)}
-        if grown != {"squeezed"}:
-            raise RuntimeError(f"rows are {sorted(grown)}, not only squeezed")
-        kl, same = zip(*(divergence(*pair) for pair in zip(self._dense, found, strict=True)))
+        kl, same = self._measure.divergences(self._engine, self._prompts, self.answers, self._dense)
         mean, error = mean_and_error(kl)
         return {
             "kl": mean,

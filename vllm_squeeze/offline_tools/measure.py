@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from vllm_squeeze.offline_tools import forcing
@@ -40,31 +41,57 @@ def measure(
     Raises:
         RuntimeError: some row was not squeezed.
     """
-    engine.begin()
-    with engine.squeezing_paused():
-        found = forcing.answer(engine.llm, prompts, num_tokens)
-    answers, dense = [list(output.token_ids) for output, _ in found], [logits for _, logits in found]
+    answers, dense = answer_densely(engine, prompts, num_tokens)
     costs = []
     for budget in tqdm(list(budgets), desc="Measuring", unit="budget"):
         try:
             engine.set_budget(budget)
         except ValueError:
             continue
-        engine.begin()
-        kept_before, pairs_before, rows_before = *engine.count_kept(), engine.rows()
-        other = forcing.force(engine.llm, prompts, answers)
-        kept, pairs, rows = *engine.count_kept(), engine.rows()
-        grown = {name for name, value in rows.items() if value > rows_before.get(name, 0)}
-        if grown != {"squeezed"}:
-            raise RuntimeError(f"rows are {sorted(grown)}, not only squeezed")
-        costs.append(
-            cost_of(budget, dense, other, engine.cost.budget_used((kept - kept_before) / (pairs - pairs_before)))
-        )
+        kept_before, pairs_before = engine.count_kept()
+        kl, same_top = divergences(engine, prompts, answers, dense)
+        kept, pairs = engine.count_kept()
+        mean, error = mean_and_error(kl)
+        bytes_read = engine.cost.budget_used((kept - kept_before) / (pairs - pairs_before))
+        error = 0.0 if math.isnan(error) else error
+        costs.append(Cost(budget, bytes_read, mean, error, mean_and_error(same_top)[0]))
     return costs, sum(map(len, answers))
 
 
-def cost_of(budget: float, dense: Sequence[Any], other: Sequence[Any], bytes_read: float) -> Cost:
-    """Compares the logits of answers, [places, V] each, at a budget."""
+def answer_densely(
+    engine: PrefixEngine, prompts: Sequence[Sequence[int]], num_tokens: int
+) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """The dense answers to all prompts together: token ids, and logits [tokens, V], of each."""
+    engine.begin()
+    with engine.squeezing_paused():
+        found = forcing.answer(engine.llm, prompts, num_tokens)
+    return [list(output.token_ids) for output, _ in found], [logits for _, logits in found]
+
+
+def divergences(
+    engine: PrefixEngine,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    dense: Sequence[torch.Tensor],
+) -> tuple[list[list[float]], list[list[bool]]]:
+    """Forces dense answers on an engine as it serves now, with nothing but the prefix in its KV cache.
+
+    Args:
+        engine: that serves the index.
+        prompts: token ids, each of the prefix and a question.
+        answers, dense: from ``answer_densely``.
+
+    Returns:
+        of each answer what ``divergence`` says of its places.
+
+    Raises:
+        RuntimeError: some row was not squeezed.
+    """
+    engine.begin()
+    before = engine.rows()
+    other = forcing.force(engine.llm, prompts, answers)
+    grown = {name for name, value in engine.rows().items() if value > before.get(name, 0)}
+    if grown != {"squeezed"}:
+        raise RuntimeError(f"rows are {sorted(grown)}, not only squeezed")
     kl, same_top = zip(*(divergence(*pair) for pair in zip(dense, other, strict=True)))
-    mean, error = mean_and_error(kl)
-    return Cost(budget, bytes_read, mean, 0.0 if math.isnan(error) else error, mean_and_error(same_top)[0])
+    return list(kl), list(same_top)
