@@ -18,7 +18,7 @@ def test_nothing_is_squeezed_by_default(additional_config):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"budgett": 0.1}, ["squeeze.budgett", "unknown", "index, budget, max_kl, rest, mode, memory_limit_gib"]),
+        ({"budgett": 0.1}, ["squeeze.budgett", "unknown", "index, budget, max_kl, rest, mode, prefill, memory_limit_gib"]),
         ({"budget": 0}, ["squeeze.budget", "0", "(0, 1]"]),
         ({"budget": 0.0}, ["squeeze.budget", "0.0", "(0, 1]"]),
         ({"budget": -1}, ["squeeze.budget", "-1", "(0, 1]"]),
@@ -34,6 +34,8 @@ def test_nothing_is_squeezed_by_default(additional_config):
         ({"max_kl": math.nan}, ["squeeze.max_kl", "nan", "above 0"]),
         ({"max_kl": "0.1"}, ["squeeze.max_kl", "'0.1'", "above 0"]),
         ({"rest": "keep"}, ["squeeze.rest", "'keep'", "value_centroids, drop"]),
+        ({"prefill": "exact"}, ["squeeze.prefill", "'exact'", "dense, squeezed"]),
+        ({"prefill": "squeezed", "budget": "auto"}, ["squeeze.prefill", "'squeezed'", '"dense"', '"auto"']),
         ({"mode": "dense"}, ["squeeze.mode", "'dense'", "auto, squeezed, exact"]),
         ({"rest": None}, ["squeeze.rest", "None", "value_centroids, drop"]),
         ({"rest": ["drop"]}, ["squeeze.rest", "['drop']", "value_centroids, drop"]),
@@ -63,7 +65,7 @@ def test_what_is_not_allowed_is_refused_in_one_line(settings, words):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"budget": 1}, {"budget": 1.0}, {"budget": 1e-9}, {"budget": "auto"}, {"max_kl": 1e-9},
+    [{"prefill": "squeezed"}, {"budget": 1}, {"budget": 1.0}, {"budget": 1e-9}, {"budget": "auto"}, {"max_kl": 1e-9},
      {"memory_limit_gib": 0}, {"memory_limit_gib": math.inf}, {"rest": "drop"}],
     ids=repr,
 )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 INDEX_VARIABLE = "SQUEEZE_INDEX"
 REST_MODES = ("value_centroids", "drop")
 MODES = ("auto", "squeezed", "exact")
+PREFILLS = ("dense", "squeezed")
 AUTO = "auto"
 
 
@@ -27,6 +28,9 @@ class SqueezeConfig:
         mode: "auto": in each step what is fastest for the rows on a prefix, of "squeezed", "exact", and vLLM's own
             attention; on the CPU "squeezed". Or always "squeezed". Or always "exact": all keys of an indexed prefix
             are attended to, each loaded once for all rows that share the prefix, whatever the budget.
+        prefill: what the tokens of a prompt that follow its prefix attend to: "dense", all of the prefix, by vLLM's own
+            attention, so that an answer begins as a dense one does and only its tokens are squeezed; or "squeezed",
+            as the answer's (the paper's way). An exact prefix is attended to exactly either way.
         memory_limit_gib: device memory that the indexes may take on each GPU (or on the CPU), in GiB. An index
             that does not fit stays on disk, and its prefix is served densely.
     """
@@ -36,6 +40,7 @@ class SqueezeConfig:
     max_kl: float = 0.05
     rest: str = "value_centroids"
     mode: str = "auto"
+    prefill: str = "dense"
     memory_limit_gib: float = 4.0
 
     def __post_init__(self) -> None:
@@ -49,6 +54,12 @@ class SqueezeConfig:
             raise ValueError(f"squeeze.rest: {self.rest!r} is not one of {', '.join(REST_MODES)}")
         if self.mode not in MODES:
             raise ValueError(f"squeeze.mode: {self.mode!r} is not one of {', '.join(MODES)}")
+        if self.prefill not in PREFILLS:
+            raise ValueError(f"squeeze.prefill: {self.prefill!r} is not one of {', '.join(PREFILLS)}")
+        if self.prefill != "dense" and self.budget == AUTO:
+            raise ValueError(
+                f'squeeze.prefill: {self.prefill!r} is not "dense", which a squeeze.budget of "{AUTO}" was measured with'
+            )
         if not is_number(self.memory_limit_gib) or not self.memory_limit_gib >= 0:
             raise ValueError(f"squeeze.memory_limit_gib: {self.memory_limit_gib!r} is not a number of at least 0")
 

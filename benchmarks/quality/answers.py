@@ -61,7 +61,7 @@ def problem_of(arm: str, rows: list[dict[str, Any]], count: int) -> str | None:
     if len(rows) != count:
         return f"{len(rows)} of {count} questions were answered"
     counters = total(rows)
-    outcomes, expected = rows_of(counters), [] if arm == DENSE else ["squeezed"]
+    outcomes, expected = rows_of(counters), [] if arm == DENSE else ["dense: prefill", "squeezed"]
     if sorted(outcomes) != expected:
         return f"rows are {outcomes}, not only {expected}"
     if (budget_used(counters) is None) != (arm == DENSE):

@@ -6,8 +6,8 @@
 One engine with one indexed prefix runs all arms one after the other. The task and its index are made as by
 ``python -m benchmarks.quality``, with the same further arguments, where the work folder has none. First vLLM's own
 attention answers all questions together; then each arm has these answers forced on it, all together, token by token as
-they would be decoded, every layer really attending as the arm does, in the question's prefill too. An arm is
-``rule+option:budget``, see ``selection.py``; they run in torch, except
+they would be decoded, every layer really attending as the arm does, with ``--prefill squeezed`` in the prompts' ends
+too. An arm is ``rule+option:budget``, see ``selection.py``; they run in torch, except
 
     served    the server's own kernels, with the threshold of the index
 
@@ -16,7 +16,7 @@ in a first run an arm chooses everything, and ranks of keys drawn by lot are not
 chosen the wanted share of them; it is found again in each run until bytes are within a tolerance. Served rows have the
 threshold of their index, and read what they read.
 
-    bytes     read over those of dense attention, all query tokens, each alone, the question's too
+    bytes     read over those of dense attention, of all query tokens that are squeezed, each alone
     KL        of dense to other next-token distributions, nats, mean over the places of all answers, and its standard
               error if questions are drawn anew
     top-1     percent of places where both have the same most likely token
@@ -42,6 +42,7 @@ from benchmarks.quality.selection import cost_of, parse
 
 # Sets the environment before vLLM is imported.
 from benchmarks.running import count, machine
+from vllm_squeeze.config import PREFILLS, SqueezeConfig
 from vllm_squeeze.offline_tools.fidelity import mean_and_error
 
 SERVED = "served"
@@ -56,20 +57,29 @@ class Sweep:
         prompts: token ids, each of the prefix and a question.
         num_tokens: most tokens of an answer.
         engine_args: more arguments for vLLM's engine.
+        prefill: as in ``SqueezeConfig``.
 
     Attributes:
         llm: vLLM's.
         answers: the dense answers, token ids.
     """
 
-    def __init__(self, model: str, index: Path, prompts: list[list[int]], num_tokens: int, engine_args: dict[str, Any]):
+    def __init__(
+        self,
+        model: str,
+        index: Path,
+        prompts: list[list[int]],
+        num_tokens: int,
+        engine_args: dict[str, Any],
+        prefill: str = SqueezeConfig.prefill,
+    ):
         from benchmarks.quality import arms
         from vllm_squeeze.offline_tools import measure
         from vllm_squeeze.offline_tools.prefix_engine import PrefixEngine
 
         self._arms, self._measure = arms, measure
         chosen = {"max_num_seqs": len(prompts)} | engine_args | {"enforce_eager": True}
-        self._engine = PrefixEngine(model, index, prompts, num_tokens, chosen)
+        self._engine = PrefixEngine(model, index, prompts, num_tokens, chosen, prefill)
         self.llm = self._engine.llm
         self._prompts = prompts
         self.answers, self._dense = measure.answer_densely(self._engine, prompts, num_tokens)
@@ -183,6 +193,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=16, help="most tokens of an answer")
     parser.add_argument("--tolerance", type=float, default=0.02, help="how far bytes may be from the budget, relative")
     parser.add_argument("--most-runs", type=int, default=4, help="of an arm, to meet its budget")
+    parser.add_argument("--prefill", choices=PREFILLS, default=SqueezeConfig.prefill, help="what prompts' ends attend to")
     parser.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="where to draw KL against bytes, of all arms so far")
     arguments, further = parser.parse_known_args()
@@ -204,7 +215,7 @@ def main() -> int:
 
     task = read_task(arguments.work, arguments.task)
     prompts = prompts_of(task, arguments.model)
-    sweep = Sweep(arguments.model, folder / "index", prompts, arguments.tokens, arguments.engine_args)
+    sweep = Sweep(arguments.model, folder / "index", prompts, arguments.tokens, arguments.engine_args, arguments.prefill)
     places = sum(map(len, sweep.answers))
     print(f"{machine()}, {arguments.model}, {task.name}, {len(prompts)} questions, {places} places of answers")
     print(f"{'arm':<28}{'budget':>8}" + "".join(f"{title:>9}" for title, *_ in COLUMNS), flush=True)

@@ -13,6 +13,7 @@ from vllm_squeeze.attention_backend.matching import (
     MULTIMODAL,
     NO_INDEX,
     NOT_COMPUTED,
+    PREFILL,
     SQUEEZED,
     STOCK_SLOT,
     LiveBlock,
@@ -106,6 +107,16 @@ def live():
     return requests
 
 
+@pytest.fixture
+def dense_prefill():
+    """Follows requests whose prompts are dense: "long" and "short" on prefixes 0 and 1, of 101 and 100 tokens."""
+    matcher, _ = make_matcher(PREFIXES, {1: SIZE})
+    requests = LiveRequests(matcher, {1: SIZE}, dense_prefill=True)
+    for id, tokens in {"long": LONG + [1], "short": LONG[:60] + [1] * 40}.items():
+        requests.add(make_request(id, tokens))
+    return requests
+
+
 NOTHING = Step([], 0, None)
 
 
@@ -153,6 +164,23 @@ def test_chunked_prefill(live):
     assert taken(live) == {SQUEEZED: 1}
     # Every token of the answer.
     assert live.step(make_step(cached=[("long", None, 101, 1)])) == ([LiveBlock(0, 1, 4, 51, 80)], 1, 22)
+
+
+def test_prompts_that_are_dense(dense_prefill):
+    """From the prefix to the end of the prompt, which may come in chunks; then the answer is squeezed."""
+    found, *_ = dense_prefill.step(make_step(new=[("long", blocks(10, 6), 80, 16)]))
+    assert found == [] and taken(dense_prefill) == {PREFILL: 1}
+    # Beside a squeezed row on the same prefix it is told apart by the block that it is filling.
+    step = make_step(new=[("short", blocks(20, 7), 100, 1)], cached=[("long", blocks(50, 1), 96, 5)])
+    assert dense_prefill.step(step) == ([LiveBlock(DENSE_SLOT, 1, 6, 50, 96), LiveBlock(1, 1, 2, 22, 48)], 1, None)
+    assert taken(dense_prefill) == {SQUEEZED: 1, PREFILL: 1}
+    assert dense_prefill.step(make_step(cached=[("long", None, 101, 1)])) == ([LiveBlock(0, 1, 4, 14, 80)], 1, 22)
+    assert taken(dense_prefill) == {SQUEEZED: 1}
+
+
+def test_the_last_token_of_a_cached_prompt_is_dense(dense_prefill):
+    assert dense_prefill.step(make_step(new=[("long", blocks(10, 7), 100, 1)])) == NOTHING
+    assert taken(dense_prefill) == {PREFILL: 1}
 
 
 def test_a_request_still_computing_is_kept_from_a_shorter_prefix(live):

@@ -19,6 +19,7 @@ from vllm_squeeze.attention_backend.matching import (
     FASTER,
     NO_INDEX,
     NOT_COMPUTED,
+    PREFILL,
     SQUEEZED,
     STOCK_SLOT,
     LiveRequests,
@@ -76,7 +77,10 @@ class Server:
         # Nested ones, forked ones, and one of another text.
         self.prefixes = [text[: random.randrange(SHORTEST, 200)] for text in (main, main, main, *self.texts[1:])]
         matcher, self.placements = make_matcher(self.prefixes, block_sizes)
-        self.live = LiveRequests(matcher, block_sizes, lambda placement, work: self.arms[placement.slot])
+        self.dense_prefill = random.random() < 0.5
+        self.live = LiveRequests(
+            matcher, block_sizes, lambda placement, work: self.arms[placement.slot], self.dense_prefill
+        )
         self.choosing = choosing
         self.cache = KVCache(block_sizes, caching, random)
         self.sequences, self.preempted, self.num_requests, self.num_alone = [], set(), 0, 0
@@ -119,7 +123,7 @@ class Server:
             starts = not sequence.blocks
             if starts:
                 self.cache.find(sequence)
-            num_tokens = min(self.random.choice([1, 7, 30, 240]), len(sequence.tokens) - sequence.computed)
+            num_tokens = min(self.random.choice([1, 7, 30, 90, 240]), len(sequence.tokens) - sequence.computed)
             added = self.cache.extend(sequence, num_tokens)
             # vLLM's V2 model runner is sent a resumed request as a new one, its V1 as a resumed one.
             again = id in self.preempted and self.random.random() < 0.5
@@ -161,13 +165,18 @@ class Server:
         self.go_on(rows)
 
     def expected(self, sequence):
-        """The placement of the prefix that a row has computed, the longest that its request begins with, or None."""
+        """The placement of the prefix that a row has computed, the longest that its request begins with, or None.
+
+        None as well where prompts are dense and it has not computed its own.
+        """
         if sequence.request.cache_salt:
             return None
         prompt = sequence.request.prompt_token_ids
         begun = [p for p in self.placements if prompt[: p.covered] == self.prefixes[p.slot][: p.covered]]
         longest = max(begun, key=lambda p: (p.covered, -p.slot), default=None)
-        return longest if longest is not None and sequence.computed >= longest.covered else None
+        if longest is None:
+            return None
+        return longest if sequence.computed >= (len(prompt) if self.dense_prefill else longest.covered) else None
 
     def find_rows(self, rows, live, num_tokens):
         """What the worker finds in each group, with a padded row at the end."""
@@ -249,7 +258,7 @@ def test_no_row_is_mistaken(rows_class, worlds, block_sizes, kernel_block_size, 
         outcomes["alone"] += server.num_alone
 
     serve()
-    assert outcomes.keys() >= {SQUEEZED, NOT_COMPUTED, NO_INDEX, CACHE_SALT}, "the worlds are too simple"
+    assert outcomes.keys() >= {SQUEEZED, PREFILL, NOT_COMPUTED, NO_INDEX, CACHE_SALT}, "the worlds are too simple"
     assert outcomes["alone"], "no step has squeezed rows alone"
 
 
@@ -268,7 +277,7 @@ def test_no_row_left_to_vllm_is_taken_for_one_on_another_prefix(rows_class, worl
             outcomes.update(server.seen)
 
     serve()
-    assert outcomes.keys() >= {SQUEEZED, EXACT, FASTER, NOT_COMPUTED}, "the worlds are too simple"
+    assert outcomes.keys() >= {SQUEEZED, EXACT, FASTER, PREFILL, NOT_COMPUTED}, "the worlds are too simple"
 
 
 def test_rows_that_grow_into_a_prefix_are_counted():

@@ -11,7 +11,15 @@ from vllm_squeeze.attention_backend.matching import PrefixMatcher
 from vllm_squeeze.attention_backend.placement import Options, Placement, place
 from vllm_squeeze.prefix_index.manifest import LayerEntry
 
-OPTIONS = Options(indexes=[], budget=1.0, max_kl=0.05, rest="value_centroids", mode="squeezed", memory_limit_gib=1.0)
+OPTIONS = Options(
+    indexes=[],
+    budget=1.0,
+    max_kl=0.05,
+    rest="value_centroids",
+    mode="squeezed",
+    prefill="dense",
+    memory_limit_gib=1.0,
+)
 
 
 def make_placement(slot: int, num_tokens: int, block_sizes: dict[int, int]) -> Placement:

@@ -9,7 +9,8 @@ from benchmarks.quality.answers import go_on, read, summarise
 from benchmarks.quality.questions import Question, Task
 
 TASK = Task("vt", "prefix", (Question("1?", ("a",)), Question("2?", ("b", "c"))), answer_tokens=2)
-SQUEEZED = {"vllm:squeeze_rowssqueezed": 3, "vllm:squeeze_prefix_bytes_alone": 1, "vllm:squeeze_prefix_bytes_dense": 4}
+ROWS = {"vllm:squeeze_rowssqueezed": 3, "vllm:squeeze_rowsdense: prefill": 1}
+SQUEEZED = {**ROWS, "vllm:squeeze_prefix_bytes_alone": 1, "vllm:squeeze_prefix_bytes_dense": 4}
 
 
 def row(number: int, text: str, tokens: list[int], counters: dict[str, float]) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def test_questions_on_documents_have_f1_too():
         ([row(0, "a", [1], SQUEEZED)], "1 of 2 questions"),
         ([row(0, "a", [1], SQUEEZED), row(1, "b", [1], SQUEEZED | {"vllm:squeeze_rowsdense: faster": 1})], "faster"),
         ([row(0, "a", [1], {}), row(1, "b", [1], {})], "rows are {}"),
-        ([row(n, "a", [1], {"vllm:squeeze_rowssqueezed": 3}) for n in range(2)], "nothing of the prefix was read"),
+        ([row(n, "a", [1], ROWS) for n in range(2)], "nothing of the prefix was read"),
     ],
     ids=["missing", "dense rows", "no rows", "no bytes"],
 )

@@ -65,7 +65,7 @@ def test_figures_are_those_of_a_server(model, measured):
 
 
 def serving(model, index: PrefixIndex, budget, **settings):
-    return engine(model, index.folder, budget, squeeze=settings, max_model_len=2048)
+    return engine(model, index.folder, budget, squeeze={"prefill": "dense", **settings}, max_model_len=2048)
 
 
 def budget_served(model, index: PrefixIndex, **settings) -> tuple[float | None, dict[str, int], list[str]]:
@@ -85,7 +85,7 @@ def test_auto_takes_the_least_budget_that_is_good_enough(model, measured, tmp_pa
     middle = quality.budgets[1]
     budget, rows, _ = budget_served(model, measured, max_kl=middle.kl * 1.0001)
     assert quality.budgets[2].budget < budget <= round(middle.budget + 0.0005, 3)
-    assert rows["squeezed"] == 4
+    assert rows["squeezed"] == rows["dense: prefill"] == 2
 
 
 def test_auto_without_one_that_is_good_enough_is_dense(model, measured):

@@ -14,7 +14,7 @@ NOTHING = 1e-6
 def sweep(models, indexes):
     model = models("llama")
     prompts = [PREFIX + tokens(seed, 3 + seed) for seed in range(8)]
-    sweep = Sweep(str(model), indexes(model, PREFIX), prompts, 6, ENGINE_ARGS)
+    sweep = Sweep(str(model), indexes(model, PREFIX), prompts, 6, ENGINE_ARGS, prefill="squeezed")
     yield sweep
     sweep.llm.llm_engine.engine_core.shutdown()
 

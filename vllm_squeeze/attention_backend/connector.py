@@ -83,7 +83,7 @@ class SqueezeConnector(PassiveConnector):
         matcher = PrefixMatcher(placements.values(), tokens)
         groups = full_attention_groups(self._kv_cache_config)
         num_layers = sum(len(self._kv_cache_config.kv_cache_groups[group].layer_names) for group in groups)
-        return LiveRequests(matcher, groups, arms_of(options, vllm_config, num_layers))
+        return LiveRequests(matcher, groups, arms_of(options, vllm_config, num_layers), options.prefill == "dense")
 
     # scheduler's side
 

@@ -13,6 +13,7 @@ SQUEEZED = "squeezed"
 EXACT = "exact"
 FASTER = "dense: faster"
 NO_INDEX = "dense: no index"
+PREFILL = "dense: prefill"
 NOT_COMPUTED = "dense: prefix not in the KV cache yet"
 LORA = "dense: LoRA adapter"
 CACHE_SALT = "dense: cache salt"
@@ -112,6 +113,7 @@ class _Live:
     Attributes:
         placement: of the prefix that it begins with, or is the start of.
         begins_with_prefix: whether it is the former.
+        ready_from: tokens that must have been computed before its row is more than dense: the prefix, or the prompt.
         block_sizes: by KV cache group.
         blocks: that vLLM has told of, by KV cache group.
         prefix_ends: the last block of the request's prefix, in each group: it stands for all before it. As LiveBlock's
@@ -120,6 +122,7 @@ class _Live:
 
     placement: Placement
     begins_with_prefix: bool
+    ready_from: int
     block_sizes: dict[int, int]
     blocks: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     prefix_ends: tuple[tuple[int, int, int, int], ...] | None = None
@@ -152,23 +155,33 @@ class LiveRequests:
         matcher: of the indexed prefixes.
         block_sizes: by KV cache group.
         choose: how the rows of a step on one prefix attend to it.
+        dense_prefill: whether a prompt's tokens are dense where attention to the prefix would not be exact.
 
     Attributes:
         rows: rows scheduled since they were last taken, by what became of them.
     """
 
-    def __init__(self, matcher: PrefixMatcher, block_sizes: dict[int, int], choose: ChooseArm = always_squeezed):
+    def __init__(
+        self,
+        matcher: PrefixMatcher,
+        block_sizes: dict[int, int],
+        choose: ChooseArm = always_squeezed,
+        dense_prefill: bool = False,
+    ):
         self.rows: Counter[str] = Counter()
         self._choose = choose
         self._matcher = matcher
         self._block_sizes = block_sizes
+        self._dense_prefill = dense_prefill
         self._live: dict[str, _Live] = {}
         self._refused: dict[str, str] = {}
 
     def add(self, request: Any) -> None:
         placement, reason = self._matcher.match(request)
         if placement is not None:
-            self._live[request.request_id] = _Live(placement, reason == SQUEEZED, self._block_sizes)
+            dense_prefill = self._dense_prefill and not placement.exact
+            ready_from = len(request.prompt_token_ids) if dense_prefill else placement.covered
+            self._live[request.request_id] = _Live(placement, reason == SQUEEZED, ready_from, self._block_sizes)
         elif reason != NO_INDEX:
             self._refused[request.request_id] = reason
 
@@ -187,12 +200,13 @@ class LiveRequests:
             self._count(self._refused[request_id], 1)
             on_no_index -= 1
         for request_id, live, computed in self._update(scheduled):
-            if live.prefix_ends is not None and computed >= live.placement.covered:
+            if live.prefix_ends is not None and computed >= live.ready_from:
                 ready[live.placement.slot].append((live, computed, counts[request_id]))
-            else:
-                dense.append((live, computed))
-        waiting = sum(live.begins_with_prefix for live, _ in dense)
-        self._count(NOT_COMPUTED, waiting)
+                continue
+            dense.append((live, computed))
+            if live.begins_with_prefix:
+                self._count(PREFILL if computed >= live.placement.covered else NOT_COMPUTED, 1)
+                on_no_index -= 1
 
         blocks, stock, num_tokens, num_rows, suffixes = set(), set(), 0, 0, []
         for slot, rows in ready.items():
@@ -210,7 +224,7 @@ class LiveRequests:
                 num_tokens += work.tokens
                 num_rows += len(rows)
                 suffixes.append(max(computed + count for _, computed, count in rows) - placement.covered)
-        self._count(NO_INDEX, on_no_index - waiting)
+        self._count(NO_INDEX, on_no_index)
         if not blocks:
             return _NOTHING
 

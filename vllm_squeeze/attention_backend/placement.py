@@ -32,6 +32,7 @@ class Options:
     max_kl: float
     rest: str
     mode: str
+    prefill: str
     memory_limit_gib: float
 
 

@@ -53,6 +53,7 @@ def add_connector(args: Any) -> None:
         "max_kl": config.max_kl,
         "rest": config.rest,
         "mode": config.mode,
+        "prefill": config.prefill,
         "memory_limit_gib": config.memory_limit_gib,
     }
     ours = connector(SERVE, options)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_squeeze.attention_backend.worker import residency_of, worker_of
+from vllm_squeeze.config import SqueezeConfig
 from vllm_squeeze.offline_tools import forcing
 from vllm_squeeze.prefix_index.budget import ReadCost
 
@@ -35,7 +36,7 @@ class TunableWorker(forcing.KeepsLogits):
 
 
 class PrefixEngine:
-    """An engine that squeezes every row on its prefix, until it is told otherwise.
+    """An engine that squeezes every row on its prefix that it may, until it is told otherwise.
 
     Args:
         model: as vLLM takes it.
@@ -43,6 +44,7 @@ class PrefixEngine:
         prompts: token ids, each of the prefix and a question.
         num_tokens: most tokens of an answer.
         engine_args: more arguments for vLLM's engine, which go before those chosen here.
+        prefill: as in ``SqueezeConfig``.
 
     Attributes:
         llm: vLLM's.
@@ -53,17 +55,24 @@ class PrefixEngine:
     """
 
     def __init__(
-        self, model: str, index: Path, prompts: Sequence[Sequence[int]], num_tokens: int, engine_args: dict[str, Any]
+        self,
+        model: str,
+        index: Path,
+        prompts: Sequence[Sequence[int]],
+        num_tokens: int,
+        engine_args: dict[str, Any],
+        prefill: str = SqueezeConfig.prefill,
     ):
         from vllm import LLM, TokensPrompt
 
         from vllm_squeeze.prefix_index.index_folder import PrefixIndex, find_indexes
 
         (folder,) = find_indexes(index)
+        settings = {"index": str(folder), "budget": 1, "mode": "squeezed", "prefill": prefill}
         chosen = {
             "max_model_len": max(map(len, prompts)) + num_tokens,
             "attention_backend": "squeeze",
-            "additional_config": {"squeeze": {"index": str(folder), "budget": 1, "mode": "squeezed"}},
+            "additional_config": {"squeeze": settings},
             "enable_prefix_caching": True,
             "disable_log_stats": False,
             "worker_extension_cls": f"{__name__}.{TunableWorker.__name__}",

@@ -1,0 +1,46 @@
+"""Prompts that attend to all of their prefix, by default: answers begin as vLLM's own do, and only then are squeezed."""
+
+import pytest
+
+from tests.engine.conftest import engine, outcomes, tokens
+
+PREFIX = tokens(seed=1, count=600)
+QUESTIONS = [tokens(seed, 20 + 30 * seed) for seed in range(2, 7)]
+
+
+def first_tokens(llm, prompts, count: int = 3) -> list[list[dict[int, float]]]:
+    """Log probabilities of the likeliest tokens at the places of each answer, whose tokens are the same in any case."""
+    from vllm import SamplingParams, TokensPrompt
+
+    sampling = SamplingParams(temperature=0, max_tokens=count, logprobs=5, detokenize=False, allowed_token_ids=[7])
+    results = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts], sampling, use_tqdm=False)
+    return [
+        [{token: logprob.logprob for token, logprob in place.items()} for place in result.outputs[0].logprobs]
+        for result in results
+    ]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("chunk", [None, 64], ids=["one-step", "chunks"])
+def test_the_first_token_is_dense_and_the_others_are_squeezed(models, indexes, family, chunk):
+    """All at once: prompts, in chunks or not, beside rows that are squeezed."""
+    model, arguments = models(family), {"max_num_batched_tokens": chunk} if chunk else {}
+    prompts = [PREFIX + question for question in QUESTIONS]
+    with engine(model, **arguments) as llm:
+        first_tokens(llm, [PREFIX + [5]], 1)
+        dense = first_tokens(llm, prompts)
+    with engine(model, indexes(model, PREFIX), 0.4, {"prefill": "dense"}, **arguments) as llm:
+        first_tokens(llm, [PREFIX + [5]], 1)
+        before = outcomes(llm)
+        ours = first_tokens(llm, prompts)
+        rows = {name: count - before.get(name, 0) for name, count in outcomes(llm).items() if count > before.get(name, 0)}
+        again = first_tokens(llm, [prompt + [7] for prompt in prompts], 1)
+    for mine, theirs in zip(ours, dense, strict=True):
+        assert mine[0] == pytest.approx(theirs[0], abs=1e-5)
+        assert mine[1] != pytest.approx(theirs[1], abs=1e-3) and mine[2] != pytest.approx(theirs[2], abs=1e-3)
+    assert rows["squeezed"] == 2 * len(prompts)
+    assert rows.pop("dense: prefill") >= (len(prompts) if chunk is None else 2 * len(prompts))
+    assert rows.keys() == {"squeezed"}
+    # The KV of a prompt is vLLM's own, whoever finds it in the cache.
+    for mine, theirs in zip(again, dense, strict=True):
+        assert mine[0] == pytest.approx(theirs[1], abs=1e-5)
