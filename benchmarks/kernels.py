@@ -101,6 +101,7 @@ def make_layer(shape: Shape, kept: float, likeness: float, beside: bool) -> Laye
         value_centroids=value_centroids,
         value_scales=value_scales,
         log_weights=torch.zeros_like(value_scales),
+        variances=torch.zeros_like(value_scales),
         starts=starts,
         sizes=sizes,
         members=torch.stack([torch.randperm(num_members, device=device) for _ in range(heads)]).int() + NUM_SINKS,

@@ -4,9 +4,9 @@ All choose among units of keys: clusters, pages, or keys alone. A rule gives eac
 KV head; units whose rank exceeds one threshold, the same for all tokens, heads and layers, are attended to exactly.
 Top-k and top-p are such rules too: their ranks are minus the keys, or the mass, that come before a unit.
 
-    ours      clusters by predicted attention probability times their weight in the index; the others contribute through
-              their mean value
-    paper     the same without weights, with query heads joined by their mean, and nothing of the others
+    ours      clusters by predicted attention probability, raised for the spread of their keys, times their weight in the
+              index; the others contribute through their mean value
+    paper     the same without raise and weights, with query heads joined by their mean, and nothing of the others
     oracle    single keys by true attention probability, as many for each token and head
     pages     pages of 16 keys by an upper bound from their least and largest key elements (Quest), as many for each
     random    clusters drawn by lot; all else as in ours
@@ -18,8 +18,9 @@ Options follow a plus: ``ours+mean+drop``.
     threshold          what exceeds a predicted probability
     topk               as many keys for each token and head
     topp               as much predicted mass for each token and head, within FLOOR and CAP of the keys wanted
-    sigma, variance    scores are raised by |s q| sigma / 2 or |s q|^2 variance / 2 of the cluster's keys, s the softmax
-                       scale; those of the mean values are not
+    flat               without raise
+    variance           raised without bound, and probabilities made from raised scores: as if logits of a cluster's keys
+                       were spread normally
     plain              without weights
     wide               centroids in 16 bits, not in 8
     tile               one choice for all tokens of a tile of the kernels
@@ -33,10 +34,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vllm_squeeze.kernels.reference import capped, joined, softmax_weighted
-from vllm_squeeze.kernels.tables import ClusterTable, unquantised
+from vllm_squeeze.kernels.reference import capped, joined, raises, softmax_weighted
+from vllm_squeeze.kernels.tables import MOST_RAISE, ClusterTable, unquantised
 from vllm_squeeze.kernels.tiles import tokens_per_tile
-from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, BYTES_PER_SCALE, BYTES_PER_WEIGHT, ReadCost
+from vllm_squeeze.prefix_index.budget import (
+    BYTES_PER_MEMBER,
+    BYTES_PER_SCALE,
+    BYTES_PER_VARIANCE,
+    BYTES_PER_WEIGHT,
+    ReadCost,
+)
 
 PAGE = 16
 FLOOR, CAP = 0.25, 4.0
@@ -51,7 +58,7 @@ class Arm:
     choice: str = "threshold"
     join: str = "max"
     rest: bool = True
-    spread: str = ""
+    spread: str = "raise"
     plain: bool = False
     wide: bool = False
     tile: bool = False
@@ -59,9 +66,9 @@ class Arm:
 
 RULES = {
     "ours": Arm(),
-    "paper": Arm(join="mean", rest=False, plain=True),
-    "oracle": Arm(units="keys", choice="topk", rest=False),
-    "pages": Arm(units="pages", choice="topk", rest=False),
+    "paper": Arm(join="mean", rest=False, spread="", plain=True),
+    "oracle": Arm(units="keys", choice="topk", rest=False, spread=""),
+    "pages": Arm(units="pages", choice="topk", rest=False, spread=""),
     "random": Arm(lot=True),
 }
 OPTIONS = {
@@ -71,7 +78,7 @@ OPTIONS = {
     "threshold": {"choice": "threshold"},
     "topk": {"choice": "topk"},
     "topp": {"choice": "topp"},
-    "sigma": {"spread": "sigma"},
+    "flat": {"spread": ""},
     "variance": {"spread": "variance"},
     "plain": {"plain": True},
     "wide": {"wide": True},
@@ -133,7 +140,7 @@ class Cost:
 def cost_of(arm: Arm, cost: ReadCost) -> Cost:
     """What an arm reads, from what the server's own rule reads. Keys alone and pages need no list of members."""
     if arm.units == "clusters":
-        more = BYTES_PER_WEIGHT * (bool(arm.spread) - arm.plain)
+        more = -BYTES_PER_WEIGHT * arm.plain - BYTES_PER_VARIANCE * (not arm.spread)
         if arm.wide:
             more += (cost.head_size - BYTES_PER_SCALE) * (2 if arm.rest else 1)
         fixed, per_key = replace(cost, rest=arm.rest).fixed_bytes + cost.num_centroids * more, cost.bytes_per_key
@@ -174,7 +181,7 @@ class Units:
         sizes: [H, U] float32, keys of each unit.
         low, high: [H, U, D] float32, bounds on its keys' elements; where equal, their mean.
         values: [H, U, D] float32, its mean value; None where what is not chosen contributes nothing.
-        variance: [H, U] float32, of an element of its keys, mean over elements; None where the arm needs none.
+        variances: [H, U] float32, as in ``ClusterTable``; None where the arm needs none.
         log_weights: [H, U] float32, log of what probabilities are multiplied by; None for 1.
     """
 
@@ -183,7 +190,7 @@ class Units:
     low: torch.Tensor
     high: torch.Tensor
     values: torch.Tensor | None = None
-    variance: torch.Tensor | None = None
+    variances: torch.Tensor | None = None
     log_weights: torch.Tensor | None = None
 
 
@@ -205,11 +212,9 @@ def units_of(arm: Arm, prefix: Prefix) -> Units:
         else:
             centroids = unquantised(table.centroids, table.centroid_scales)
             means = unquantised(table.value_centroids, table.value_scales)
-        variance = None
-        if arm.spread:
-            variance = mean((keys - centroids.gather(1, index)).square().mean(-1, keepdim=True))[..., 0]
+        variances = table.variances if arm.spread else None
         log_weights = None if arm.plain else table.log_weights
-        return Units(of_key, sizes, centroids, centroids, means if arm.rest else None, variance, log_weights)
+        return Units(of_key, sizes, centroids, centroids, means if arm.rest else None, variances, log_weights)
     of_key = torch.arange(count, device=keys.device).expand(heads, -1)
     if arm.units == "keys":
         return Units(of_key, torch.ones_like(keys[..., 0]), keys, keys, values if arm.rest else None)
@@ -266,12 +271,13 @@ def rank(
     if arm.lot:
         shape = scores[:, :, 0].shape
         return torch.rand(shape, generator=generator, device=scores.device)
+    raised = 0.0
     if arm.spread:
-        length = query.norm(dim=-1)[..., None] * prefix.scale  # |s q|
-        deviation = units.variance.sqrt()[:, None] * length
-        scores = scores + (deviation if arm.spread == "sigma" else deviation.square()) / 2
+        raised = raises(query, units.variances, prefix.scale, math.inf if arm.spread == "variance" else MOST_RAISE)
+    if arm.spread == "variance":
+        scores, raised = scores + raised, 0.0
     mass = (scores + units.sizes.log()[:, None]).logsumexp(-1, keepdim=True)
-    log_p = joined((scores - mass).masked_fill((units.sizes == 0)[:, None], -torch.inf), arm.join)
+    log_p = joined((scores - mass + raised).masked_fill((units.sizes == 0)[:, None], -torch.inf), arm.join)
     if units.log_weights is not None:
         log_p = log_p + units.log_weights[None]
     if arm.tile:

@@ -193,7 +193,9 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=16, help="most tokens of an answer")
     parser.add_argument("--tolerance", type=float, default=0.02, help="how far bytes may be from the budget, relative")
     parser.add_argument("--most-runs", type=int, default=4, help="of an arm, to meet its budget")
-    parser.add_argument("--prefill", choices=PREFILLS, default=SqueezeConfig.prefill, help="what prompts' ends attend to")
+    parser.add_argument(
+        "--prefill", choices=PREFILLS, default=SqueezeConfig.prefill, help="what prompts' ends attend to"
+    )
     parser.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="where to draw KL against bytes, of all arms so far")
     arguments, further = parser.parse_known_args()
@@ -215,7 +217,9 @@ def main() -> int:
 
     task = read_task(arguments.work, arguments.task)
     prompts = prompts_of(task, arguments.model)
-    sweep = Sweep(arguments.model, folder / "index", prompts, arguments.tokens, arguments.engine_args, arguments.prefill)
+    sweep = Sweep(
+        arguments.model, folder / "index", prompts, arguments.tokens, arguments.engine_args, arguments.prefill
+    )
     places = sum(map(len, sweep.answers))
     print(f"{machine()}, {arguments.model}, {task.name}, {len(prompts)} questions, {places} places of answers")
     print(f"{'arm':<28}{'budget':>8}" + "".join(f"{title:>9}" for title, *_ in COLUMNS), flush=True)

@@ -9,7 +9,7 @@ import torch
 from benchmarks.quality.selection import Arm, Prefix, attend, cost_of, parse, rank, unit_scores, units_of
 from tests.prefix_index.small_index import COST
 from vllm_squeeze.kernels.reference import attend_prefix, capped
-from vllm_squeeze.kernels.tables import ClusterTable, quantised
+from vllm_squeeze.kernels.tables import MOST_RAISE, ClusterTable, quantised
 from vllm_squeeze.prefix_index.clustering import cluster_keys
 from vllm_squeeze.prefix_index.manifest import IndexParameters
 
@@ -39,7 +39,9 @@ def prefix() -> Prefix:
     (keys_of, key_scales), (values_of, value_scales) = map(quantised, empty)
     sizes = torch.nn.functional.pad(sizes, (0, 1))
     log_weights = torch.randn(sizes.shape, generator=generator)
-    table = ClusterTable(keys_of, key_scales, values_of, value_scales, log_weights, starts, sizes, found.members)
+    variances = torch.rand(sizes.shape, generator=generator) * 3
+    vectors = keys_of, key_scales, values_of, value_scales
+    table = ClusterTable(*vectors, log_weights, variances, starts, sizes, found.members)
     return Prefix(keys[:, :TOKENS], values[:, :TOKENS], table, SINKS, SIZE**-0.5)
 
 
@@ -55,8 +57,9 @@ def test_the_built_in_rules_are_those_of_the_oracle(query, prefix, name: str, so
     found = run(arm, query, prefix, threshold)
     table = prefix.table
     if arm.plain:
-        # an index of the paper's rule has no weights; an arm of it is to pass over those of another
-        table = replace(table, log_weights=torch.zeros_like(table.log_weights))
+        # an index of the paper's rule has no weights and raises; an arm of it is to pass over those of another
+        none = torch.zeros_like(table.log_weights)
+        table = replace(table, log_weights=none, variances=none)
     heads = torch.arange(HEADS)[:, None]
     output, lse, kept, _ = attend_prefix(
         query,
@@ -124,22 +127,20 @@ def test_top_p_stays_between_floor_and_cap(query, prefix):
     assert free.float().std() > 1, "as many keys whatever the mass"
 
 
-def test_spread_raises_the_scores_of_wide_clusters(query, prefix):
-    arms = [parse(name) for name in ("ours", "ours+sigma", "ours+variance")]
+def test_spread_raises_wide_clusters(query, prefix):
+    """By half the variance of logits; where scores themselves are raised, the mass takes part of it back from all."""
+    one = query[:, :, :1]  # of a single query head, nothing is to be joined
+    arms = [parse(name) for name in ("ours+flat", "ours", "ours+variance")]
     units = units_of(arms[1], prefix)
-    cluster = int(prefix.table.sizes[0].argmax())
-    members = units.of_key[0] == cluster
-    expected = prefix.keys[0, SINKS:][members].var(0, correction=0).mean().item()
-    # of the keys that are covered; the centroid is that of all
-    assert units.variance[0, cluster] == pytest.approx(expected, rel=0.2)
-    scores = unit_scores(query, units, prefix)
-    lots = torch.Generator()
-    plain, sigma, variance = (rank(arm, query, scores, units, prefix, 1, lots) for arm in arms)
-    wide, narrow = units.variance.argmax(-1), units.variance.masked_fill(units.variance == 0, torch.inf).argmin(-1)
-    for raised in (sigma, variance):
-        gain = raised - plain
-        for head in range(HEADS):
-            assert (gain[:, head, wide[head]] > gain[:, head, narrow[head]]).all()
+    scores, lots = unit_scores(one, units, prefix), torch.Generator()
+    flat, ours, variance = (rank(arm, one, scores, units, prefix, 1, lots) for arm in arms)
+    expected = (one * prefix.scale).square().sum(-1) * units.variances / 2
+    occupied = (units.sizes > 0).expand_as(flat)
+    torch.testing.assert_close((ours - flat)[occupied], expected.clamp(max=MOST_RAISE)[occupied])
+    assert (expected > MOST_RAISE).any() and (expected < MOST_RAISE).any()
+    taken_back = (expected - (variance - flat)).masked_fill(~occupied, torch.nan)
+    assert (taken_back.nan_to_num(torch.inf) > 0).all()
+    torch.testing.assert_close(taken_back.nan_to_num(-torch.inf).amax(-1), taken_back.nan_to_num(torch.inf).amin(-1))
 
 
 def test_a_tile_has_one_choice(query, prefix):
@@ -152,11 +153,12 @@ def test_a_tile_has_one_choice(query, prefix):
 
 def test_bytes_of_arms():
     always = 116 * 256
-    assert cost_of(parse("ours"), COST).fixed_bytes == COST.fixed_bytes == always + 50 * (128 + 8 + 12)
-    assert cost_of(parse("ours+drop"), COST).fixed_bytes == always + 50 * (64 + 4 + 12)
-    assert cost_of(parse("ours+wide"), COST).fixed_bytes == always + 50 * (256 + 12)
-    assert cost_of(parse("ours+plain"), COST).fixed_bytes == always + 50 * (128 + 8 + 8)
-    assert cost_of(parse("ours+sigma"), COST).fixed_bytes == always + 50 * (128 + 8 + 12 + 4)
+    assert cost_of(parse("ours"), COST).fixed_bytes == COST.fixed_bytes == always + 50 * (128 + 8 + 16)
+    assert cost_of(parse("ours+drop"), COST).fixed_bytes == always + 50 * (64 + 4 + 16)
+    assert cost_of(parse("ours+wide"), COST).fixed_bytes == always + 50 * (256 + 16)
+    assert cost_of(parse("ours+plain"), COST).fixed_bytes == always + 50 * (128 + 8 + 12)
+    assert cost_of(parse("ours+flat"), COST).fixed_bytes == always + 50 * (128 + 8 + 12)
+    assert cost_of(parse("paper"), COST).fixed_bytes == always + 50 * (64 + 4 + 8)
     assert cost_of(parse("oracle"), COST).fixed_bytes == always
     assert cost_of(parse("pages"), COST).fixed_bytes == always + 56 * 256
     assert [cost_of(parse(name), COST).bytes_per_key for name in ("ours", "oracle", "pages")] == [260, 256, 256]
@@ -166,11 +168,11 @@ def test_shares_meet_budgets():
     cost = cost_of(parse("ours"), COST)
     assert cost.budget_used(cost.share(0.3)) == pytest.approx(0.3)
     assert cost.share(1) == 1
-    with pytest.raises(ValueError, match=r"budget: 0.1 is less than the 0.145"):
+    with pytest.raises(ValueError, match=r"budget: 0.1 is less than the 0.146"):
         cost.share(0.1)
 
 
-@pytest.mark.parametrize("name", ["best", "ours+worse", "oracle+wide", "pages+sigma", ""])
+@pytest.mark.parametrize("name", ["best", "ours+worse", "oracle+wide", "pages+variance", ""])
 def test_names_that_are_none(name: str):
     with pytest.raises(ValueError, match="is no arm"):
         parse(name)

@@ -91,7 +91,9 @@ def engine(model: Path, index: Any = None, budget: float = 1.0, squeeze: Any = N
     if index is not None:
         index = [str(index)] if isinstance(index, Path) else [str(folder) for folder in index]
         arguments["attention_backend"] = "squeeze"
-        arguments["additional_config"] = {"squeeze": {"index": index, "budget": budget, "prefill": "squeezed", **(squeeze or {})}}
+        arguments["additional_config"] = {
+            "squeeze": {"index": index, "budget": budget, "prefill": "squeezed", **(squeeze or {})}
+        }
     settings = {"enforce_eager": True, "max_model_len": 1024, "skip_tokenizer_init": True, "disable_log_stats": False}
     llm = LLM(str(model), **{**ENGINE_ARGS, **settings, **arguments})
     try:

@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks.quality.sweep import Sweep
 from tests.engine.conftest import ENGINE_ARGS, tokens
+from vllm_squeeze.prefix_index.calibration import LEVEL, LEVEL_SHARE
 
 PREFIX = tokens(seed=1, count=600)
 # Below it, next-token distributions of float32 runs count as the same.
@@ -45,6 +46,14 @@ def test_arms_meet_their_budget_and_the_oracle_is_ahead(sweep):
     assert arms["oracle"]["kl"] < 0.05 and arms["ours"]["kl"] < 2.7
     assert 0 < arms["oracle"]["kl"] < arms["ours"]["kl"] < arms["random"]["kl"]
     assert arms["oracle"]["recall"] > arms["ours"]["recall"] > arms["random"]["recall"]
+
+
+def test_layers_keep_about_as_much(sweep):
+    """Each has weights on one level; questions other than those that it was found on differ a little."""
+    ours, _ = sweep.measure("ours", LEVEL)
+    kept = ours["kept_of_layers"]
+    assert ours["kept"] == pytest.approx(LEVEL_SHARE, rel=0.2)
+    assert max(kept) < 1.5 * min(kept), kept
 
 
 def test_a_budget_that_cannot_be_met(sweep):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vllm_squeeze.kernels.reference import attend_causal
-from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes, quantised, unquantised
+from vllm_squeeze.kernels.tables import JOINS, MOST_RAISE, ClusterTable, Prefixes, quantised, unquantised
 from vllm_squeeze.kernels.tiles import QueryTiles
 
 ON_GPU = torch.cuda.is_available()
@@ -81,7 +81,7 @@ class Scene:
         op(self.query, output, *self.operands(), *arguments, **self.cache_scales)
         return output
 
-    def log_p(self, token: int) -> torch.Tensor:
+    def log_p(self, token: int, raised: bool = False) -> torch.Tensor:
         """Log of the predicted probability of the clusters of a token's prefix, [H, C], joined over the group."""
         first, count, _, join = self.prefixes.slots[self.slot_of[token]].tolist()
         table = self.table.prefix(first, count)
@@ -89,12 +89,15 @@ class Scene:
         scores = query @ unquantised(table.centroids, table.centroid_scales).double().mT * self.scale
         mass = (table.sizes[:, None] * scores.exp()).sum(-1, keepdim=True).log()
         log_p = scores - mass
+        if raised:
+            squares = (query * self.scale).square().sum(-1, keepdim=True)
+            log_p += (squares * table.variances[:, None].double() / 2).clamp(max=MOST_RAISE)
         return log_p.exp().mean(1).log() if JOINS[join] == "mean" else log_p.amax(1)
 
     def rank(self, token: int) -> torch.Tensor:
         """What the choice compares with the threshold, [H, C]."""
         first, count, *_ = self.prefixes.slots[self.slot_of[token]].tolist()
-        return self.log_p(token) + self.table.prefix(first, count).log_weights.double()
+        return self.log_p(token, raised=True) + self.table.prefix(first, count).log_weights.double()
 
     def set_threshold(self, share: float) -> None:
         """Lets about ``share`` of each prefix's clusters be chosen; 0 and 1 are none and all.
@@ -289,6 +292,8 @@ def build_scene(
         value_centroids=of_values[0],
         value_scales=of_values[1],
         log_weights=torch.where(of_keys[1].isnan(), torch.nan, randn(*of_keys[1].shape).to(device)),
+        # that raise by up to some 6 nats, were there no bound
+        variances=torch.where(of_keys[1].isnan(), torch.nan, 3 * randn(*of_keys[1].shape).to(device).square()),
         starts=starts_per_head.to(device),
         sizes=sizes_per_head.to(device),
         members=torch.cat(members, 1).int().to(device),

@@ -14,7 +14,7 @@ from vllm_squeeze.kernels.reference import (
     merge,
     squeezed_attention_reference,
 )
-from vllm_squeeze.kernels.tables import unquantised
+from vllm_squeeze.kernels.tables import MOST_RAISE, unquantised
 
 SIZES = ((5, 1, 9, 0, 30, 2, 17, 8, 24), (40, 3, 3))
 
@@ -79,10 +79,29 @@ def test_a_needle_is_always_chosen(make_scene):
     """A cluster far above the others is chosen at any threshold below 1 / N_i, by one query head of the group."""
     scene = make_scene(sizes=SIZES, slot_of=(0,))
     table = scene.table.prefix(0, len(SIZES[0]))
+    table = dataclasses.replace(table, variances=torch.zeros_like(table.variances))  # else others choose more
     query = scene.query[:1].view(1, scene.num_kv_heads, scene.group, -1).clone()
     query[:, :, -1] = 30 * unquantised(table.centroids, table.centroid_scales)[:, 5]
     _, chosen = choose_clusters(query, table, torch.tensor(0.49).log().item(), scene.scale)
     assert chosen[0, :, 5].all() and chosen.sum() == scene.num_kv_heads
+
+
+def test_wide_clusters_are_raised_up_to_a_bound(make_scene):
+    """By half the variance of their keys' logits: at a threshold in between, a wide cluster is chosen by that alone."""
+    scene = make_scene(sizes=SIZES, slot_of=(0,), group=1)
+    table = scene.table.prefix(0, len(SIZES[0]))
+    none = torch.zeros_like(table.variances)
+    query = scene.query.view(1, scene.num_kv_heads, 1, -1)
+    per_nat = 2 / (query * scene.scale).square().sum(-1)[0]  # [H, 1], the variance that raises by a nat
+    log_p = scene.log_p(0) + table.log_weights
+    for wanted, raised in ((1.0, 1.0), (MOST_RAISE, MOST_RAISE), (100.0, MOST_RAISE)):
+        variances = none.clone()
+        variances[:, 4] = wanted * per_nat[:, 0]
+        wide = dataclasses.replace(table, variances=variances)
+        for head in range(scene.num_kv_heads):
+            for more, is_chosen in ((-1e-3, True), (1e-3, False)):
+                _, chosen = choose_clusters(query, wide, float(log_p[head, 4]) + raised + more, scene.scale)
+                assert chosen[0, head, 4] == is_chosen
 
 
 def attend_all(

@@ -61,7 +61,8 @@ def make_clusters(seed: int = 0) -> LayerClusters:
         parts = members[head].split(sizes[head].tolist())
         members[head] = torch.cat([part.sort().values for part in parts])
     log_weights = torch.randn(NUM_HEADS, NUM_CENTROIDS, generator=generator)
-    return LayerClusters(*quantised(vectors[0]), *quantised(vectors[1]), log_weights, sizes, members)
+    variances = torch.rand(NUM_HEADS, NUM_CENTROIDS, generator=generator)
+    return LayerClusters(*quantised(vectors[0]), *quantised(vectors[1]), log_weights, variances, sizes, members)
 
 
 def make_manifest(token_ids: np.ndarray, layers: list[LayerEntry], **changes) -> Manifest:

@@ -6,12 +6,16 @@ import torch
 from vllm_squeeze.kernels.reference import choose_clusters
 from vllm_squeeze.kernels.tables import JOINS, ClusterTable, quantised, unquantised
 from vllm_squeeze.prefix_index.calibration import (
-    HIGHEST,
+    BIN_WIDTH,
     LEAST_SHARE,
+    LEVEL,
+    LEVEL_SHARE,
     LOWEST,
     NUM_BINS,
     attention_histogram,
+    level,
     log_threshold,
+    moved,
     recall,
     score_histogram,
     threshold_curve,
@@ -19,7 +23,6 @@ from vllm_squeeze.prefix_index.calibration import (
 from vllm_squeeze.prefix_index.manifest import check_thresholds
 
 SCALE = 0.25
-BIN_WIDTH = (HIGHEST - LOWEST) / NUM_BINS
 
 
 def case(num_rows: int = 5, num_queries: int = 90, group: int = 7, num_centroids: int = 63):
@@ -41,14 +44,22 @@ def log_weights(centroids: torch.Tensor) -> torch.Tensor:
     return centroids.float().sum(-1) / 4
 
 
+def variances(centroids: torch.Tensor) -> torch.Tensor:
+    """Some spread of each cluster's keys, the same wherever it is; of some raises are bounded."""
+    return centroids.float()[..., 0].square()
+
+
 def histogram_of(query: torch.Tensor, centroids: torch.Tensor, sizes: torch.Tensor, *more, **options) -> torch.Tensor:
-    return score_histogram(query, centroids, log_weights(centroids), sizes, SCALE, *more, **options)
+    return score_histogram(
+        query, centroids, log_weights(centroids), variances(centroids), sizes, SCALE, *more, **options
+    )
 
 
 def table(centroids: torch.Tensor, sizes: torch.Tensor) -> ClusterTable:
     starts = sizes.cumsum(1, dtype=torch.int32) - sizes
     in_8_bits = quantised(centroids)
-    return ClusterTable(*in_8_bits, *in_8_bits, log_weights(centroids), starts, sizes, sizes.new_zeros(len(sizes), 0))
+    facts = log_weights(centroids), variances(centroids), starts, sizes
+    return ClusterTable(*in_8_bits, *in_8_bits, *facts, sizes.new_zeros(len(sizes), 0))
 
 
 def kept_share(query, centroids, sizes, threshold: float, soft_cap: float = 0.0, join: str = "max") -> float:
@@ -189,7 +200,7 @@ def prefix_case(num_rows: int = 3, num_queries: int = 20, group: int = 3, num_ke
 @pytest.mark.parametrize("memory_bytes", [1, 1 << 28])
 def test_attention_kept_is_that_of_what_is_chosen(join, memory_bytes):
     query, keys, centroids, sizes, members, num_sinks = prefix_case()
-    clusters = centroids, log_weights(centroids), sizes
+    clusters = centroids, log_weights(centroids), variances(centroids), sizes
     soft_cap = 4.0
     histogram = attention_histogram(query, keys, *clusters, members, SCALE, soft_cap, join, memory_bytes)
     assert histogram.shape == (len(query), NUM_BINS)
@@ -208,6 +219,30 @@ def test_attention_kept_is_that_of_what_is_chosen(join, memory_bytes):
     assert recall(histogram, -math.inf) == pytest.approx(torch.ones(len(query)))
     always = attention[..., :num_sinks].sum(-1).mean((1, 2))
     assert recall(histogram, math.inf) == pytest.approx(always, abs=1e-5)
+
+
+@pytest.mark.parametrize("weight", [-9.0, 0.0, 3.0])
+def test_layers_are_moved_to_one_level(weight):
+    """By whole bins, so that the histogram of the weights as they become is that of before, moved."""
+    query, centroids, sizes = case()
+
+    def histogram_at(weight: float) -> torch.Tensor:
+        weights = log_weights(centroids) + weight
+        return score_histogram(query, centroids, weights, variances(centroids), sizes, SCALE)
+
+    histogram = histogram_at(weight)
+    bins = level(histogram)
+    assert log_threshold(threshold_curve(moved(histogram, bins)), LEVEL_SHARE) == pytest.approx(LEVEL, abs=BIN_WIDTH)
+    differences = (moved(histogram, bins) - histogram_at(weight + bins * BIN_WIDTH)).abs()
+    assert differences.sum() <= 1e-3 * histogram.sum(), "rounding alone may put a key into another bin"
+
+
+def test_what_leaves_a_histogram_counts_at_its_end():
+    histogram = torch.zeros(2, NUM_BINS)
+    histogram[0, 5], histogram[0, 9], histogram[1, NUM_BINS - 2] = 1, 2, 4
+    down, up = moved(histogram, -7), moved(histogram, 3)
+    assert down[0, 0] == 1 and down[0, 2] == 2 and up[0, 8] == 1 and up[1, NUM_BINS - 1] == 4
+    assert down.sum() == up.sum() == histogram.sum() and torch.equal(moved(histogram, 0), histogram)
 
 
 def test_attention_inside_a_bin_is_taken_to_be_even():

@@ -266,6 +266,7 @@ def move_member_to_next_cluster(clusters: LayerClusters) -> None:
         (set_value("centroid_scales", (1, 2), float("nan")), "centroid_scales has values that are negative or not"),
         (set_value("value_scales", (0, 0), float("inf")), "value_scales has values that are negative or not finite"),
         (set_value("value_scales", (0, 6), -1.0), "value_scales has values that are negative or not finite"),
+        (set_value("variances", (1, 0), -0.5), "variances has values that are negative or not finite"),
         (set_value("log_weights", (1, 0), float("-inf")), "log_weights has values that are not finite"),
     ],
     ids=[
@@ -281,6 +282,7 @@ def move_member_to_next_cluster(clusters: LayerClusters) -> None:
         "nan",
         "inf",
         "negative scale",
+        "negative variance",
         "no weight",
     ],
 )

@@ -43,6 +43,16 @@ def test_weights_are_errors_of_lumping_keys_together(prefix):
         torch.testing.assert_close(weights[head], errors / errors.mean(), rtol=1e-3, atol=0)
 
 
+def test_variances_are_of_the_keys_around_their_centroid(prefix):
+    keys, values = prefix
+    kept = stored(cluster_keys(keys, values, IndexParameters()), "error")
+    for head in range(2):
+        for cluster, members in enumerate(kept.members[head].long().split(kept.sizes[head].tolist())):
+            centroid = kept.centroids[head, cluster].double() * kept.centroid_scales[head, cluster]
+            expected = (keys[head, members] - centroid).square().mean()
+            assert float(kept.variances[head, cluster]) == pytest.approx(float(expected), rel=1e-3, abs=1e-4)
+
+
 @pytest.mark.parametrize("rule", ["error", "paper"])
 def test_clusters_of_one_key_have_a_weight(prefix, rule: str):
     """Nothing is lost where they are lumped together, but with a threshold of minus infinity they have to be chosen."""
@@ -51,5 +61,6 @@ def test_clusters_of_one_key_have_a_weight(prefix, rule: str):
     assert weights.isfinite().all() and (weights >= 0.99 * LEAST_WEIGHT).all()
 
 
-def test_the_papers_rule_has_no_weights(prefix):
-    assert not stored(cluster_keys(*prefix, IndexParameters()), "paper").log_weights.any()
+def test_the_papers_rule_has_no_weights_and_no_raises(prefix):
+    kept = stored(cluster_keys(*prefix, IndexParameters()), "paper")
+    assert not kept.log_weights.any() and not kept.variances.any()

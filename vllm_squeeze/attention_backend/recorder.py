@@ -292,7 +292,7 @@ class SqueezeRecorder(PassiveConnector):
             tensors = vars(stored(of_layer, parameters.rule))
             # The threshold is calibrated with the centroids as the server will read them.
             centroids = unquantised(tensors["centroids"], tensors["centroid_scales"])
-            clusters_read = centroids, tensors["log_weights"], of_layer.sizes
+            clusters_read = centroids, tensors["log_weights"], tensors["variances"], of_layer.sizes
             softmax = scales[layer], soft_caps[layer], parameters.join
             tensors["scores"] = score_histogram(query.float(), *clusters_read, *softmax)
             if (asked := held_back[layer]).shape[1]:

@@ -1,7 +1,7 @@
 """The indexes' tables on one rank's device, loaded with the model so that vLLM's memory profiling counts them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from vllm_squeeze.attention_backend.placement import (
     threshold_of,
 )
 from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes
-from vllm_squeeze.prefix_index.index_folder import PrefixIndex
+from vllm_squeeze.prefix_index.index_folder import LayerClusters, PrefixIndex
 from vllm_squeeze.prefix_index.manifest import InvalidIndex
 
 
@@ -112,6 +112,7 @@ class Residency:
             value_centroids=empty(self.num_centroids, head_size, dtype=torch.int8),
             value_scales=empty(self.num_centroids, dtype=torch.float32),
             log_weights=empty(self.num_centroids, dtype=torch.float32),
+            variances=empty(self.num_centroids, dtype=torch.float32),
             starts=empty(self.num_centroids, dtype=torch.int32),
             sizes=empty(self.num_centroids, dtype=torch.int32),
             members=empty(self._num_members, dtype=torch.int32),
@@ -134,8 +135,8 @@ class Residency:
         clusters = index.layer(number)
         count = clusters.sizes.shape[1]
         within = slice(span.first_centroid, span.first_centroid + count)
-        for field in ("centroids", "centroid_scales", "value_centroids", "value_scales", "log_weights", "sizes"):
-            getattr(table, field)[:, within] = getattr(clusters, field)[heads].to(self.device)
+        for name in (field.name for field in fields(LayerClusters) if field.name != "members"):
+            getattr(table, name)[:, within] = getattr(clusters, name)[heads].to(self.device)
         table.members[:, span.members] = clusters.members[heads].to(self.device)
         sizes = table.sizes[:, span.centroids]
         table.starts[:, span.centroids] = span.first_member + sizes.cumsum(1, dtype=torch.int32) - sizes

@@ -14,13 +14,14 @@ import triton
 import triton.language as tl
 
 from vllm_squeeze.kernels.softmax import LOG2_E, finite_or_zero, logits_of
-from vllm_squeeze.kernels.tables import JOINS
+from vllm_squeeze.kernels.tables import JOINS, MOST_RAISE
 from vllm_squeeze.kernels.tiles import MAX_TILE_TOKENS, PART_KEYS, TILE_FACTS
 
 FACTS = tl.constexpr(TILE_FACTS)
 TOKENS = tl.constexpr(MAX_TILE_TOKENS)
 MEAN = tl.constexpr(JOINS.index("mean"))
 PART = tl.constexpr(PART_KEYS)
+RAISE = tl.constexpr(MOST_RAISE)
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def load_queries(
 @triton.jit(do_not_specialize=["first_tile"])
 def score_kernel(
     query, tokens, tiles, centroids, centroid_scales, sizes,
-    logits, masses, kept,
+    logits, masses, squares, kept,
     first_tile, scale, soft_cap,
     stride_query_token, stride_query_head, stride_centroid_head, stride_centroid, stride_size_head, max_centroids,
     GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
@@ -97,6 +98,9 @@ def score_kernel(
         b_q = load_queries(
             query, b_token, num_tokens, i_h, stride_query_token, stride_query_head, GROUP, GP, ROWS, D, DP
         )
+        if i_s == 0:
+            b_square = tl.sum(b_q.to(tl.float32) * b_q.to(tl.float32), 1)
+            tl.store(squares + i_th * M + o_m, b_square * (scale * scale * LOG2_E / 2))
         p_centroids = centroids + i_h.to(tl.int64) * stride_centroid_head + first_centroid * stride_centroid
         p_scales = centroid_scales + i_h.to(tl.int64) * stride_size_head + first_centroid
         p_sizes = sizes + i_h.to(tl.int64) * stride_size_head + first_centroid
@@ -134,8 +138,8 @@ def _kept_before(p_kept, i_s, SPLITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first_tile", "stride_row"])
 def choose_kernel(
-    tiles, log_threshold, log_weights, starts, sizes, members, block_table, always_places,
-    logits, masses, chosen, picked, list_places, list_bits, listed, kept, kept_pairs,
+    tiles, log_threshold, log_weights, variances, starts, sizes, members, block_table, always_places,
+    logits, masses, squares, chosen, picked, list_places, list_bits, listed, kept, kept_pairs,
     first_tile, stride_size_head, stride_member_head, stride_row, stride_always, max_centroids, max_parts, max_keys,
     GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
     PARTS_BLOCK: tl.constexpr, S: tl.constexpr, PDL: tl.constexpr,
@@ -158,6 +162,7 @@ def choose_kernel(
     p_sizes = sizes + i_h.to(tl.int64) * stride_size_head + first_centroid
     p_starts = starts + i_h.to(tl.int64) * stride_size_head + first_centroid
     p_weights = log_weights + i_h.to(tl.int64) * stride_size_head + first_centroid
+    p_variances = variances + i_h.to(tl.int64) * stride_size_head + first_centroid
     p_chosen = chosen + i_th * max_centroids
     # room for a part of each cluster of the splits before, and for their full parts
     before = begin + (tl.load(p_starts + begin) - tl.load(p_starts)) // PART
@@ -173,6 +178,8 @@ def choose_kernel(
     # if all clusters are empty the sum is 0, and any number will do
     b_mass = b_largest + tl.log2(tl.where(b_total > 0, b_total, 1.0))  # [M]
     b_mass = tl.reshape(b_mass, [ROWS, GP, 1])
+    p_square = squares + i_th * M + o_r[:, None, None] * GP + o_g[None, :, None]
+    b_square = tl.load(p_square, mask=m_r & m_g, other=0.0)  # [ROWS, GP, 1]
     num_picked, num_kept, num_pairs = 0, 0, 0
     for i_c in range(begin, end, BLOCK):
         o_row = i_c + o_c
@@ -182,7 +189,9 @@ def choose_kernel(
         b_size = tl.load(p_sizes + o_row, mask=m_c, other=0)
         b_start = tl.load(p_starts + o_row, mask=m_c, other=0)
         b_weight = tl.load(p_weights + o_row, mask=m_c, other=0.0) * LOG2_E
-        b_log_p = b_logits - b_mass  # of all keys of a cluster together
+        b_variance = tl.load(p_variances + o_row, mask=m_c, other=0.0)
+        b_raise = tl.minimum(b_square * b_variance[None, None, :], RAISE * LOG2_E)
+        b_log_p = b_logits - b_mass + b_raise  # of all keys of a cluster together
         b_joined = tl.max(b_log_p, 1)  # [ROWS, BLOCK]
         if join == MEAN:
             b_peak = finite_or_zero(b_joined)

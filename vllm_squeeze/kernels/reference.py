@@ -3,9 +3,11 @@
 For one KV head with G query heads and a prefix in clusters i of N_i keys, centroid c_i and mean value v_i:
 
     p_i = exp(s q.c_i) / sum_j N_j exp(s q.c_j)      predicted attention probability of each key of cluster i
-    cluster i is chosen  <=>  w_i times the max (or mean) over the G query heads of p_i > threshold
+    r_i = min(|s q|^2 u_i / 2, MOST_RAISE)           for the keys that lie nearer to the query than their centroid
+    cluster i is chosen  <=>  w_i times the max (or mean) over the G query heads of p_i exp(r_i) > threshold
 
-with a weight w_i for each cluster, from the index.
+with a weight w_i and a variance u_i for each cluster, from the index. Of logits that are spread normally the mean
+exponential is that of their mean and half their variance.
 
 The keys of chosen clusters and the first tokens (attention sinks) are attended to exactly. A cluster that was not
 chosen contributes N_i exp(s q.c_i) times v_i, or nothing where ``rest`` is off.
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_squeeze.kernels.tables import DENSE_SLOT, JOINS, ClusterTable, Prefixes, unquantised
+from vllm_squeeze.kernels.tables import DENSE_SLOT, JOINS, MOST_RAISE, ClusterTable, Prefixes, unquantised
 
 if TYPE_CHECKING:
     from vllm_squeeze.kernels.tiles import QueryTiles
@@ -39,7 +41,7 @@ def choose_clusters(
     Args:
         query: [R, H, G, D] float32.
         table: the clusters of one prefix.
-        log_threshold: natural log of the threshold on w_i p_i.
+        log_threshold: natural log of the threshold on w_i p_i exp(r_i).
         scale: softmax scale.
         soft_cap: bound on the logits; 0 for none.
         join: one of JOINS.
@@ -52,7 +54,26 @@ def choose_clusters(
     occupied = (table.sizes > 0)[:, None]  # [H, 1, C]
     mass = (scores + table.sizes.float().log()[:, None]).logsumexp(-1, keepdim=True)
     log_p = (scores - mass).masked_fill(~occupied, -torch.inf)
+    log_p = log_p + raises(query, table.variances, scale)
     return scores, (joined(log_p, join) + table.log_weights > log_threshold) & occupied[:, 0]
+
+
+def raises(
+    query: torch.Tensor, variances: torch.Tensor, scale: float, most: float = MOST_RAISE
+) -> torch.Tensor:
+    """What the spread of their keys adds to the log probabilities of clusters in the choice.
+
+    Args:
+        query: [..., H, G, D] float32.
+        variances: [H, C], or anything that it is broadcast with.
+        scale: softmax scale.
+        most: nats.
+
+    Returns:
+        [..., H, G, C], nats.
+    """
+    squares = (query * scale).square().sum(-1, keepdim=True)
+    return (squares * variances[..., None, :] / 2).clamp(max=most)
 
 
 def joined(log_p: torch.Tensor, join: str) -> torch.Tensor:
@@ -77,7 +98,7 @@ def attend_prefix(
         query: [R, H, G, D].
         table: the clusters of the prefix.
         read_tokens: reads keys and values of the prefix.
-        log_threshold: natural log of the threshold on w_i p_i.
+        log_threshold: natural log of the threshold on w_i p_i exp(r_i).
         num_sinks: the first tokens of the prefix, attended to whatever the choice.
         scale: softmax scale.
         rest: whether clusters that were not chosen contribute through their mean value.

@@ -98,7 +98,7 @@ def squeezed_attention(
     assert key_cache.stride() == value_cache.stride() and all(s % head_size == 0 for s in key_cache.stride()[:2])
     # where a key lies is told in 32 bits, in units of D elements
     assert key_cache.shape[0] * key_cache.stride(0) < 2**31 * head_size
-    per_cluster = (table.starts, table.centroid_scales, table.value_scales, table.log_weights)
+    per_cluster = (table.starts, table.centroid_scales, table.value_scales, table.log_weights, table.variances)
     assert all(tensor.stride() == table.sizes.stride() for tensor in per_cluster)
     assert table.centroids.stride() == table.value_centroids.stride()
     contiguous = (queries.tokens, queries.tiles, prefixes.log_threshold, prefixes.counters)
@@ -130,7 +130,7 @@ def squeezed_attention(
             block, warps, stages = tuned.score
             score_kernel[(splits, num_kv_heads, tiles_now)](
                 query, queries.tokens, queries.tiles, table.centroids, table.centroid_scales, table.sizes,
-                workspace.logits, workspace.masses, workspace.kept,
+                workspace.logits, workspace.masses, workspace.squares, workspace.kept,
                 first_tile, scale, soft_cap,
                 *query.stride()[:2], *table.centroids.stride()[:2], table.sizes.stride(0), max_centroids,
                 SPLITS=splits, BLOCK=block, STAGES=stages, SOFT_CAP=soft_cap > 0, num_warps=warps,
@@ -138,9 +138,9 @@ def squeezed_attention(
             )  # fmt: skip
             block, parts_block, warps = tuned.choose
             choose_kernel[(splits, num_kv_heads, tiles_now)](
-                queries.tiles, prefixes.log_threshold, table.log_weights, table.starts, table.sizes, table.members,
-                block_table, queries.always_places, workspace.logits, workspace.masses, workspace.chosen,
-                workspace.picked,
+                queries.tiles, prefixes.log_threshold, table.log_weights, table.variances, table.starts, table.sizes,
+                table.members, block_table, queries.always_places, workspace.logits, workspace.masses,
+                workspace.squares, workspace.chosen, workspace.picked,
                 workspace.list_places, workspace.list_bits, workspace.listed, workspace.kept, workspace.kept_pairs,
                 first_tile, table.sizes.stride(0), table.members.stride(0), block_table.stride(0),
                 queries.always_places.stride(0), max_centroids, workspace.picked.shape[2], max_keys,

@@ -7,6 +7,9 @@ import torch
 JOINS = ("max", "mean")
 """How the predicted attention probabilities of a cluster are joined over the query heads of a KV head."""
 
+MOST_RAISE = 4.0
+"""Nats that the spread of a cluster's keys may add to its predicted log probability in the choice, at most."""
+
 DENSE_SLOT = -1
 """In a slot's place: of a row that attends to no indexed prefix."""
 
@@ -38,9 +41,10 @@ class ClusterTable:
         value_centroids: [H, C, D] int8, the mean value of each cluster, over its scale.
         value_scales: [H, C] float32.
         log_weights: [H, C] float32, natural log of what the predicted probability is multiplied by in the choice.
+        variances: [H, C] float32, of an element of a cluster's keys, mean over elements.
         starts: [H, C] int32, where the members of a cluster begin in ``members``; never decreasing along C.
         sizes: [H, C] int32, how many members a cluster has. 0 marks an empty cluster, which is
-            never chosen; its scales and weight must be finite all the same.
+            never chosen; its scales, weight and variance must be finite all the same.
         members: [H, M] int32, positions of tokens in the prefix, ascending inside a cluster.
     """
 
@@ -49,6 +53,7 @@ class ClusterTable:
     value_centroids: torch.Tensor
     value_scales: torch.Tensor
     log_weights: torch.Tensor
+    variances: torch.Tensor
     starts: torch.Tensor
     sizes: torch.Tensor
     members: torch.Tensor
@@ -62,6 +67,7 @@ class ClusterTable:
             self.value_centroids[:, clusters],
             self.value_scales[:, clusters],
             self.log_weights[:, clusters],
+            self.variances[:, clusters],
             self.starts[:, clusters],
             self.sizes[:, clusters],
             self.members if num_centroids else self.members[:, :0],
@@ -76,8 +82,8 @@ class Prefixes:
         slots: [P, 4] int32, per slot: first centroid, number of centroids, number of always attended first tokens,
             and how the query heads of a KV head are joined, by its place in JOINS. Without centroids, and with all
             tokens always attended to, attention over the prefix is exact.
-        log_threshold: [P] float32. A cluster is chosen if the log of its predicted attention probability per key and
-            its log weight together exceed it; minus infinity chooses every cluster.
+        log_threshold: [P] float32. A cluster is chosen if the log of its predicted attention probability per key, its
+            raise and its log weight together exceed it; minus infinity chooses every cluster.
         counters: [P, 6] int64, added to by the kernels. Of prefixes with clusters: look-ups, one for each tile of
             tokens and KV head; members that those loaded; (query token, KV head) pairs served; and members that those
             attended to exactly. Of prefixes without: passes, one for each tile and KV head, and pairs served.

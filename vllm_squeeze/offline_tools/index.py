@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from vllm_squeeze.offline_tools.questions import (
     spread,
 )
 from vllm_squeeze.prefix_index.budget import ReadCost
-from vllm_squeeze.prefix_index.calibration import log_threshold, recall, threshold_curve
+from vllm_squeeze.prefix_index.calibration import BIN_WIDTH, level, log_threshold, moved, recall, threshold_curve
 from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.index_folder import IndexWriter, LayerClusters, index_name, tokens_digest, write_quality
 from vllm_squeeze.prefix_index.manifest import FORMAT_VERSION, Calibration, IndexParameters, LayerEntry, Manifest
@@ -377,10 +377,13 @@ def write(
     for number, (layer, paths) in enumerate(read_parts(parts).items()):
         recorded = [read_part(path) for path in paths]
         cosines += [part.mean_cosine for part in recorded]
-        scores = scores + sum(part.tensors.pop("scores") for part in recorded)
+        of_layer = sum(part.tensors.pop("scores") for part in recorded)
+        bins = level(of_layer) if parameters.rule == "error" else 0
+        scores = scores + moved(of_layer, bins)
         if "attention" in recorded[0].tensors:
-            attention.append(torch.cat([part.tensors.pop("attention") for part in recorded]))
+            attention.append(moved(torch.cat([part.tensors.pop("attention") for part in recorded]), bins))
         clusters = join([LayerClusters(**part.tensors) for part in recorded])
+        clusters = replace(clusters, log_weights=clusters.log_weights + bins * BIN_WIDTH)
         num_members, num_queries = clusters.members.shape[1], recorded[0].num_queries
         entries.append(writer.write_layer(number, layer, clusters))
     if not entries:
@@ -434,6 +437,7 @@ def join(parts: list[LayerClusters]) -> LayerClusters:
         value_centroids=padded("value_centroids", 0, 0),
         value_scales=padded("value_scales"),
         log_weights=padded("log_weights"),
+        variances=padded("variances"),
         sizes=padded("sizes"),
         members=torch.cat([part.members for part in parts]),
     )

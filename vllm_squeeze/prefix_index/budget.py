@@ -1,7 +1,7 @@
 """What a byte budget means: the bytes that attention over a prefix reads, divided by those that a dense pass reads.
 
-Read are the keys and values of kept and of always attended tokens, the centroids with their scales and the place, size
-and weight of their clusters, and the member list of kept clusters.
+Read are the keys and values of kept and of always attended tokens, the centroids with their scales and the place, size,
+weight and variance of their clusters, and the member list of kept clusters.
 """
 
 import functools
@@ -12,6 +12,8 @@ BYTES_PER_SCALE = 4
 """What a centroid's elements, of one byte each, are multiplied by: float32."""
 BYTES_PER_WEIGHT = 4
 """A cluster's weight in the choice, float32."""
+BYTES_PER_VARIANCE = 4
+"""How a cluster's keys are spread, float32."""
 BYTES_PER_PLACE = 4
 """Where the members of a cluster start, int32."""
 BYTES_PER_SIZE = 4
@@ -23,7 +25,8 @@ BYTES_PER_MEMBER = 4
 def bytes_per_cluster(head_size: int, rest: bool) -> int:
     """Bytes that are read of each cluster, or held of it; ``rest`` says whether those of its mean value are."""
     centroid = head_size + BYTES_PER_SCALE
-    return centroid * (2 if rest else 1) + BYTES_PER_PLACE + BYTES_PER_SIZE + BYTES_PER_WEIGHT
+    facts = BYTES_PER_PLACE + BYTES_PER_SIZE + BYTES_PER_WEIGHT + BYTES_PER_VARIANCE
+    return centroid * (2 if rest else 1) + facts
 
 
 @dataclass(frozen=True)

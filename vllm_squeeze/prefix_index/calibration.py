@@ -1,10 +1,11 @@
 """Finds the threshold on weighted predicted attention probabilities: one for all layers and heads of a prefix.
 
 The queries that answers to questions on the prefix came from score the clusters. A histogram counts the clustered keys
-by the joined log p of their cluster and its log weight, together (``choose_clusters`` in ``kernels/reference.py``). Its
-counts are integers: histograms of layers, heads and tensor-parallel ranks add up exactly, in any order. The curve read
-off the sum gives a threshold for each share of clustered keys to keep. A second histogram, over the same bins, weighs
-keys by the attention that other queries paid to them: it says how much of it a threshold keeps.
+by the joined log p of their cluster, with its raise and its log weight (``choose_clusters`` in
+``kernels/reference.py``). Its counts are integers: histograms of layers, heads and tensor-parallel ranks add up
+exactly, in any order. Each layer is moved to one level, which its weights take up. The curve read off the sum gives a
+threshold for each share of clustered keys to keep. A second histogram, over the same bins, weighs keys by the attention
+that other queries paid to them: it says how much of it a threshold keeps.
 """
 
 import math
@@ -12,10 +13,13 @@ import math
 import numpy as np
 import torch
 
-from vllm_squeeze.kernels.reference import capped, joined
+from vllm_squeeze.kernels.reference import capped, joined, raises
 
 NUM_BINS = 4096
 LOWEST, HIGHEST = -40.0, 8.0
+BIN_WIDTH = (HIGHEST - LOWEST) / NUM_BINS
+LEVEL, LEVEL_SHARE = -12.0, 0.1
+"""Every layer's weights are such that this threshold keeps this share of its clustered keys."""
 LEAST_SHARE = 0.002
 # log-spaced in the odds, which is log-spaced in the share where it is small, and close to 1 log-spaced in what is left
 SHARES = np.append(1.0, 1 / (1 + np.geomspace(0.01, 1 / LEAST_SHARE - 1, 63)))
@@ -28,19 +32,20 @@ def score_histogram(
     query: torch.Tensor,
     centroids: torch.Tensor,
     log_weights: torch.Tensor,
+    variances: torch.Tensor,
     sizes: torch.Tensor,
     scale: float,
     soft_cap: float = 0.0,
     join: str = "max",
     memory_bytes: int = 1 << 28,
 ) -> torch.Tensor:
-    """Counts clustered keys by the weighted log p of their cluster, joined over the query heads of a KV head.
+    """Counts clustered keys by the raised and weighted log p of their cluster, joined over a KV head's query heads.
 
     Args:
         query: [B, W, G, D], the queries of W tokens, after the rotary embedding. Row b belongs to one KV head of
             one layer.
         centroids: [B, C, D].
-        log_weights: [B, C].
+        log_weights, variances: [B, C].
         sizes: [B, C], keys of each cluster.
         scale: softmax scale.
         soft_cap: bound on the logits; 0 for none.
@@ -54,10 +59,10 @@ def score_histogram(
     num_rows, num_queries, group, _ = query.shape
     num_centroids = sizes.shape[1]
     histogram = torch.zeros(NUM_BINS, dtype=torch.int64, device=query.device)
-    bytes_per_row = num_queries * num_centroids * (12 * group + 32)
+    bytes_per_row = num_queries * num_centroids * (16 * group + 32)
     for rows in torch.arange(num_rows, device=query.device).split(max(memory_bytes // max(bytes_per_row, 1), 1)):
         weights = sizes[rows].long()[:, None].expand(-1, num_queries, -1)
-        clusters = centroids[rows], log_weights[rows], sizes[rows]
+        clusters = centroids[rows], log_weights[rows], variances[rows], sizes[rows]
         bins = _bins(query[rows], *clusters, scale, soft_cap, join)
         histogram.scatter_add_(0, bins.flatten(), weights.flatten())
     return histogram
@@ -67,6 +72,7 @@ def _bins(
     query: torch.Tensor,
     centroids: torch.Tensor,
     log_weights: torch.Tensor,
+    variances: torch.Tensor,
     sizes: torch.Tensor,
     scale: float,
     soft_cap: float,
@@ -76,8 +82,9 @@ def _bins(
     logits = torch.einsum("bwgd,bcd->bwgc", query.float(), centroids.float()) * scale
     scores = capped(logits, soft_cap)
     mass = (scores + sizes.log()[:, None, None]).logsumexp(-1, keepdim=True)
-    log_p = joined(scores - mass, join) + log_weights[:, None]  # [B, W, C]
-    return ((log_p - LOWEST) / (HIGHEST - LOWEST) * NUM_BINS).clamp(0, NUM_BINS - 1).long()
+    raised = scores - mass + raises(query.float(), variances[:, None], scale)
+    log_p = joined(raised, join) + log_weights[:, None]  # [B, W, C]
+    return ((log_p - LOWEST) / BIN_WIDTH).clamp(0, NUM_BINS - 1).long()
 
 
 def attention_histogram(
@@ -85,6 +92,7 @@ def attention_histogram(
     keys: torch.Tensor,
     centroids: torch.Tensor,
     log_weights: torch.Tensor,
+    variances: torch.Tensor,
     sizes: torch.Tensor,
     members: torch.Tensor,
     scale: float,
@@ -97,7 +105,7 @@ def attention_histogram(
     Args:
         query: [B, W, G, D], of tokens that ask about the prefix.
         keys: [B, T, D], all of the prefix.
-        centroids, log_weights, sizes, scale, soft_cap, join: as in ``score_histogram``.
+        centroids, log_weights, variances, sizes, scale, soft_cap, join: as in ``score_histogram``.
         members: [B, M], positions of clustered keys, ordered by cluster.
         memory_bytes: bound on temporary memory, as far as one query token fits into it.
 
@@ -108,9 +116,9 @@ def attention_histogram(
     num_rows, num_queries, group, _ = query.shape
     num_centroids = sizes.shape[1]
     histogram = torch.zeros(num_rows, NUM_BINS, dtype=torch.float32, device=query.device)
-    bytes_per_token = 4 * ((2 * group + 2) * keys.shape[1] + (3 * group + 8) * num_centroids)
+    bytes_per_token = 4 * ((2 * group + 2) * keys.shape[1] + (4 * group + 8) * num_centroids)
     for row in range(num_rows):
-        clusters = centroids[row : row + 1], log_weights[row : row + 1], sizes[row : row + 1]
+        clusters = tuple(of_rows[row : row + 1] for of_rows in (centroids, log_weights, variances, sizes))
         cluster_of = torch.arange(num_centroids, device=query.device).repeat_interleave(sizes[row].long())
         for some in query[row].float().split(max(memory_bytes // bytes_per_token, 1)):
             logits = capped(torch.einsum("wgd,td->wgt", some, keys[row].float()) * scale, soft_cap)
@@ -119,6 +127,21 @@ def attention_histogram(
             bins = _bins(some[None], *clusters, scale, soft_cap, join)
             histogram[row].scatter_add_(0, bins.flatten(), of_clusters.flatten())
     return histogram / (num_queries * group)
+
+
+def level(histogram: torch.Tensor) -> int:
+    """The bins to move the histogram [NUM_BINS] of a layer by, so that LEVEL keeps LEVEL_SHARE of its keys.
+
+    Else what is left over by layers whose probabilities are even would go to those where they are not, though such a
+    layer may need its keys as much.
+    """
+    return round((LEVEL - log_threshold(threshold_curve(histogram), LEVEL_SHARE)) / BIN_WIDTH)
+
+
+def moved(histogram: torch.Tensor, bins: int) -> torch.Tensor:
+    """A histogram [..., NUM_BINS] where all log p are so many bins higher; what leaves it counts in its last bin."""
+    places = (torch.arange(NUM_BINS, device=histogram.device) + bins).clamp(0, NUM_BINS - 1)
+    return torch.zeros_like(histogram).index_add_(-1, places, histogram)
 
 
 def recall(histogram: torch.Tensor, log_threshold: float) -> torch.Tensor:
@@ -131,7 +154,7 @@ def recall(histogram: torch.Tensor, log_threshold: float) -> torch.Tensor:
     Returns:
         [...] from 0 to 1.
     """
-    place = min(max((log_threshold - LOWEST) / (HIGHEST - LOWEST) * NUM_BINS, 0.0), float(NUM_BINS))
+    place = min(max((log_threshold - LOWEST) / BIN_WIDTH, 0.0), float(NUM_BINS))
     whole = math.floor(place)
     lost = histogram[..., :whole].sum(-1)
     if whole < NUM_BINS:
@@ -149,7 +172,7 @@ def threshold_curve(histogram: torch.Tensor) -> Curve:
     occupied = counts.nonzero()[0]
     assert len(occupied), "the histogram is empty"
     counts = counts[occupied[0] : occupied[-1] + 1]
-    edges = LOWEST + np.arange(occupied[0], occupied[-1] + 2) * ((HIGHEST - LOWEST) / NUM_BINS)
+    edges = LOWEST + np.arange(occupied[0], occupied[-1] + 2) * BIN_WIDTH
     kept = np.append(counts[::-1].cumsum()[::-1], 0) / counts.sum()  # above each edge
     return tuple(zip(SHARES.tolist(), np.interp(SHARES, kept[::-1], edges[::-1]).tolist(), strict=True))
 

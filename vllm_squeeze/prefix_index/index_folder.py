@@ -52,6 +52,7 @@ class LayerClusters:
         value_centroids: [H, C, D] int8, the mean value of each cluster, over its scale.
         value_scales: [H, C] float32, not negative.
         log_weights: [H, C] float32, natural log of the weight in the choice.
+        variances: [H, C] float32, not negative: of an element of a cluster's keys in the choice, mean over elements.
         sizes: [H, C] int32, how many members a cluster has, 0 if it is empty.
         members: [H, M] int32, positions of tokens in the prefix, ordered by cluster and ascending inside a cluster.
     """
@@ -61,6 +62,7 @@ class LayerClusters:
     value_centroids: torch.Tensor
     value_scales: torch.Tensor
     log_weights: torch.Tensor
+    variances: torch.Tensor
     sizes: torch.Tensor
     members: torch.Tensor
 
@@ -211,6 +213,7 @@ def check_clusters(clusters: LayerClusters, manifest: Manifest, num_centroids: i
         "value_centroids": (torch.int8, (*of_clusters, model.head_size)),
         "value_scales": (torch.float32, of_clusters),
         "log_weights": (torch.float32, of_clusters),
+        "variances": (torch.float32, of_clusters),
         "sizes": (torch.int32, of_clusters),
         "members": (torch.int32, (model.num_kv_heads, num_members)),
     }
@@ -219,7 +222,8 @@ def check_clusters(clusters: LayerClusters, manifest: Manifest, num_centroids: i
         if tensor.dtype != dtype or tensor.shape != shape:
             found = f"{tensor.dtype} {list(tensor.shape)}"
             raise InvalidIndex(f"{name} is {found}, must be {dtype} {list(shape)}")
-    for name, least in (("centroid_scales", 0.0), ("value_scales", 0.0), ("log_weights", -math.inf)):
+    least_values = {"centroid_scales": 0.0, "value_scales": 0.0, "log_weights": -math.inf, "variances": 0.0}
+    for name, least in least_values.items():
         # The bounds are NaN if any value is; a mask of all values would take 30 times as long.
         lowest, highest = getattr(clusters, name).aminmax()
         if not (lowest >= least and lowest.isfinite() and highest.isfinite()):

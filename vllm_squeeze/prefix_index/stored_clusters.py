@@ -15,13 +15,22 @@ def stored(clusters: Clusters, rule: str) -> LayerClusters:
     centroids, centroid_scales = quantised(clusters.centroids)
     value_centroids, value_scales = quantised(clusters.value_centroids)
     as_read = unquantised(centroids, centroid_scales)
-    weights = error_weights(clusters, as_read) if rule == "error" else torch.ones_like(clusters.key_squares)
-    return LayerClusters(
-        centroids, centroid_scales, value_centroids, value_scales, weights.log(), clusters.sizes, clusters.members
-    )
+    if rule == "error":
+        squares = squared_distances(clusters, as_read)
+        weights, variances = error_weights(clusters, squares), squares / as_read.shape[-1]
+    else:
+        weights, variances = torch.ones_like(clusters.key_squares), torch.zeros_like(clusters.key_squares)
+    vectors = centroids, centroid_scales, value_centroids, value_scales
+    return LayerClusters(*vectors, weights.log(), variances, clusters.sizes, clusters.members)
 
 
-def error_weights(clusters: Clusters, centroids: torch.Tensor) -> torch.Tensor:
+def squared_distances(clusters: Clusters, centroids: torch.Tensor) -> torch.Tensor:
+    """The mean squared distance of a cluster's keys to its centroid [B, C, D], as it is read: [B, C] float32."""
+    cross = (clusters.centroids * centroids).sum(-1)
+    return (clusters.key_squares - 2 * cross + centroids.square().sum(-1)).clamp(min=0)
+
+
+def error_weights(clusters: Clusters, squares: torch.Tensor) -> torch.Tensor:
     """In proportion to the error that lumping a key together with its cluster makes, per attention probability.
 
     That grows with how far logits of the cluster's keys lie from its centroid's, as their distances do, and with how
@@ -29,14 +38,12 @@ def error_weights(clusters: Clusters, centroids: torch.Tensor) -> torch.Tensor:
 
     Args:
         clusters: of B KV heads.
-        centroids: [B, C, D] float32, as they are read.
+        squares: [B, C] float32, from ``squared_distances``.
 
     Returns:
         [B, C] float32, positive, with a mean of about 1 over the clusters of a KV head that are not empty.
     """
-    cross = (clusters.centroids * centroids).sum(-1)
-    distances = (clusters.key_squares - 2 * cross + centroids.square().sum(-1)).clamp(min=0)
-    weights = (distances * clusters.value_squares).sqrt()
+    weights = (squares * clusters.value_squares).sqrt()
     occupied = clusters.sizes > 0
     mean = (weights * occupied).sum(-1, keepdim=True) / occupied.sum(-1, keepdim=True).clamp(min=1)
     return (weights / mean.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=LEAST_WEIGHT)
