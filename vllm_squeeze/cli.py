@@ -73,6 +73,17 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="show and verify indexes; needs neither a GPU nor vLLM")
     inspect.add_argument("index", type=Path, help="an index, or a folder of indexes")
 
+    config = commands.add_parser("config", help="check a file of the server's settings without starting a server")
+    config.add_argument(
+        "--check",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="YAML, or JSON if named *.json: an object as it is given to vLLM's --additional-config, with the key "
+        "squeeze, or a file for vLLM's --config, with squeeze under additional-config. A server reads either where "
+        "SQUEEZE_CONFIG names it. Prints the settings with all defaults, and the indexes",
+    )
+
     report = commands.add_parser("report", help="write a page on what budgets cost in answers, as measured by index")
     report.add_argument("index", type=Path, help="an index, or a folder of indexes")
     report.add_argument("--out", type=Path, required=True, metavar="FILE", help="HTML file to write")
@@ -117,6 +128,12 @@ def run_inspect(arguments: argparse.Namespace) -> int:
     return inspect(arguments.index, sys.stdout)
 
 
+def run_config(arguments: argparse.Namespace) -> int:
+    from vllm_squeeze.offline_tools.check_config import check_config
+
+    return check_config(arguments.check, sys.stdout)
+
+
 def run_report(arguments: argparse.Namespace) -> int:
     from vllm_squeeze.offline_tools.report import report
 
@@ -127,11 +144,14 @@ def run_report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+RUN = {"index": run_index, "inspect": run_inspect, "config": run_config, "report": run_report}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, or 1 for an error, which is printed in one line."""
     arguments = build_parser().parse_args(argv)
     try:
-        return {"index": run_index, "inspect": run_inspect, "report": run_report}[arguments.command](arguments)
+        return RUN[arguments.command](arguments)
     except (ValueError, OSError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         print(f"vllm-squeeze {arguments.command}: error: {' '.join(lines)}", file=sys.stderr)
