@@ -167,6 +167,8 @@ def test_a_store_that_cannot_be_made(capsys, model, tmp_path):
         (["inspect"], "index"),
         (["inspect", "a", "b"], "unrecognized"),
         (["config"], "--check"),
+        (["doctor", "--raw", "--chat-system"], "not allowed with"),
+        (["doctor", "--engine-args", "3"], "must be a JSON object"),
     ],
     ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else None,
 )
