@@ -65,6 +65,11 @@ def test_all_wrong_settings_are_told(checked):
     assert "modee: unknown setting; known are index" in lines[2]
 
 
+def test_settings_that_do_not_go_together(checked):
+    with pytest.raises(ValueError, match="squeeze.prefill: 'squeezed' is not"):
+        checked(prefill="squeezed", budget="auto")
+
+
 def test_each_index_that_cannot_be_served_is_told(checked, tmp_path):
     folders = [write_index(tmp_path / "store", name) for name in ("a-0", "b-0", "c-0")]
     (folders[0] / "manifest.json").write_text("{}")
