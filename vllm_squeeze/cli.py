@@ -106,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--prompt",
         type=Path,
         metavar="FILE",
-        help="say why this prompt would be squeezed, or why not: text, or a JSON list of token ids; - for standard input",
+        help="say why this prompt would be squeezed or not: text, or a JSON list of token ids; - for standard input",
     )
     add_form(doctor)
     add_engine_args(doctor)
