@@ -166,6 +166,9 @@ def test_a_store_that_cannot_be_made(capsys, model, tmp_path):
         (["index", "--model", "m", "--out", "o", "--prefix", "p", "--engine-args", "[]"], "must be a JSON object"),
         (["inspect"], "index"),
         (["inspect", "a", "b"], "unrecognized"),
+        (["config"], "--check"),
+        (["doctor", "--raw", "--chat-system"], "not allowed with"),
+        (["doctor", "--engine-args", "3"], "must be a JSON object"),
     ],
     ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else None,
 )
@@ -182,6 +185,14 @@ def test_nothing_to_inspect(capsys, tmp_path, name):
     assert main(["inspect", str(tmp_path / name)]) == 1
     out = capsys.readouterr().out
     assert str(tmp_path / name) in out and out.startswith("error: ") and out.count("\n") == 1
+
+
+def test_a_file_without_settings(capsys, tmp_path):
+    (tmp_path / "settings.yaml").write_text("budget: 0.1")
+    assert main(["config", "--check", str(tmp_path / "settings.yaml")]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"vllm-squeeze config: error: {tmp_path}/settings.yaml: has the keys budget; ")
+    assert captured.err.count("\n") == 1 and not captured.out
 
 
 def test_inspecting_imports_neither_vllm_nor_a_gpu(tmp_path):

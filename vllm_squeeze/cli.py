@@ -21,6 +21,29 @@ def engine_args(text: str) -> dict[str, Any]:
     return value
 
 
+def add_form(parser: argparse.ArgumentParser) -> None:
+    """Adds the choice of how a text is tokenized."""
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--chat-system",
+        dest="chat",
+        action="store_true",
+        default=None,
+        help="the text is the system message of conversations (default if the model has a chat template)",
+    )
+    form.add_argument("--raw", dest="chat", action="store_false", help="prompts begin with the text as it is")
+
+
+def add_engine_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine-args",
+        type=engine_args,
+        default={},
+        metavar="JSON",
+        help='more arguments for the engine, as the server will have them: {"dtype": "float32"}',
+    )
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vllm-squeeze", description="Indexes long prompt prefixes for vLLM.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -30,15 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     source = index.add_mutually_exclusive_group(required=True)
     source.add_argument("--prefix", type=Path, help="text file; - for standard input")
     source.add_argument("--token-ids", type=Path, help="file with a JSON list of token ids; - for standard input")
-    form = index.add_mutually_exclusive_group()
-    form.add_argument(
-        "--chat-system",
-        dest="chat",
-        action="store_true",
-        default=None,
-        help="the text is the system message of conversations (default if the model has a chat template)",
-    )
-    form.add_argument("--raw", dest="chat", action="store_false", help="prompts begin with the text as it is")
+    add_form(index)
     index.add_argument("--out", type=Path, required=True, help="folder of indexes; this one gets a folder of its own")
     index.add_argument(
         "--exact",
@@ -62,16 +77,39 @@ def build_parser() -> argparse.ArgumentParser:
     index.add_argument("--window", type=int, help="most tokens clustered together (default 8192)")
     index.add_argument("--seed", type=int, help="of the clustering (default 0)")
     index.add_argument("--rule", help="by which clusters are chosen: error, the default, or paper")
-    index.add_argument(
-        "--engine-args",
-        type=engine_args,
-        default={},
-        metavar="JSON",
-        help='more arguments for the engine, as the server will have them: {"dtype": "float32"}',
-    )
+    add_engine_args(index)
 
     inspect = commands.add_parser("inspect", help="show and verify indexes; needs neither a GPU nor vLLM")
     inspect.add_argument("index", type=Path, help="an index, or a folder of indexes")
+
+    config = commands.add_parser("config", help="check a file of the server's settings without starting a server")
+    config.add_argument(
+        "--check",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="YAML, or JSON if named *.json: an object as it is given to vLLM's --additional-config, with the key "
+        "squeeze, or a file for vLLM's --config, with squeeze under additional-config. A server reads either where "
+        "SQUEEZE_CONFIG names it. Prints the settings with all defaults, and the indexes",
+    )
+
+    doctor = commands.add_parser(
+        "doctor", help="check the installation, the GPU, indexes, and whether a prompt matches"
+    )
+    doctor.add_argument(
+        "--index",
+        type=Path,
+        help="an index, or a folder of indexes (default: those that SQUEEZE_CONFIG or SQUEEZE_INDEX name)",
+    )
+    doctor.add_argument("--model", help="model that will be served (default for --prompt: the index's)")
+    doctor.add_argument(
+        "--prompt",
+        type=Path,
+        metavar="FILE",
+        help="say why this prompt would be squeezed or not: text, or a JSON list of token ids; - for standard input",
+    )
+    add_form(doctor)
+    add_engine_args(doctor)
 
     report = commands.add_parser("report", help="write a page on what budgets cost in answers, as measured by index")
     report.add_argument("index", type=Path, help="an index, or a folder of indexes")
@@ -117,6 +155,19 @@ def run_inspect(arguments: argparse.Namespace) -> int:
     return inspect(arguments.index, sys.stdout)
 
 
+def run_config(arguments: argparse.Namespace) -> int:
+    from vllm_squeeze.offline_tools.check_config import check_config
+
+    return check_config(arguments.check, sys.stdout)
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    from vllm_squeeze.offline_tools.doctor import Subject, doctor
+
+    given = arguments.index, arguments.model, arguments.prompt, arguments.chat, arguments.engine_args
+    return doctor(Subject(*given), sys.stdout)
+
+
 def run_report(arguments: argparse.Namespace) -> int:
     from vllm_squeeze.offline_tools.report import report
 
@@ -127,11 +178,14 @@ def run_report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+RUN = {"index": run_index, "inspect": run_inspect, "config": run_config, "doctor": run_doctor, "report": run_report}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, or 1 for an error, which is printed in one line."""
     arguments = build_parser().parse_args(argv)
     try:
-        return {"index": run_index, "inspect": run_inspect, "report": run_report}[arguments.command](arguments)
+        return RUN[arguments.command](arguments)
     except (ValueError, OSError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         print(f"vllm-squeeze {arguments.command}: error: {' '.join(lines)}", file=sys.stderr)

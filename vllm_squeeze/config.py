@@ -6,7 +6,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from vllm_squeeze.settings_file import read_settings
+
 INDEX_VARIABLE = "SQUEEZE_INDEX"
+CONFIG_VARIABLE = "SQUEEZE_CONFIG"
 REST_MODES = ("value_centroids", "drop")
 MODES = ("auto", "squeezed", "exact")
 PREFILLS = ("dense", "squeezed")
@@ -65,18 +68,21 @@ class SqueezeConfig:
 
     @classmethod
     def resolve(cls, additional_config: Any, environ: Mapping[str, str] = os.environ) -> "SqueezeConfig":
-        """Reads the settings from vLLM's --additional-config, key "squeeze", and from SQUEEZE_INDEX.
+        """Reads the settings from vLLM's --additional-config, key "squeeze", and from the environment.
 
-        The environment variable names the index where the former does not.
+        SQUEEZE_CONFIG names a file of settings; those that the former names win. SQUEEZE_INDEX names the index where
+        neither does.
 
         Raises:
-            ValueError: an unknown key, or a value that is not allowed.
+            ValueError: an unknown key, a value that is not allowed, or a file that cannot be read.
         """
-        settings = additional_config.get("squeeze", {}) if isinstance(additional_config, Mapping) else {}
-        if not isinstance(settings, Mapping):
-            raise ValueError(f"additional_config.squeeze: {settings!r} is not an object of settings")
+        given = additional_config.get("squeeze", {}) if isinstance(additional_config, Mapping) else {}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"additional_config.squeeze: {given!r} is not an object of settings")
+        file = environ.get(CONFIG_VARIABLE)
+        settings = {**(read_settings(Path(file)) if file else {}), **given}
         known = [field.name for field in fields(cls)]
-        if unknown := sorted(set(settings) - set(known)):
+        if unknown := sorted(str(name) for name in settings if name not in known):
             raise ValueError(f"squeeze.{unknown[0]}: unknown setting; known are {', '.join(known)}")
         index = settings.get("index", environ.get(INDEX_VARIABLE, ()) or ())
         if isinstance(index, str | os.PathLike):

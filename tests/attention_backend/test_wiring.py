@@ -15,7 +15,7 @@ from tests.logs import warnings_of_squeeze
 from tests.prefix_index.small_index import write_index
 from vllm_squeeze.attention_backend.compat import ensure_backend_name
 from vllm_squeeze.attention_backend.wiring import RECORD, SERVE, add_connector, connector, options_of
-from vllm_squeeze.config import INDEX_VARIABLE
+from vllm_squeeze.config import CONFIG_VARIABLE, INDEX_VARIABLE
 
 EXAMPLE = {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
 
@@ -225,3 +225,11 @@ def test_settings_that_are_not_allowed_stop_the_start(model):
     args = EngineArgs(model, attention_backend="squeeze", additional_config={"squeeze": {"budget": 0}})
     with pytest.raises(ValueError, match="^squeeze.budget: 0 is not a number"):
         args.create_engine_config()
+
+
+def test_a_file_of_settings_reaches_the_engine(model, index, tmp_path, monkeypatch):
+    (tmp_path / "settings.yaml").write_text(f"squeeze: {{index: {index}, budget: 0.5, mode: exact}}")
+    monkeypatch.setenv(CONFIG_VARIABLE, str(tmp_path / "settings.yaml"))
+    options = options_of(wired(model, additional_config={"squeeze": {"mode": "squeezed"}}), SERVE)
+    assert options["indexes"] == [str(index)]
+    assert (options["budget"], options["mode"]) == (0.5, "squeezed")

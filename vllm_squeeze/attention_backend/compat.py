@@ -52,13 +52,18 @@ def register_cpu_backend() -> None:
         register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND_PATH)
 
 
-def has_flash_attention() -> bool:
-    """Whether vLLM has FlashAttention, in its build and for the GPU."""
+def flash_attention_version() -> int | None:
+    """The FlashAttention that vLLM has, in its build and for the GPU; None if it has none."""
     try:
         from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
     except ImportError:
-        return False
-    return get_flash_attn_version() is not None
+        return None
+    return get_flash_attn_version()
+
+
+def has_flash_attention() -> bool:
+    """Whether vLLM has FlashAttention, in its build and for the GPU."""
+    return flash_attention_version() is not None
 
 
 def register_connectors() -> None:

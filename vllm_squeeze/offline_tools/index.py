@@ -22,10 +22,9 @@ from vllm_squeeze import __version__
 from vllm_squeeze.offline_tools.inspect import calibrated_on, costs_of_budgets
 from vllm_squeeze.offline_tools.prefix_text import (
     PrefixTokens,
-    chat_tokens,
     describe,
     given_tokens,
-    raw_tokens,
+    text_tokens,
 )
 from vllm_squeeze.offline_tools.questions import (
     ANSWER_TOKENS,
@@ -95,7 +94,13 @@ def index(
     args = EngineArgs(model=model, **engine_args)
     model_config = args.create_model_config()
     tokenizer = get_tokenizer(model_config.tokenizer, trust_remote_code=model_config.trust_remote_code)
-    tokens = tokenise(tokenizer, content, token_ids is not None, chat)
+    if token_ids is not None:
+        tokens = given_tokens(tokenizer, content)
+    else:
+        tokens = text_tokens(tokenizer, content, chat)
+        if chat is None:
+            form = "a system message (--chat-system)" if tokens.chat else "raw text (--raw)"
+            print(f"Indexing as {form}.", file=sys.stderr)
     check_length(len(tokens.ids), parameters, model_config.max_model_len)
     if max(tokens.ids) >= model_config.get_vocab_size():
         raise ValueError(f"--token-ids: {max(tokens.ids)} is not in the model's vocabulary")
@@ -291,16 +296,6 @@ def check_engine_args(engine_args: dict[str, Any], known: set[str]) -> None:
         raise ValueError(f"--engine-args: {unknown[0]!r} is not an argument of vLLM's engine")
     if taken := sorted(set(engine_args) & (ours | {"enforce_eager"})):
         raise ValueError(f"--engine-args: {taken[0]!r} is set by the indexer itself")
-
-
-def tokenise(tokenizer: Any, content: str, given: bool, chat: bool | None) -> PrefixTokens:
-    """Token ids of what the user gave."""
-    if given:
-        return given_tokens(tokenizer, content)
-    if chat is None:
-        chat = bool(getattr(tokenizer, "chat_template", None))
-        print(f"Indexing as {'a system message (--chat-system)' if chat else 'raw text (--raw)'}.", file=sys.stderr)
-    return chat_tokens(tokenizer, content) if chat else raw_tokens(tokenizer, content)
 
 
 def prompts_on(tokens: PrefixTokens, questions: list[str], max_model_len: int) -> list[list[int]]:

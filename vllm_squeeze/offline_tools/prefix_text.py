@@ -27,6 +27,22 @@ class PrefixTokens:
     prompt: Callable[[str], list[int]]
 
 
+def text_tokens(tokenizer: Any, text: str, chat: bool | None) -> PrefixTokens:
+    """Tokens of a text that is the system message of conversations, or the start of raw prompts.
+
+    Args:
+        tokenizer: of the model.
+        text: of the prefix.
+        chat: whether it is the former; None: if the model has a chat template.
+
+    Raises:
+        ValueError: as ``chat_tokens``.
+    """
+    if chat is None:
+        chat = bool(getattr(tokenizer, "chat_template", None))
+    return chat_tokens(tokenizer, text) if chat else raw_tokens(tokenizer, text)
+
+
 def chat_tokens(tokenizer: Any, text: str) -> PrefixTokens:
     """Tokens that all conversations with this system message begin with.
 

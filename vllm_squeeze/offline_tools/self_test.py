@@ -1,0 +1,161 @@
+"""Attention over a small prefix of random keys, computed in two ways that have to agree. Needs no vLLM."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from vllm_squeeze.kernels.reference import (
+    attend_prefix,
+    attend_seen,
+    choose_clusters,
+    squeezed_attention_reference,
+)
+from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes, quantised
+
+KV_HEADS, GROUP, HEAD_SIZE, PAGE_SIZE = 2, 4, 128, 16
+NUM_CENTROIDS, LARGEST_CLUSTER, NUM_SINKS, NUM_ROWS = 24, 50, 16, 2
+SCALE = HEAD_SIZE**-0.5
+LEAST_GAP = 2e-3
+"""Between the threshold and what is compared with it: more than rounding can make of it."""
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3}
+"""Of the relative error, by the dtype of queries and keys."""
+
+
+class Difference(NamedTuple):
+    """Between two outputs.
+
+    Attributes:
+        greatest: of the absolute differences.
+        relative: root mean square of the differences, over that of the output that is right.
+    """
+
+    greatest: float
+    relative: float
+
+    @classmethod
+    def of(cls, output: torch.Tensor, right: torch.Tensor) -> "Difference":
+        error = output.double() - right.double()
+        relative = (error.square().mean() / right.double().square().mean()).sqrt()
+        return cls(error.abs().amax().item(), relative.item())
+
+
+@dataclass(frozen=True)
+class RandomPrefix:
+    """A prefix of T tokens, some always attended to and the others in clusters, with H KV heads of G query heads.
+
+    Attributes:
+        query: [R, H * G, D].
+        keys: [H, T, D].
+        values: [H, T, D].
+        table: its clusters.
+    """
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    table: ClusterTable
+
+    @classmethod
+    def make(cls, dtype: torch.dtype, device: torch.device | str) -> "RandomPrefix":
+        """Always the same one. Centroids have nothing to do with the keys, which attention does not mind."""
+        generator = torch.Generator().manual_seed(0)
+
+        def randn(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator)
+
+        sizes = torch.randint(1, LARGEST_CLUSTER + 1, (NUM_CENTROIDS,), generator=generator)
+        cluster = torch.arange(NUM_CENTROIDS).repeat_interleave(sizes)
+        shuffled = [torch.randperm(len(cluster), generator=generator) for _ in range(KV_HEADS)]
+        # by cluster, and ascending inside a cluster
+        members = torch.stack([order[(cluster * len(cluster) + order).argsort()] for order in shuffled]) + NUM_SINKS
+        sizes = sizes.int().expand(KV_HEADS, -1).contiguous()
+        centroids, centroid_scales = quantised(randn(KV_HEADS, NUM_CENTROIDS, HEAD_SIZE))
+        value_centroids, value_scales = quantised(randn(KV_HEADS, NUM_CENTROIDS, HEAD_SIZE))
+        table = ClusterTable(
+            centroids=centroids,
+            centroid_scales=centroid_scales,
+            value_centroids=value_centroids,
+            value_scales=value_scales,
+            log_weights=randn(KV_HEADS, NUM_CENTROIDS),
+            variances=randn(KV_HEADS, NUM_CENTROIDS).square(),
+            starts=sizes.cumsum(1, dtype=torch.int32) - sizes,
+            sizes=sizes,
+            members=members.int(),
+        )
+        keys, values = randn(2, KV_HEADS, NUM_SINKS + len(cluster), HEAD_SIZE).to(device, dtype)
+        query = randn(NUM_ROWS, KV_HEADS * GROUP, HEAD_SIZE).to(device, dtype)
+        return cls(query, keys, values, ClusterTable(*(tensor.to(device) for tensor in vars(table).values())))
+
+    def grouped(self) -> torch.Tensor:
+        """The queries as [R, H, G, D] float32."""
+        return self.query.unflatten(1, (KV_HEADS, GROUP)).float()
+
+    def log_threshold(self) -> float:
+        """One that some clusters exceed and others do not, none of them nearly."""
+
+        def chosen(log_threshold: float) -> torch.Tensor:
+            return choose_clusters(self.grouped(), self.table, log_threshold, SCALE)[1]
+
+        candidates = torch.linspace(-6, -4, 1000).tolist()
+        return next(t for t in candidates if torch.equal(chosen(t - LEAST_GAP), chosen(t + LEAST_GAP)))
+
+
+def difference_of_kernels(dtype: torch.dtype, device: torch.device | str) -> Difference:
+    """Runs the Triton kernels and their oracle over a paged cache, for rows that are squeezed and rows that are exact.
+
+    What follows the prefix is random too: an output and a log-sum-exp that the prefix's are joined to.
+
+    Args:
+        dtype: of queries, keys and values.
+        device: a GPU, or the CPU under Triton's interpreter.
+    """
+    from vllm_squeeze.kernels.squeezed_attention import squeezed_attention
+    from vllm_squeeze.kernels.tiles import QueryTiles
+    from vllm_squeeze.kernels.workspace import Workspace
+
+    prefix = RandomPrefix.make(dtype, device)
+    num_tokens = prefix.keys.shape[1]
+    num_pages = -(-num_tokens // PAGE_SIZE)
+    pages = torch.arange(num_pages, device=device).flip(0)
+    cache = torch.full((num_pages, PAGE_SIZE, KV_HEADS, 2 * HEAD_SIZE), torch.nan, dtype=dtype, device=device)
+    token = torch.arange(num_tokens, device=device)
+    in_pages = torch.cat([prefix.keys, prefix.values], -1).transpose(0, 1)
+    cache[pages[token // PAGE_SIZE], token % PAGE_SIZE] = in_pages
+
+    squeezed, exact = (0, NUM_CENTROIDS, NUM_SINKS, JOINS.index("max")), (0, 0, num_tokens, 0)
+    prefixes = Prefixes(
+        slots=torch.tensor([squeezed, exact], dtype=torch.int32, device=device),
+        log_threshold=torch.tensor([prefix.log_threshold(), torch.inf], device=device),
+        counters=torch.zeros(2, 6, dtype=torch.int64, device=device),
+    )
+    query = torch.cat([prefix.query, prefix.query])  # of each slot
+    block_table = pages.int().expand(len(query), -1).contiguous()
+    row_slot = torch.arange(2, device=device).repeat_interleave(NUM_ROWS).int()
+    queries = QueryTiles.allocate(len(query), 2, num_tokens, GROUP, device)
+    starts = torch.arange(len(query) + 1, dtype=torch.int32, device=device)
+    queries.fill(row_slot, starts, block_table, prefixes, len(query), GROUP, PAGE_SIZE)
+
+    # about as much attention as to the prefix
+    suffix_lse = torch.full(query.shape[1::-1], math.log(num_tokens), device=device)
+    after_prefix = suffix_lse, *cache.split(HEAD_SIZE, -1), block_table, queries, prefix.table, prefixes, SCALE, True
+    output, right = query.clone(), query.clone()
+    workspace = Workspace.allocate(2, KV_HEADS, HEAD_SIZE, NUM_CENTROIDS, num_tokens, device)
+    squeezed_attention(query, output, *after_prefix, workspace)
+    squeezed_attention_reference(query, right, *after_prefix)
+    return Difference.of(output, right)
+
+
+def difference_of_reference() -> Difference:
+    """Runs the torch path with all clusters chosen, and dense attention to the same keys, on the CPU in float32."""
+    prefix = RandomPrefix.make(torch.float32, "cpu")
+
+    def read_tokens(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        heads = torch.arange(KV_HEADS)[:, None]
+        return prefix.keys[heads, positions], prefix.values[heads, positions]
+
+    output, *_ = attend_prefix(prefix.grouped(), prefix.table, read_tokens, -torch.inf, NUM_SINKS, SCALE, rest=True)
+    everything = torch.ones(NUM_ROWS, prefix.keys.shape[1], dtype=torch.bool)
+    right, _ = attend_seen(prefix.grouped(), prefix.keys, prefix.values, everything, SCALE)
+    return Difference.of(output, right)
