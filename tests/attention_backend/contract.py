@@ -168,7 +168,10 @@ def check_scheduler_output() -> None:
         declared = {node.target.id for node in classes[name].body if isinstance(node, ast.AnnAssign)}
         assert fields <= declared, (name, fields - declared)
     used = attributes(source_of("vllm.v1.request")["Request"])
-    needed = {"request_id", "prompt_token_ids", "prompt_embeds", "lora_request", "cache_salt", "mm_features"}
+    needed = {
+        "request_id", "prompt_token_ids", "prompt_embeds", "lora_request", "cache_salt", "mm_features",
+        "kv_transfer_params",
+    }  # fmt: skip
     assert needed <= used, needed - used
 
 

@@ -46,7 +46,7 @@ def reside(monkeypatch):
     return make
 
 
-@pytest.mark.parametrize(("block_sizes", "covered"), [({0: 16}, 32), ({0: 4, 2: 6}, 36), ({1: 47}, 47)], ids=str)
+@pytest.mark.parametrize(("block_sizes", "covered"), [({0: 16}, 32), ({0: 4, 2: 8}, 40), ({1: 1}, 47)], ids=str)
 def test_whole_blocks_without_an_observation_window(exact, block_sizes, covered):
     placement = place(exact, 3, OPTIONS, block_sizes, 4)
     assert placement.prefix_lens == dict.fromkeys(block_sizes, covered)
@@ -60,9 +60,15 @@ def test_a_dense_pass_is_read_at_any_budget(exact, budget):
     assert place(exact, 0, options, {0: 16}, 2).cost.budget_used(0) == 1.0
 
 
-@pytest.mark.parametrize("block_sizes", [{0: 48}, {0: 16, 1: 24}, {}], ids=str)
+@pytest.mark.parametrize("block_sizes", [{0: 64}, {0: 16, 1: 64}, {}], ids=str)
 def test_less_than_a_block_is_refused(exact, block_sizes):
     with pytest.raises(InvalidIndex, match=r"^exact-0: the prefix has 47 tokens, too few to squeeze: blocks hold \["):
+        place(exact, 0, OPTIONS, block_sizes, 4)
+
+
+@pytest.mark.parametrize("block_sizes", [{0: 24}, {0: 16, 2: 24}], ids=str)
+def test_blocks_that_the_kernels_do_not_take_are_refused(exact, block_sizes):
+    with pytest.raises(InvalidIndex, match=r"^exact-0: blocks hold 24 tokens, which is not a power of two$"):
         place(exact, 0, OPTIONS, block_sizes, 4)
 
 

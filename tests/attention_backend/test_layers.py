@@ -15,6 +15,7 @@ def layer(scale=1.0, **facts):
         "sinks": None,
         "kv_sharing_target_layer_name": None,
         "kv_cache_dtype": "auto",
+        "num_queries_per_kv": 16,
     }
     scale = torch.tensor(scale)
     return SimpleNamespace(impl=SimpleNamespace(**(plain | facts)), _q_scale=scale, _k_scale=scale, _v_scale=scale)
@@ -43,6 +44,7 @@ def test_what_does_not_keep_a_layer_dense(facts):
         ({"alibi_slopes": [0.5]}, "ALiBi"),
         ({"sinks": object()}, "sinks"),
         ({"kv_sharing_target_layer_name": "model.layers.1"}, "shared"),
+        ({"num_queries_per_kv": 17}, "more than 16 query heads"),
         ({"kv_cache_dtype": "fp8_per_token_head"}, "fp8_per_token_head"),
         ({"kv_cache_dtype": "nvfp4"}, "nvfp4"),
         ({"kv_cache_dtype": "fp8", "scale": [0.5, 0.25]}, "a scale for each KV head"),

@@ -4,6 +4,7 @@ import pytest
 
 from tests.attention_backend.world import make_matcher, make_request, make_step
 from vllm_squeeze.attention_backend.matching import (
+    ASKED_FOR,
     CACHE_SALT,
     DENSE_SLOT,
     EMBEDDINGS,
@@ -176,6 +177,45 @@ def test_prompts_that_are_dense(dense_prefill):
     assert taken(dense_prefill) == {SQUEEZED: 1, PREFILL: 1}
     assert dense_prefill.step(make_step(cached=[("long", None, 101, 1)])) == ([LiveBlock(0, 1, 4, 14, 80)], 1, 22)
     assert taken(dense_prefill) == {SQUEEZED: 1}
+
+
+def test_a_request_that_asks_to_be_dense(dense_prefill):
+    """Beside one on the same prefix that is squeezed, all its life; and both are told what became of them."""
+    for id, settings in {"dense": {"mode": "dense"}, "as usual": {}, "none": {"mode": "auto"}}.items():
+        tokens = [1, 2, 3] if id == "none" else LONG + [5]
+        dense_prefill.add(make_request(id, tokens, kv_transfer_params={"squeeze": settings, "other": 1}))
+    new = [("dense", blocks(10, 7), 80, 21), ("as usual", (*blocks(10, 6),), 80, 21), ("none", blocks(60, 1), 0, 3)]
+    assert dense_prefill.step(make_step(new=new)) == NOTHING
+    assert taken(dense_prefill) == {ASKED_FOR: 1, PREFILL: 1, NO_INDEX: 1}
+    step = make_step(cached=[("dense", None, 101, 1), ("as usual", blocks(50, 1), 101, 1)])
+    found = [LiveBlock(DENSE_SLOT, 1, 6, 16, 101), LiveBlock(0, 1, 4, 14, 80)]
+    assert dense_prefill.step(step) == (found, 1, None)
+    index = {"index": "index", "budget": 1.0}
+    told = [dense_prefill.remove(id).params()["squeeze"] for id in ("dense", "as usual", "none")]
+    assert told == [
+        {**index, "rows": {ASKED_FOR: 2}},
+        {**index, "rows": {PREFILL: 1, SQUEEZED: 1}},
+        {"index": None, "budget": None, "rows": {NO_INDEX: 1}},
+    ]
+    assert dense_prefill.remove("dense") is None and dense_prefill.remove("long") is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ("dense", "kv_transfer_params.squeeze: 'dense' is not an object of settings"),
+        (None, "kv_transfer_params.squeeze: None is not an object of settings"),
+        ({"budget": 1}, "kv_transfer_params.squeeze.budget: unknown setting; known is mode"),
+        ({"mode": "off"}, "kv_transfer_params.squeeze.mode: 'off' is not one of auto, dense"),
+        ({"mode": ["dense"]}, "kv_transfer_params.squeeze.mode: ['dense'] is not one of auto, dense"),
+    ],
+    ids=repr,
+)
+def test_a_request_with_wrong_settings_is_dense_and_told(live, settings, error):
+    live.add(make_request("wrong", LONG + [5], kv_transfer_params={"squeeze": settings}))
+    assert live.step(make_step(new=[("wrong", blocks(10, 7), 80, 21)])) == NOTHING
+    assert taken(live) == {ASKED_FOR: 1}
+    assert live.remove("wrong").params()["squeeze"]["error"] == error
 
 
 def test_the_last_token_of_a_cached_prompt_is_dense(dense_prefill):

@@ -53,6 +53,7 @@ def make_request(request_id: str, tokens: list[int] | None, **changes: Any) -> S
             "lora_request": None,
             "cache_salt": None,
             "mm_features": [],
+            "kv_transfer_params": None,
             **changes,
         }
     )

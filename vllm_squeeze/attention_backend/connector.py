@@ -48,10 +48,12 @@ class PassiveConnector(KVConnectorBase_V1, SupportsHMA):
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         pass
 
-    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, None]:
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return False, None
 
-    def request_finished_all_groups(self, request: Any, block_ids: tuple[list[int], ...]) -> tuple[bool, None]:
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished(request, [])
 
 
@@ -90,9 +92,9 @@ class SqueezeConnector(PassiveConnector):
     def on_new_request(self, request: Any) -> None:
         self._requests.add(request)
 
-    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, None]:
-        self._requests.remove(request.request_id)
-        return False, None
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        report = self._requests.remove(request.request_id)
+        return False, None if report is None else report.params()
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         return StepMetadata(self._requests.step(scheduler_output))

@@ -10,7 +10,7 @@ from vllm_squeeze.attention_backend.residency import Residency
 from vllm_squeeze.attention_backend.rows import RowGroup
 from vllm_squeeze.attention_backend.wiring import RECORD, SERVE, options_of
 from vllm_squeeze.attention_backend.worker import layers_of, residency_of
-from vllm_squeeze.kernels.tables import ClusterTable
+from vllm_squeeze.kernels.tables import MAX_GROUP, ClusterTable
 
 FLOAT8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 """The 8-bit floats of a KV cache by vLLM's names for them."""
@@ -37,6 +37,8 @@ def why_dense(layer: Any) -> str | None:
         return "learned attention sinks"
     if impl.kv_sharing_target_layer_name is not None:
         return "KV shared between layers"
+    if impl.num_queries_per_kv > MAX_GROUP:
+        return f"more than {MAX_GROUP} query heads for a KV head"
     if impl.kv_cache_dtype not in ("auto", "float16", "bfloat16", *FLOAT8):
         return f"a KV cache in {impl.kv_cache_dtype}"
     if layer._k_scale.numel() > 1 or layer._v_scale.numel() > 1:

@@ -1,12 +1,14 @@
 """The scheduler's side: which requests begin with an indexed prefix, and where it lies in the KV cache."""
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, KeysView
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from vllm_squeeze.attention_backend.placement import Placement
 from vllm_squeeze.attention_backend.policy import Arm, ChooseArm, Work, always_squeezed
+from vllm_squeeze.attention_backend.request_settings import RequestReport
 from vllm_squeeze.kernels.tables import DENSE_SLOT, STOCK_SLOT
 
 SQUEEZED = "squeezed"
@@ -14,6 +16,7 @@ EXACT = "exact"
 FASTER = "dense: faster"
 NO_INDEX = "dense: no index"
 PREFILL = "dense: prefill"
+ASKED_FOR = "dense: asked for"
 NOT_COMPUTED = "dense: prefix not in the KV cache yet"
 LORA = "dense: LoRA adapter"
 CACHE_SALT = "dense: cache salt"
@@ -114,6 +117,7 @@ class _Live:
         placement: of the prefix that it begins with, or is the start of.
         begins_with_prefix: whether it is the former.
         ready_from: tokens that must have been computed before its row is more than dense: the prefix, or the prompt.
+            Infinite where the request is to be dense.
         block_sizes: by KV cache group.
         blocks: that vLLM has told of, by KV cache group.
         prefix_ends: the last block of the request's prefix, in each group: it stands for all before it. As LiveBlock's
@@ -122,10 +126,16 @@ class _Live:
 
     placement: Placement
     begins_with_prefix: bool
-    ready_from: int
+    ready_from: float
     block_sizes: dict[int, int]
     blocks: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     prefix_ends: tuple[tuple[int, int, int, int], ...] | None = None
+
+    def why_dense(self, computed: int) -> str:
+        """What becomes of a row that has computed so many tokens, and is not ready for more."""
+        if computed < self.placement.covered:
+            return NOT_COMPUTED
+        return ASKED_FOR if self.ready_from == math.inf else PREFILL
 
     def clear(self) -> None:
         """Forgets the blocks."""
@@ -175,56 +185,64 @@ class LiveRequests:
         self._dense_prefill = dense_prefill
         self._live: dict[str, _Live] = {}
         self._refused: dict[str, str] = {}
+        self._reports: dict[str, RequestReport] = {}
 
     def add(self, request: Any) -> None:
         placement, reason = self._matcher.match(request)
+        report = RequestReport.of(request.kv_transfer_params)
+        if report is not None:
+            self._reports[request.request_id] = report
+            if reason == SQUEEZED:
+                report.index, report.budget = placement.name, placement.budget
         if placement is not None:
-            dense_prefill = self._dense_prefill and not placement.exact
-            ready_from = len(request.prompt_token_ids) if dense_prefill else placement.covered
+            ready_from = placement.covered
+            if report is not None and report.mode == "dense":
+                ready_from = math.inf
+            elif self._dense_prefill and not placement.exact:
+                ready_from = len(request.prompt_token_ids)
             self._live[request.request_id] = _Live(placement, reason == SQUEEZED, ready_from, self._block_sizes)
         elif reason != NO_INDEX:
             self._refused[request.request_id] = reason
 
-    def remove(self, request_id: str) -> None:
+    def remove(self, request_id: str) -> RequestReport | None:
+        """Forgets a request; returns what it is to be told, if it had settings."""
         self._live.pop(request_id, None)
         self._refused.pop(request_id, None)
+        return self._reports.pop(request_id, None)
 
     def step(self, scheduled: Any) -> Step:
         """Follows a step, vLLM's SchedulerOutput."""
         counts = scheduled.num_scheduled_tokens
         if not self._live and not self._refused:
-            self._count(NO_INDEX, len(counts))
+            self._count({}, counts.keys())
             return _NOTHING
-        ready, dense, on_no_index = defaultdict(list), [], len(counts)
-        for request_id in self._refused.keys() & counts.keys():
-            self._count(self._refused[request_id], 1)
-            on_no_index -= 1
+        outcomes = {request_id: self._refused[request_id] for request_id in self._refused.keys() & counts.keys()}
+        ready, dense = defaultdict(list), []
         for request_id, live, computed in self._update(scheduled):
             if live.prefix_ends is not None and computed >= live.ready_from:
-                ready[live.placement.slot].append((live, computed, counts[request_id]))
+                ready[live.placement.slot].append((request_id, live, computed))
                 continue
             dense.append((live, computed))
             if live.begins_with_prefix:
-                self._count(PREFILL if computed >= live.placement.covered else NOT_COMPUTED, 1)
-                on_no_index -= 1
+                outcomes[request_id] = live.why_dense(computed)
 
         blocks, stock, num_tokens, num_rows, suffixes = set(), set(), 0, 0, []
         for slot, rows in ready.items():
-            placement = rows[0][0].placement
-            work = Work.of([count for _, _, count in rows])
+            placement = rows[0][1].placement
+            work = Work.of([counts[request_id] for request_id, _, _ in rows])
             arm = self._choose(placement, work)
-            self._count(OUTCOMES[arm], len(rows))
-            on_no_index -= len(rows)
-            ends = {end for prefix_ends in {live.prefix_ends for live, _, _ in rows} for end in prefix_ends}
+            outcomes.update(dict.fromkeys((request_id for request_id, _, _ in rows), OUTCOMES[arm]))
+            ends = {end for prefix_ends in {live.prefix_ends for _, live, _ in rows} for end in prefix_ends}
             if arm is Arm.STOCK:
                 stock |= {LiveBlock(STOCK_SLOT, *end) for end in ends}
-                dense += [(live, computed) for live, computed, _ in rows]
+                dense += [(live, computed) for _, live, computed in rows]
             else:
                 blocks |= {LiveBlock(slot, *end, arm is Arm.EXACT) for end in ends}
                 num_tokens += work.tokens
                 num_rows += len(rows)
-                suffixes.append(max(computed + count for _, computed, count in rows) - placement.covered)
-        self._count(NO_INDEX, on_no_index)
+                longest = max(computed + counts[request_id] for request_id, _, computed in rows)
+                suffixes.append(longest - placement.covered)
+        self._count(outcomes, counts.keys())
         if not blocks:
             return _NOTHING
 
@@ -235,9 +253,13 @@ class LiveRequests:
                 blocks |= set(self._dense_blocks(live, computed))
         return Step(sorted(blocks), num_tokens, max(suffixes) if num_rows == len(counts) else None)
 
-    def _count(self, outcome: str, rows: int) -> None:
-        if rows:
-            self.rows[outcome] += rows
+    def _count(self, outcomes: dict[str, str], scheduled: KeysView[str]) -> None:
+        """Counts what became of the scheduled requests' rows; those that have no outcome are on no index."""
+        self.rows.update(outcomes.values())
+        if on_no_index := len(scheduled) - len(outcomes):
+            self.rows[NO_INDEX] += on_no_index
+        for request_id in self._reports.keys() & scheduled:
+            self._reports[request_id].rows[outcomes.get(request_id, NO_INDEX)] += 1
 
     def _update(self, scheduled: Any) -> list[tuple[str, _Live, int]]:
         """Takes note of new blocks; returns the scheduled live requests and the tokens each has computed."""

@@ -42,6 +42,7 @@ class Placement:
 
     Attributes:
         slot: the prefix's slot.
+        name: of the index.
         prefix_lens: tokens that the squeezed part covers, whole blocks, by KV cache group. What follows in the
             prefix, the observation window in it, is attended to densely with the rest of the request.
         num_sinks: first tokens of the squeezed part that are always attended to; all of them where attention is exact.
@@ -52,6 +53,7 @@ class Placement:
     """
 
     slot: int
+    name: str
     prefix_lens: dict[int, int]
     num_sinks: int
     budget: float
@@ -165,14 +167,17 @@ def place(index: PrefixIndex, slot: int, options: Options, block_sizes: dict[int
         element_size: bytes of one element of the KV cache.
 
     Raises:
-        InvalidIndex: there is nothing to squeeze at this block size, or the budget cannot be met.
+        InvalidIndex: there is nothing to squeeze at this block size, or it is one that our kernels do not take; or the
+            budget cannot be met.
     """
     manifest = index.manifest
     parameters = manifest.parameters
     exact = attends_exactly(manifest, options)
     first, last = (0, 0) if exact else (parameters.num_sinks, parameters.observation_window)
+    if odd := [size for size in block_sizes.values() if size & (size - 1)]:
+        raise InvalidIndex(f"{index.folder.name}: blocks hold {odd[0]} tokens, which is not a power of two")
     # Whole blocks of every group: else a row could match in one group and not in another.
-    size = math.lcm(*block_sizes.values())
+    size = max(block_sizes.values(), default=1)
     covered = (manifest.num_tokens - last) // size * size if block_sizes else 0
     if covered <= first:
         always = "" if exact else f"the first {first} and the last {last} are always attended to, and "
@@ -198,7 +203,7 @@ def place(index: PrefixIndex, slot: int, options: Options, block_sizes: dict[int
         except ValueError as error:
             raise InvalidIndex(f"{index.folder.name}: squeeze.{error}") from None
     join = "max" if manifest.exact else parameters.join
-    return Placement(slot, dict.fromkeys(block_sizes, covered), num_sinks, budget, threshold, cost, join)
+    return Placement(slot, index.folder.name, dict.fromkeys(block_sizes, covered), num_sinks, budget, threshold, cost, join)
 
 
 def budget_of(index: PrefixIndex, options: Options) -> float:

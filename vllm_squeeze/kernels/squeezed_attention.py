@@ -10,7 +10,7 @@ import torch
 
 from vllm_squeeze.kernels.attend import attend_kernel, merge_kernel
 from vllm_squeeze.kernels.look_up import choose_kernel, score_kernel
-from vllm_squeeze.kernels.tables import ClusterTable, Prefixes
+from vllm_squeeze.kernels.tables import MAX_GROUP, ClusterTable, Prefixes
 from vllm_squeeze.kernels.tiles import MIN_TILE_ROWS, QueryTiles, most_tiles, padded, tokens_per_tile
 from vllm_squeeze.kernels.workspace import Workspace
 
@@ -105,8 +105,7 @@ def squeezed_attention(
     assert all(tensor.is_contiguous() for tensor in contiguous)
     rows = (query, output, key_cache, block_table, table.centroids, table.sizes, table.members)
     assert all(tensor.stride(-1) == 1 for tensor in rows)
-
-    assert group <= 16
+    assert group <= MAX_GROUP
 
     num_tokens = queries.num_tokens
     size = tokens_per_tile(num_tokens, group)

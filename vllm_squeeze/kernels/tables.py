@@ -7,6 +7,9 @@ import torch
 JOINS = ("max", "mean")
 """How the predicted attention probabilities of a cluster are joined over the query heads of a KV head."""
 
+MAX_GROUP = 16
+"""Query heads of a KV head that the kernels take, at most."""
+
 MOST_RAISE = 4.0
 """Nats that the spread of a cluster's keys may add to its predicted log probability in the choice, at most."""
 
