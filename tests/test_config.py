@@ -18,7 +18,10 @@ def test_nothing_is_squeezed_by_default(additional_config):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"budgett": 0.1}, ["squeeze.budgett", "unknown", "index, budget, max_kl, rest, mode, prefill, memory_limit_gib"]),
+        (
+            {"budgett": 0.1},
+            ["squeeze.budgett", "unknown", "index, budget, max_kl, rest, mode, prefill, memory_limit_gib"],
+        ),
         ({"budget": 0}, ["squeeze.budget", "0", "(0, 1]"]),
         ({"budget": 0.0}, ["squeeze.budget", "0.0", "(0, 1]"]),
         ({"budget": -1}, ["squeeze.budget", "-1", "(0, 1]"]),

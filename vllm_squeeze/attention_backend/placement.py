@@ -203,7 +203,9 @@ def place(index: PrefixIndex, slot: int, options: Options, block_sizes: dict[int
         except ValueError as error:
             raise InvalidIndex(f"{index.folder.name}: squeeze.{error}") from None
     join = "max" if manifest.exact else parameters.join
-    return Placement(slot, index.folder.name, dict.fromkeys(block_sizes, covered), num_sinks, budget, threshold, cost, join)
+    return Placement(
+        slot, index.folder.name, dict.fromkeys(block_sizes, covered), num_sinks, budget, threshold, cost, join
+    )
 
 
 def budget_of(index: PrefixIndex, options: Options) -> float:

@@ -58,9 +58,7 @@ def choose_clusters(
     return scores, (joined(log_p, join) + table.log_weights > log_threshold) & occupied[:, 0]
 
 
-def raises(
-    query: torch.Tensor, variances: torch.Tensor, scale: float, most: float = MOST_RAISE
-) -> torch.Tensor:
+def raises(query: torch.Tensor, variances: torch.Tensor, scale: float, most: float = MOST_RAISE) -> torch.Tensor:
     """What the spread of their keys adds to the log probabilities of clusters in the choice.
 
     Args:
