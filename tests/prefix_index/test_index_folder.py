@@ -6,7 +6,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,14 +51,6 @@ def folder(tmp_path):
 def shared_folder(tmp_path_factory):
     """An index that tests may damage, if they restore it."""
     return write_index(tmp_path_factory.mktemp("store"))
-
-
-@pytest.fixture(scope="module")
-def memory_path():
-    """A folder in memory where the system has one: hundreds of indexes are written, and no power fails here."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as path:
-        yield Path(path)
 
 
 def open_whole(folder):

@@ -44,7 +44,7 @@ def inspect_index(folder: Path, out: TextIO) -> int:
             print(f"  {label:<17} {printable(value)}", file=out)
         index.verify()
         num_files = len(index.manifest.layers) + (2 if index.quality() is None else 3)
-    except InvalidIndex as error:
+    except (InvalidIndex, OSError) as error:
         print(f"  {'verification':<17} {printable(f'error: {error}')}", file=out)
         return 1
     print(f"  {'verification':<17} all {num_files} files verified", file=out)

@@ -389,6 +389,7 @@ class IndexWriter:
 
         Raises:
             InvalidIndex: a file is missing or is not what the manifest says.
+            OSError: the disk is full, or refuses; a former index stays.
         """
         self._write(MANIFEST_FILE, manifest.to_json().encode())
         PrefixIndex.open(self.folder).verify()
@@ -397,9 +398,13 @@ class IndexWriter:
         replaced = self.store / f".replaced-{self.name}-{secrets.token_hex(8)}"
         with self._locked_store():
             (self.folder / LOCK_FILE).unlink()
-            if os.path.lexists(published):
-                published.rename(replaced)
-            self.folder.rename(published)
+            try:
+                if os.path.lexists(published):
+                    published.rename(replaced)
+                self.folder.rename(published)
+            finally:
+                if not os.path.lexists(published) and os.path.lexists(replaced):
+                    replaced.rename(published)
             sync_folder(self.store)
             remove_index(replaced)
         return published
@@ -430,17 +435,27 @@ class IndexWriter:
 def write_quality(folder: Path, quality: Quality) -> None:
     """Adds to a published index what its budgets cost, whole or not at all."""
     unfinished = folder / f".{QUALITY_FILE}-{secrets.token_hex(8)}"
-    write_file(unfinished, quality.to_json().encode())
-    unfinished.rename(folder / QUALITY_FILE)
+    try:
+        write_file(unfinished, quality.to_json().encode())
+        unfinished.rename(folder / QUALITY_FILE)
+    finally:
+        unfinished.unlink(missing_ok=True)
     sync_folder(folder)
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a file, and waits until its content is on disk."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    """Writes a file, and waits until its content is on disk.
+
+    Raises:
+        OSError: the disk is full, or refuses. Names the file, as the system does not once it is open.
+    """
+    try:
+        with open(path, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def is_locked(path: Path) -> bool:
