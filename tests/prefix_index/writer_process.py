@@ -1,9 +1,13 @@
-"""Writers in processes of their own: ``writer_process.py kill ROOT...`` and ``writer_process.py race STORE``."""
+"""Writers in processes of their own: ``writer_process.py (kill | stop | refuse) ROOT...`` and ``... race STORE``."""
 
+import errno
 import os
 import shutil
 import signal
 import sys
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -11,35 +15,69 @@ import torch
 from small_index import write_index
 
 from vllm_squeeze.prefix_index import index_folder
+from vllm_squeeze.prefix_index.manifest import InvalidIndex
 
 NUM_ROUNDS = 15
 CHANGING_NOTHING = {"open", "layer", "verify", "read_plain_file", "read_tokens", "check_clusters", "__init__"}
 CHANGING_NOTHING |= {"holds_index", "as_token_ids", "layer_file"}
+# Exit code of a writer that was interrupted.
+INTERRUPTED = 3
 
 
-def kill_at_every_step(root: Path) -> None:
-    """Kills one writer at each step that it takes; leaves the store of the n-th in ROOT/n. ROOT/start is copied."""
+def kill() -> None:
+    """Ends the writer for good."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop() -> None:
+    """Asks the writer to end, in a process that cleans up when asked, as those of vLLM do."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def refuse() -> None:
+    """Lets one operation fail."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def interrupt_every_step(interrupt: Callable[[], None], root: Path) -> None:
+    """Interrupts one writer at each step that it takes; leaves the store of the n-th in ROOT/n. ROOT/start is copied."""
     for step in count():
         store = root / f"{step}"
         shutil.copytree(root / "start", store)
         child = os.fork()
         if child == 0:
-            kill_at(step, store)
-            write_index(store, seed=1)
-            os._exit(0)
+            steps = interrupt_at(step, interrupt, store)
+            write_or_give_up(store)
+            os._exit(INTERRUPTED if next(steps) > step else 0)
         _, status = os.waitpid(child, 0)
-        if not os.WIFSIGNALED(status):
-            assert status == 0
+        if status == 0:
             return
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == INTERRUPTED
 
 
-def kill_at(step: int, store: Path) -> None:
-    """Has SIGKILL end this process before its step-th line of the writer's code or file operation in the store."""
+def write_or_give_up(store: Path) -> None:
+    """Ends the process if another error comes out than that of the interruption."""
+    try:
+        write_index(store, seed=1)
+    except (SystemExit, OSError, InvalidIndex):
+        pass
+    except BaseException:  # noqa: BLE001 (nothing may leave the child)
+        traceback.print_exc()
+        os._exit(1)
+
+
+def interrupt_at(step: int, interrupt: Callable[[], None], store: Path) -> Iterator[int]:
+    """Interrupts this process before its step-th line of the writer's code or file operation in the store.
+
+    Returns:
+        the counter of steps.
+    """
     steps = count()
 
     def take_step() -> None:
         if next(steps) == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            interrupt()
 
     def on_file_operation(event: str, arguments: tuple) -> None:
         if event.startswith(("os.", "shutil.")) and str(arguments[0]).startswith(str(store)):
@@ -54,6 +92,7 @@ def kill_at(step: int, store: Path) -> None:
 
     sys.addaudithook(on_file_operation)
     sys.settrace(trace)
+    return steps
 
 
 def race(store: Path) -> None:
@@ -70,5 +109,6 @@ def race(store: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    interrupts = {function.__name__: partial(interrupt_every_step, function) for function in (kill, stop, refuse)}
     for path in sys.argv[2:]:
-        {"kill": kill_at_every_step, "race": race}[sys.argv[1]](Path(path))
+        {**interrupts, "race": race}[sys.argv[1]](Path(path))

@@ -10,9 +10,8 @@ from typing import Any, TextIO
 import yaml
 
 from vllm_squeeze.config import AUTO, CONFIG_VARIABLE, SqueezeConfig
-from vllm_squeeze.offline_tools.inspect import printable
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
-from vllm_squeeze.prefix_index.manifest import InvalidIndex
+from vllm_squeeze.prefix_index.manifest import InvalidIndex, printable
 from vllm_squeeze.settings_file import read_settings
 
 

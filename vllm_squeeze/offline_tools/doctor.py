@@ -11,9 +11,8 @@ from typing import Any, TextIO
 from vllm_squeeze.config import SqueezeConfig
 from vllm_squeeze.offline_tools import installation
 from vllm_squeeze.offline_tools.finding import FAIL, OK, WARN, Finding
-from vllm_squeeze.offline_tools.inspect import printable
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
-from vllm_squeeze.prefix_index.manifest import InvalidIndex
+from vllm_squeeze.prefix_index.manifest import InvalidIndex, printable
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from vllm_squeeze.config import SqueezeConfig
 from vllm_squeeze.prefix_index.calibration import log_threshold
 from vllm_squeeze.prefix_index.identity import DTYPE_BYTES
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex, find_indexes
-from vllm_squeeze.prefix_index.manifest import Calibration, InvalidIndex, Manifest
+from vllm_squeeze.prefix_index.manifest import Calibration, InvalidIndex, Manifest, printable
 from vllm_squeeze.prefix_index.quality import BudgetQuality, Quality
 
 SHARES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
@@ -44,7 +44,7 @@ def inspect_index(folder: Path, out: TextIO) -> int:
             print(f"  {label:<17} {printable(value)}", file=out)
         index.verify()
         num_files = len(index.manifest.layers) + (2 if index.quality() is None else 3)
-    except InvalidIndex as error:
+    except (InvalidIndex, OSError) as error:
         print(f"  {'verification':<17} {printable(f'error: {error}')}", file=out)
         return 1
     print(f"  {'verification':<17} all {num_files} files verified", file=out)
@@ -125,8 +125,3 @@ def dense_bytes(manifest: Manifest) -> int:
     model = manifest.model
     vector = model.head_size * DTYPE_BYTES[model.dtype]
     return 2 * manifest.num_tokens * model.num_kv_heads * vector * len(manifest.layers)
-
-
-def printable(text: str) -> str:
-    """The text with escapes for what could upset a terminal, since a manifest may say anything."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

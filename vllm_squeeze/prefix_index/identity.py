@@ -47,7 +47,7 @@ class ModelIdentity:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BYTES:
-            raise ValueError(f"dtype is {self.dtype!r}, must be one of {', '.join(DTYPE_BYTES)}")
+            raise ValueError(f"dtype is {reprlib.repr(self.dtype)}, must be one of {', '.join(DTYPE_BYTES)}")
         check_ranges(self, num_layers=(1, 2**16), num_heads=(1, 2**16), num_kv_heads=(1, 2**16), head_size=(1, 2**16))
 
     @property

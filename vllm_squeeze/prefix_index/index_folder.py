@@ -13,33 +13,43 @@ the next writer removes. Nothing that a file says is taken as a path.
 import errno
 import fcntl
 import json
-import math
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import safetensors.numpy
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from vllm_squeeze.prefix_index.identity import ModelIdentity
-from vllm_squeeze.prefix_index.manifest import MAX_HEADER_BYTES, InvalidIndex, LayerEntry, Manifest, content_digest
+from vllm_squeeze.prefix_index.manifest import (
+    MAX_HEADER_BYTES,
+    MOST_NATS,
+    InvalidIndex,
+    LayerEntry,
+    Manifest,
+    content_digest,
+)
 from vllm_squeeze.prefix_index.quality import Quality
 
 MANIFEST_FILE = "manifest.json"
 TOKENS_FILE = "tokens.safetensors"
 QUALITY_FILE = "quality.json"
 LOCK_FILE = "lock"
-MAX_MANIFEST_BYTES = MAX_QUALITY_BYTES = 2**24
+# A megabyte of JSON takes a second or two to check.
+MAX_MANIFEST_BYTES, MAX_QUALITY_BYTES = 2**20, 2**22
+LARGEST_ELEMENT = 2.0**15
+"""Of a mean key or value, either way: beyond what models have, and below what makes sums in 16 bits, or of logits in
+32 bits, infinite."""
+LARGEST_SCALE = LARGEST_ELEMENT / 127
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +58,9 @@ class LayerClusters:
 
     Attributes:
         centroids: [H, C, D] int8, the mean key of each cluster, over its scale.
-        centroid_scales: [H, C] float32, not negative.
+        centroid_scales: [H, C] float32, not negative, so that no element is beyond ``LARGEST_ELEMENT``.
         value_centroids: [H, C, D] int8, the mean value of each cluster, over its scale.
-        value_scales: [H, C] float32, not negative.
+        value_scales: [H, C] float32, the same.
         log_weights: [H, C] float32, natural log of the weight in the choice.
         variances: [H, C] float32, not negative: of an element of a cluster's keys in the choice, mean over elements.
         sizes: [H, C] int32, how many members a cluster has, 0 if it is empty.
@@ -107,10 +117,7 @@ class PrefixIndex:
         content = read_plain_file(path, entry.num_bytes, entry.num_bytes)
         if content_digest(content) != entry.digest:
             raise InvalidIndex(f"{path}: damaged, its digest is not the manifest's")
-        try:
-            tensors = safetensors.torch.load(content)
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise InvalidIndex(f"{path}: not safetensors ({str(error)[:100]!r})") from None
+        tensors = read_tensors(safetensors.torch.load, content, path)
         names = [field.name for field in fields(LayerClusters)]
         if sorted(tensors) != sorted(names):
             raise InvalidIndex(f"{path}: the tensors are not {', '.join(names)}")
@@ -168,12 +175,26 @@ def read_plain_file(path: Path, smallest: int, largest: int) -> bytes:
                 allowed = f"{smallest}" if smallest == largest else f"from {smallest} to {largest}"
                 raise InvalidIndex(f"{path}: the file has {status.st_size} bytes, must have {allowed}")
             content = file.read(status.st_size)
+    except MemoryError:
+        raise InvalidIndex(f"{path}: the file has {status.st_size} bytes, more than there is memory for") from None
     except OSError as error:
         reason = "symbolic links are not followed" if error.errno == errno.ELOOP else error.strerror
         raise InvalidIndex(f"{path}: {reason}") from None
     if len(content) != status.st_size:
         raise InvalidIndex(f"{path}: the file shrank while it was read")
     return content
+
+
+def read_tensors(load: Callable[[bytes], dict[str, Any]], content: bytes, path: Path) -> dict[str, Any]:
+    """The tensors in the content of a file, by name, as a library's ``load`` makes them.
+
+    Raises:
+        InvalidIndex: it cannot.
+    """
+    try:
+        return load(content)
+    except Exception as error:  # noqa: BLE001 (a header may claim anything, and each library fails in its own ways)
+        raise InvalidIndex(f"{path}: not safetensors ({str(error)[:100]!r})") from None
 
 
 def read_tokens(path: Path, manifest: Manifest) -> np.ndarray:
@@ -187,10 +208,7 @@ def read_tokens(path: Path, manifest: Manifest) -> np.ndarray:
     # Unlike the layers, the file has no digest of its own: only the ids do. Of what a header could hold besides, JSON
     # lets pass nothing but white space, and safetensors pads with blanks alone.
     header = content[8 : len(content) - num_bytes]
-    try:
-        tensors = safetensors.numpy.load(content)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise InvalidIndex(f"{path}: not safetensors ({str(error)[:100]!r})") from None
+    tensors = read_tensors(safetensors.numpy.load, content, path)
     token_ids = tensors.get("token_ids")
     if list(tensors) != ["token_ids"] or token_ids.dtype != np.int32 or token_ids.shape != (manifest.num_tokens,):
         raise InvalidIndex(f"{path}: must hold token_ids and nothing else, int32 of shape [{manifest.num_tokens}]")
@@ -222,12 +240,17 @@ def check_clusters(clusters: LayerClusters, manifest: Manifest, num_centroids: i
         if tensor.dtype != dtype or tensor.shape != shape:
             found = f"{tensor.dtype} {list(tensor.shape)}"
             raise InvalidIndex(f"{name} is {found}, must be {dtype} {list(shape)}")
-    least_values = {"centroid_scales": 0.0, "value_scales": 0.0, "log_weights": -math.inf, "variances": 0.0}
-    for name, least in least_values.items():
-        # The bounds are NaN if any value is; a mask of all values would take 30 times as long.
+    ranges = {
+        "centroid_scales": (0.0, LARGEST_SCALE),
+        "value_scales": (0.0, LARGEST_SCALE),
+        "log_weights": (-MOST_NATS, MOST_NATS),
+        "variances": (0.0, LARGEST_ELEMENT**2),
+    }
+    for name, (least, most) in ranges.items():
+        # Both are NaN if any value is; a mask of all values would take 30 times as long.
         lowest, highest = getattr(clusters, name).aminmax()
-        if not (lowest >= least and lowest.isfinite() and highest.isfinite()):
-            raise InvalidIndex(f"{name} has values that are {'' if least else 'negative or '}not finite")
+        if not least <= lowest <= highest <= most:
+            raise InvalidIndex(f"{name} must be from {least:g} to {most:g}")
 
     sizes, members = clusters.sizes.long(), clusters.members
     if sizes.min() < 0 or sizes.max() > parameters.max_cluster:
@@ -366,6 +389,7 @@ class IndexWriter:
 
         Raises:
             InvalidIndex: a file is missing or is not what the manifest says.
+            OSError: the disk is full, or refuses; a former index stays.
         """
         self._write(MANIFEST_FILE, manifest.to_json().encode())
         PrefixIndex.open(self.folder).verify()
@@ -374,9 +398,13 @@ class IndexWriter:
         replaced = self.store / f".replaced-{self.name}-{secrets.token_hex(8)}"
         with self._locked_store():
             (self.folder / LOCK_FILE).unlink()
-            if os.path.lexists(published):
-                published.rename(replaced)
-            self.folder.rename(published)
+            try:
+                if os.path.lexists(published):
+                    published.rename(replaced)
+                self.folder.rename(published)
+            finally:
+                if not os.path.lexists(published) and os.path.lexists(replaced):
+                    replaced.rename(published)
             sync_folder(self.store)
             remove_index(replaced)
         return published
@@ -407,17 +435,27 @@ class IndexWriter:
 def write_quality(folder: Path, quality: Quality) -> None:
     """Adds to a published index what its budgets cost, whole or not at all."""
     unfinished = folder / f".{QUALITY_FILE}-{secrets.token_hex(8)}"
-    write_file(unfinished, quality.to_json().encode())
-    unfinished.rename(folder / QUALITY_FILE)
+    try:
+        write_file(unfinished, quality.to_json().encode())
+        unfinished.rename(folder / QUALITY_FILE)
+    finally:
+        unfinished.unlink(missing_ok=True)
     sync_folder(folder)
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a file, and waits until its content is on disk."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    """Writes a file, and waits until its content is on disk.
+
+    Raises:
+        OSError: the disk is full, or refuses. Names the file, as the system does not once it is open.
+    """
+    try:
+        with open(path, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def is_locked(path: Path) -> bool:

@@ -23,8 +23,17 @@ MAX_HEADER_BYTES = 4096
 """Bytes that a safetensors file of an index may have beyond its tensors."""
 
 
+MOST_NATS = 1000.0
+"""That a log threshold or a log weight may be, either way: all are finite in float32, and so are their differences."""
+LONGEST_REASON = 2000
+"""Characters of a reason for which an index is refused; an index may hold texts of any length."""
+
+
 class InvalidIndex(ValueError):
     """An index, or a part of one, that cannot be used. One line, which names the file or the field."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(printable(reason[:LONGEST_REASON]))
 
 
 @dataclass(frozen=True)
@@ -244,12 +253,18 @@ def check_created(created: str) -> None:
 def check_thresholds(thresholds: tuple[tuple[float, float], ...]) -> None:
     if not thresholds:
         raise ValueError("thresholds is empty, must have at least one pair")
-    if not all(0 < share <= 1 and math.isfinite(threshold) for share, threshold in thresholds):
-        raise ValueError("thresholds must be pairs of a share above 0 and at most 1 and a finite log threshold")
+    if not all(0 < share <= 1 and abs(threshold) <= MOST_NATS for share, threshold in thresholds):
+        must = f"a share above 0 and at most 1 and a log threshold from {-MOST_NATS:g} to {MOST_NATS:g}"
+        raise ValueError(f"thresholds must be pairs of {must}")
     for (share, threshold), (next_share, next_threshold) in pairwise(thresholds):
         if next_share >= share or next_threshold < threshold:
             pairs = f"{(share, threshold)} and then {(next_share, next_threshold)}"
             raise ValueError(f"thresholds has {pairs}: shares must decrease, and log thresholds must not")
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what could upset a terminal or a log, since an index may say anything."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def content_digest(content: bytes) -> str:

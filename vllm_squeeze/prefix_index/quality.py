@@ -110,6 +110,8 @@ class Quality:
             body = json.loads(text)
         except (ValueError, RecursionError):
             raise InvalidIndex("not JSON") from None
+        if manifest.exact:
+            raise InvalidIndex("an exact index has no budgets")
         if type(body) is dict:
             body.pop("digest", None)
         quality = decode(cls, body, "")
