@@ -27,7 +27,7 @@ class Workspace:
         multiprocessors: of the device.
         logits: [N, H, M, C] float32, s q.c_i + log N_i, of all keys of a cluster together.
         masses: [N, H, SPLITS, M] float32, log-sum-exp of one split's logits.
-        squares: [N, H, M] float32, |s q|^2 / 2 to the base 2: what an element's variance is multiplied by to give the raise.
+        squares: [N, H, M] float32, |s q|^2 / 2 to the base 2: what a cluster's variance is multiplied by for its raise.
         chosen: [N, H, C] int32, a bit for each token of the tile that chose the cluster.
         picked: [N, H, parts, 4] int32, the chosen clusters in parts of up to PART_KEYS keys, those of a split together:
             where a part's keys begin in the split's share of the list and among the members, how many they are, and
