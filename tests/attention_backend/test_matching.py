@@ -1,3 +1,4 @@
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from vllm_squeeze.attention_backend.matching import (
     STOCK_SLOT,
     LiveBlock,
     LiveRequests,
+    PrefixMatcher,
     Step,
 )
 from vllm_squeeze.attention_backend.policy import Arm, Work
@@ -177,6 +179,17 @@ def test_prompts_that_are_dense(dense_prefill):
     assert taken(dense_prefill) == {SQUEEZED: 1, PREFILL: 1}
     assert dense_prefill.step(make_step(cached=[("long", None, 101, 1)])) == ([LiveBlock(0, 1, 4, 14, 80)], 1, 22)
     assert taken(dense_prefill) == {SQUEEZED: 1}
+
+
+def test_prompts_on_an_exact_prefix_are_exact():
+    """Nothing is lost by it, so there is no reason to leave them to vLLM."""
+    _, (placement, *_) = make_matcher(PREFIXES, {1: SIZE})
+    exact = dataclasses.replace(placement, num_sinks=placement.covered)
+    requests = LiveRequests(PrefixMatcher([exact], {0: LONG}), {1: SIZE}, dense_prefill=True)
+    requests.add(make_request("long", LONG + [1]))
+    found, num_tokens, _ = requests.step(make_step(new=[("long", blocks(10, 7), 80, 21)]))
+    assert found == [LiveBlock(0, 1, 4, 14, 80, exact=True)] and num_tokens == 21
+    assert taken(requests) == {EXACT: 1}
 
 
 def test_a_request_that_asks_to_be_dense(dense_prefill):
