@@ -20,8 +20,7 @@ def first_tokens(llm, prompts, count: int = 3) -> list[list[dict[int, float]]]:
     ]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("chunk", [None, 64], ids=["one-step", "chunks"])
+@pytest.mark.parametrize(("family", "chunk"), [("llama", None), ("gemma3", 64)], ids=["one-step", "chunks"])
 def test_the_first_token_is_dense_and_the_others_are_squeezed(models, indexes, family, chunk):
     """All at once: prompts, in chunks or not, beside rows that are squeezed."""
     model, arguments = models(family), {"max_num_batched_tokens": chunk} if chunk else {}
