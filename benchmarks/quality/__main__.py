@@ -30,8 +30,8 @@ there. Its answers are kept beside the others, which it is compared with where t
     alike     percent of answers that are token for token those that the engine in this process gave in the same arm
 
 All is kept in the work folder, answers one a line: the command goes on where it was stopped, and adds tasks and budgets
-to those that are there. An arm whose rows were not all squeezed (prompts dense), or that did not answer all questions, or
-whose budget is less than centroids alone read, has no figures, and the exit code is 1.
+to those that are there. An arm whose rows were not all squeezed (prompts dense), or that did not answer all questions,
+or whose budget is less than centroids alone read, has no figures, and the exit code is 1.
 """
 
 import argparse

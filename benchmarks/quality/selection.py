@@ -4,8 +4,8 @@ All choose among units of keys: clusters, pages, or keys alone. A rule gives eac
 KV head; units whose rank exceeds one threshold, the same for all tokens, heads and layers, are attended to exactly.
 Top-k and top-p are such rules too: their ranks are minus the keys, or the mass, that come before a unit.
 
-    ours      clusters by predicted attention probability, raised for the spread of their keys, times their weight in the
-              index; the others contribute through their mean value
+    ours      clusters by predicted attention probability, raised for the spread of their keys, times their weight in
+              the index; the others contribute through their mean value
     paper     the same without raise and weights, with query heads joined by their mean, and nothing of the others
     oracle    single keys by true attention probability, as many for each token and head
     pages     pages of 16 keys by an upper bound from their least and largest key elements (Quest), as many for each
