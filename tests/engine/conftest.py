@@ -137,6 +137,11 @@ def outcomes(llm: Any) -> dict[str, int]:
     return counts
 
 
+def grown(llm: Any, before: dict[str, int]) -> dict[str, int]:
+    """Rows since ``before``, which ``outcomes`` gave, by what became of them; without those that none became."""
+    return {outcome: n - before.get(outcome, 0) for outcome, n in outcomes(llm).items() if n != before.get(outcome, 0)}
+
+
 def tokens(seed: int, count: int) -> list[int]:
     """Random token ids; ids of one seed begin alike whatever their count."""
     import numpy as np

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from tests.engine.conftest import engine, generate, outcomes, tokens
+from tests.engine.conftest import engine, generate, grown, outcomes, tokens
 from vllm_squeeze.attention_backend import policy
 
 CONTRACT = tokens(seed=1, count=600)
@@ -55,10 +55,6 @@ def answers(llm, prompts: list[list[int]], lengths: list[int]) -> list[list[tupl
         [(token, step[token].logprob) for token, step in zip(r.outputs[0].token_ids, r.outputs[0].logprobs)]
         for r in results
     ]
-
-
-def grown(llm, before: dict[str, int]) -> dict[str, int]:
-    return {outcome: n - before.get(outcome, 0) for outcome, n in outcomes(llm).items() if n != before.get(outcome, 0)}
 
 
 def bytes_of_prefixes(llm) -> list[float]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.engine.conftest import engine, outcomes, tokens
+from tests.engine.conftest import engine, grown, outcomes, tokens
 
 PREFIX = tokens(seed=1, count=600)
 QUESTIONS = [tokens(seed, 20 + 30 * seed) for seed in range(2, 7)]
@@ -32,9 +32,7 @@ def test_the_first_token_is_dense_and_the_others_are_squeezed(models, indexes, f
         first_tokens(llm, [PREFIX + [5]], 1)
         before = outcomes(llm)
         ours = first_tokens(llm, prompts)
-        rows = {
-            name: count - before.get(name, 0) for name, count in outcomes(llm).items() if count > before.get(name, 0)
-        }
+        rows = grown(llm, before)
         again = first_tokens(llm, [prompt + [7] for prompt in prompts], 1)
     for mine, theirs in zip(ours, dense, strict=True):
         assert mine[0] == pytest.approx(theirs[0], abs=1e-5)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.engine.conftest import engine, generate, outcomes, tokens
+from tests.engine.conftest import engine, generate, grown, outcomes, tokens
 
 PREFIX = tokens(seed=1, count=600)
 PROMPTS = [PREFIX + tokens(seed, 20) for seed in range(2, 6)]
@@ -40,9 +40,7 @@ def test_each_request_gets_what_it_asked_for(models, indexes):
         generate(llm, [PREFIX + [5]], num_tokens=1)
         before = outcomes(llm)
         ours, told = answer(llm, SETTINGS)
-        rows = {
-            name: count - before.get(name, 0) for name, count in outcomes(llm).items() if count > before.get(name, 0)
-        }
+        rows = grown(llm, before)
     asked, usual = {"dense: asked for": 4}, {"dense: prefill": 1, "squeezed": 3}
     assert rows == {"dense: asked for": 8, "dense: prefill": 2, "squeezed": 6}
     known = {"index": index.name, "budget": 0.4}
