@@ -1,7 +1,7 @@
 """Sparse paged attention in Triton, over the lists of keys that the look-up made.
 
     attend   grid (programs,)                         a tile's queries over one share of its keys and of its rest
-    merge    grid (tiles * ROWS, H * G, D / COLUMNS)  the shares, into the output
+    merge    grid (tiles * rows, H * G, D / COLUMNS)  the shares, into the output
 
 What a tile and KV head has to do is counted in keys: those of the prefix that are listed, those of suffixes that are,
 and then the rest, several clusters to a key. All of it is shared out over the programs in pieces of ``chunk`` keys,
@@ -196,10 +196,10 @@ def attend_kernel(
     tl.store(p_o, b_o / b_sum[:, None], mask=m_m[:, None] & (o_d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["first_tile", "num_tiles", "stride_lse_head", "stride_lse_token"])
+@triton.jit(do_not_specialize=["first_tile", "num_tiles", "rows", "stride_lse_head", "stride_lse_token"])
 def merge_kernel(
     output, suffix_lse, tokens, tiles, listed, partial_output, partial_lse,
-    first_tile, num_tiles, num_programs, H,
+    first_tile, num_tiles, rows, num_programs, H,
     stride_output_token, stride_output_head, stride_lse_head, stride_lse_token,
     GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     TILES: tl.constexpr, HP: tl.constexpr, KEY_BLOCK: tl.constexpr, CLUSTERS_PER_KEY: tl.constexpr,
@@ -208,7 +208,7 @@ def merge_kernel(
     M: tl.constexpr = ROWS * GP
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    i_t, i_r, i_head = tl.program_id(0) // ROWS, tl.program_id(0) % ROWS, tl.program_id(1)
+    i_t, i_r, i_head = tl.program_id(0) // rows, tl.program_id(0) % rows, tl.program_id(1)
     i_h = i_head // GROUP
     i_tile = first_tile + i_t
     i_slot, num_tokens = tl.load(tiles + i_tile * FACTS), tl.load(tiles + i_tile * FACTS + 1)

@@ -160,10 +160,11 @@ def squeezed_attention(
         if suffix_done is not None and first_tile == 0:
             torch.cuda.current_stream().wait_event(suffix_done)
         block, columns, warps = tuned.merge
-        merge_kernel[(tiles_now * size, num_kv_heads * group, -(-head_size // columns))](
+        rows = min(size, num_tokens)  # of a tile, at most
+        merge_kernel[(tiles_now * rows, num_kv_heads * group, -(-head_size // columns))](
             output, suffix_lse, queries.tokens, queries.tiles, workspace.listed,
             workspace.partial_output, workspace.partial_lse,
-            first_tile, tiles_now, programs, num_kv_heads,
+            first_tile, tiles_now, rows, programs, num_kv_heads,
             *output.stride()[:2], *((0, 0) if suffix_lse is None else suffix_lse.stride()),
             D=head_size, KEY_BLOCK=key_block, BLOCK=block, COLUMNS=columns, num_warps=warps, **tile, **plan,
             # not ahead of time where it has to wait for two streams
