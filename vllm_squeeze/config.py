@@ -1,5 +1,6 @@
 """The server's settings, and the only place that reads them."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -34,8 +35,12 @@ class SqueezeConfig:
         prefill: what the tokens of a prompt that follow its prefix attend to: "dense", all of the prefix, by vLLM's own
             attention, so that an answer begins as a dense one does and only its tokens are squeezed; or "squeezed",
             as the answer's (the paper's way). An exact prefix is attended to exactly either way.
-        memory_limit_gib: device memory that the indexes may take on each GPU (or on the CPU), in GiB. An index
-            that does not fit stays on disk, and its prefix is served densely.
+        memory_limit_gib: device memory that the indexes may take on each GPU (or on the CPU), in GiB. If they need
+            more together, they take turns: one that a request wants takes the place of those not wanted for longest.
+            One that does not fit alone is left out, and its prefix is served densely.
+        watch: seconds between two looks at the index folders for indexes that are added, replaced or removed while the
+            server runs, all of ``memory_limit_gib`` being kept for them; 0: only those at the start are served.
+        pin_share: share of the KV cache's blocks that pinned prefixes may hold, in [0, 1).
     """
 
     index: tuple[str, ...] = ()
@@ -45,6 +50,8 @@ class SqueezeConfig:
     mode: str = "auto"
     prefill: str = "dense"
     memory_limit_gib: float = 4.0
+    watch: float = 0.0
+    pin_share: float = 0.5
 
     def __post_init__(self) -> None:
         if not all(isinstance(path, str) and path for path in self.index):
@@ -65,6 +72,10 @@ class SqueezeConfig:
             )
         if not is_number(self.memory_limit_gib) or not self.memory_limit_gib >= 0:
             raise ValueError(f"squeeze.memory_limit_gib: {self.memory_limit_gib!r} is not a number of at least 0")
+        if not is_number(self.watch) or not 0 <= self.watch < math.inf:
+            raise ValueError(f"squeeze.watch: {self.watch!r} is not a number of seconds, of at least 0")
+        if not is_number(self.pin_share) or not 0 <= self.pin_share < 1:
+            raise ValueError(f"squeeze.pin_share: {self.pin_share!r} is not a number in [0, 1)")
 
     @classmethod
     def resolve(cls, additional_config: Any, environ: Mapping[str, str] = os.environ) -> "SqueezeConfig":
@@ -95,14 +106,16 @@ class SqueezeConfig:
         """The folders of all indexes named, absolute, each once.
 
         Raises:
-            ValueError: a folder is missing or holds no index.
+            ValueError: a folder is missing, or holds no index and is not watched.
         """
-        from vllm_squeeze.prefix_index.index_folder import find_indexes
+        from vllm_squeeze.prefix_index.index_folder import find_indexes, list_indexes
+
+        find = list_indexes if self.watch else find_indexes
 
         folders = []
         for path in self.index:
             try:
-                folders += [folder.resolve() for folder in find_indexes(Path(path))]
+                folders += [folder.resolve() for folder in find(Path(path))]
             except ValueError as error:
                 raise ValueError(f"squeeze.index (or {INDEX_VARIABLE}): {error}") from None
         return list(dict.fromkeys(folders))

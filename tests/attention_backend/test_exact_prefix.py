@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from tests.attention_backend.world import OPTIONS
 from tests.prefix_index.small_index import HEAD_SIZE, LAYER_NAMES, NUM_HEADS, write_exact_index, write_index
-from vllm_squeeze.attention_backend import residency as residency_module
-from vllm_squeeze.attention_backend.placement import device_bytes, place
+from vllm_squeeze.attention_backend.placement import Admission, device_bytes, place
 from vllm_squeeze.attention_backend.residency import Residency
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
 from vllm_squeeze.prefix_index.manifest import InvalidIndex
@@ -17,8 +17,14 @@ from vllm_squeeze.prefix_index.manifest import InvalidIndex
 CONFIG = SimpleNamespace(
     device_config=SimpleNamespace(device="cpu"),
     parallel_config=SimpleNamespace(tensor_parallel_size=1),
-    model_config=SimpleNamespace(dtype=torch.float32),
+    model_config=SimpleNamespace(dtype=torch.float32, max_model_len=1024),
 )
+
+
+def kv_cache(block_size: int) -> SimpleNamespace:
+    """vLLM's KVCacheConfig of one group of full attention."""
+    spec = FullAttentionSpec(block_size=block_size, num_kv_heads=NUM_HEADS, head_size=HEAD_SIZE, dtype=torch.float32)
+    return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)])
 
 
 @pytest.fixture
@@ -39,7 +45,7 @@ def reside(monkeypatch):
     monkeypatch.setattr("vllm.distributed.get_tensor_model_parallel_world_size", lambda: 1)
 
     def make(*indexes: PrefixIndex, mode: str = OPTIONS.mode) -> Residency:
-        monkeypatch.setattr(residency_module, "open_indexes", lambda *args, **kwargs: dict(enumerate(indexes)))
+        monkeypatch.setattr(Admission, "open_all", lambda self, on_refusal: list(indexes))
         options = SimpleNamespace(**{**vars(OPTIONS), "indexes": list(indexes), "mode": mode})
         return Residency(CONFIG, options)
 
@@ -48,7 +54,7 @@ def reside(monkeypatch):
 
 @pytest.mark.parametrize(("block_sizes", "covered"), [({0: 16}, 32), ({0: 4, 2: 8}, 40), ({1: 1}, 47)], ids=str)
 def test_whole_blocks_without_an_observation_window(exact, block_sizes, covered):
-    placement = place(exact, 3, OPTIONS, block_sizes, 4)
+    placement = place(exact, OPTIONS, block_sizes)
     assert placement.prefix_lens == dict.fromkeys(block_sizes, covered)
     assert placement.num_sinks == placement.covered == covered
     assert placement.log_threshold == math.inf
@@ -57,32 +63,32 @@ def test_whole_blocks_without_an_observation_window(exact, block_sizes, covered)
 @pytest.mark.parametrize("budget", [1e-6, 1.0])
 def test_a_dense_pass_is_read_at_any_budget(exact, budget):
     options = SimpleNamespace(**{**vars(OPTIONS), "budget": budget})
-    assert place(exact, 0, options, {0: 16}, 2).cost.budget_used(0) == 1.0
+    assert place(exact, options, {0: 16}).cost.budget_used(0) == 1.0
 
 
 @pytest.mark.parametrize("block_sizes", [{0: 64}, {0: 16, 1: 64}, {}], ids=str)
 def test_less_than_a_block_is_refused(exact, block_sizes):
     with pytest.raises(InvalidIndex, match=r"^exact-0: the prefix has 47 tokens, too few to squeeze: blocks hold \["):
-        place(exact, 0, OPTIONS, block_sizes, 4)
+        place(exact, OPTIONS, block_sizes)
 
 
 @pytest.mark.parametrize("block_sizes", [{0: 24}, {0: 16, 2: 24}], ids=str)
 def test_blocks_that_the_kernels_do_not_take_are_refused(exact, block_sizes):
     with pytest.raises(InvalidIndex, match=r"^exact-0: blocks hold 24 tokens, which is not a power of two$"):
-        place(exact, 0, OPTIONS, block_sizes, 4)
+        place(exact, OPTIONS, block_sizes)
 
 
 def test_it_takes_no_memory_of_the_device(exact):
-    assert device_bytes(exact.manifest, CONFIG) == 0
+    assert device_bytes(exact.manifest, OPTIONS, CONFIG) == 0
 
 
 def test_alone_it_has_empty_tables_of_every_layer(exact, reside):
     residency = reside(exact)
     for name in ("any.layer", "another.layer"):
-        table = residency.load_layer(name, NUM_HEADS, HEAD_SIZE)
+        table = residency.make_table(name, NUM_HEADS, HEAD_SIZE)
         assert table.centroids.shape == (NUM_HEADS, 0, HEAD_SIZE) and table.members.shape == (NUM_HEADS, 0)
-    residency.activate({0: place(exact, 0, OPTIONS, {0: 16}, 4)})
-    assert residency.active.keys() == {0} and residency.most_centroids == 0
+    residency.load_all(kv_cache(16))
+    assert residency.active.keys() == {0} and residency.room.most_centroids == 0
     assert residency.prefixes.slots.tolist() == [[0, 0, 32, 0]]
     assert residency.prefixes.log_threshold.tolist() == [math.inf]
 
@@ -90,19 +96,18 @@ def test_alone_it_has_empty_tables_of_every_layer(exact, reside):
 def test_beside_clusters_it_has_none(exact, clustered, reside):
     residency = reside(clustered, exact, clustered)
     for name in LAYER_NAMES:
-        assert residency.load_layer(name, NUM_HEADS, HEAD_SIZE).centroids.shape[1] == 2 * 7
-    residency.activate(
-        {slot: place(index, slot, OPTIONS, {0: 8}, 4) for slot, index in enumerate((clustered, exact, clustered))}
-    )
-    assert residency.prefixes.slots.tolist() == [[0, 7, 4, 0], [7, 0, 40, 0], [7, 7, 4, 0]]
+        assert residency.make_table(name, NUM_HEADS, HEAD_SIZE).centroids.shape[1] == 2 * 7
+    residency.load_all(kv_cache(8))
+    assert residency.prefixes.slots.tolist() == [[0, 7, 4, 0], [0, 0, 40, 0], [7, 7, 4, 0]]
 
 
 def test_a_clustered_prefix_is_attended_to_exactly_for_a_while(exact, clustered, reside):
     residency = reside(clustered, exact, clustered)
-    residency.load_layer(LAYER_NAMES[0], NUM_HEADS, HEAD_SIZE)
-    residency.activate({slot: place(index, slot, OPTIONS, {0: 8}, 4) for slot, index in ((0, clustered), (1, exact))})
-    choosing = [[0, 7, 4, 0], [7, 0, 40, 0], [0, 0, 0, 0]]
-    exactly = [[0, 0, 40, 0], [7, 0, 40, 0], [0, 0, 0, 0]]
+    residency.make_table(LAYER_NAMES[0], NUM_HEADS, HEAD_SIZE)
+    residency.load_all(kv_cache(8))
+    residency.drop(2)
+    choosing = [[0, 7, 4, 0], [0, 0, 40, 0], [0, 0, 0, 0]]
+    exactly = [[0, 0, 40, 0], [0, 0, 40, 0], [0, 0, 0, 0]]
     for slots, written in (({0}, exactly), ({0, 1, 2}, exactly), ({1}, choosing), ({0}, exactly), (set(), choosing)):
         residency.attend_exactly(frozenset(slots))
         assert residency.prefixes.slots.tolist() == written
@@ -110,10 +115,9 @@ def test_a_clustered_prefix_is_attended_to_exactly_for_a_while(exact, clustered,
 
 def test_clusters_are_not_loaded_where_all_attention_is_exact(clustered, reside):
     residency = reside(clustered, mode="exact")
-    assert residency.load_layer("any.layer", NUM_HEADS, HEAD_SIZE).sizes.shape == (NUM_HEADS, 0)
-    options = SimpleNamespace(**{**vars(OPTIONS), "mode": "exact"})
-    residency.activate({0: place(clustered, 0, options, {0: 8}, 4)})
-    assert residency.prefixes.slots.tolist() == [[0, 0, 40, 0]] and residency.most_centroids == 0
+    assert residency.make_table("any.layer", NUM_HEADS, HEAD_SIZE).sizes.shape == (NUM_HEADS, 0)
+    residency.load_all(kv_cache(8))
+    assert residency.prefixes.slots.tolist() == [[0, 0, 40, 0]] and residency.room.most_centroids == 0
     residency.attend_exactly(frozenset())
     assert residency.prefixes.slots.tolist() == [[0, 0, 40, 0]]
 
@@ -123,8 +127,8 @@ def test_clusters_are_not_loaded_where_all_attention_is_exact(clustered, reside)
     [
         (LAYER_NAMES[0], NUM_HEADS, HEAD_SIZE, {0, 1}),
         ("a layer that was not indexed", NUM_HEADS, HEAD_SIZE, {1}),
-        (LAYER_NAMES[0], NUM_HEADS + 1, HEAD_SIZE, set()),
-        (LAYER_NAMES[0], NUM_HEADS, HEAD_SIZE + 1, set()),
+        (LAYER_NAMES[0], NUM_HEADS + 1, HEAD_SIZE, {1}),
+        (LAYER_NAMES[0], NUM_HEADS, HEAD_SIZE + 1, {1}),
     ],
     ids=["as indexed", "another layer", "other heads", "another head size"],
 )
@@ -132,10 +136,10 @@ def test_what_a_layer_that_does_not_fit_keeps_from_being_served(
     exact, clustered, reside, name, num_heads, head_size, active
 ):
     residency = reside(clustered, exact)
-    assert residency.load_layer(name, num_heads, head_size) is not None
-    residency.activate({slot: place(index, slot, OPTIONS, {0: 8}, 4) for slot, index in enumerate((clustered, exact))})
+    assert residency.make_table(name, num_heads, head_size) is not None
+    residency.load_all(kv_cache(8))
     assert residency.active.keys() == active
 
 
 def test_a_layer_that_no_clustered_index_has_stays_dense(clustered, reside):
-    assert reside(clustered).load_layer("a layer that was not indexed", NUM_HEADS, HEAD_SIZE) is None
+    assert reside(clustered).make_table("a layer that was not indexed", NUM_HEADS, HEAD_SIZE) is None

@@ -7,6 +7,7 @@ from vllm.v1.attention.backends import flash_attn
 
 from tests.kernels.conftest import ON_GPU
 from vllm_squeeze.attention_backend.matching import LiveBlock
+from vllm_squeeze.attention_backend.room import Room
 from vllm_squeeze.kernels.tables import Prefixes
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -27,7 +28,8 @@ def test_flash_attention_gets_what_follows_the_prefixes(monkeypatch):
         counters=torch.zeros(1, 6, dtype=torch.int64, device=DEVICE),
     )
     config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=MAX_ROWS, max_num_batched_tokens=32))
-    rows = SuffixRows(PAGE_SIZE, config, SimpleNamespace(device=DEVICE, prefixes=prefixes, longest_prefix=32))
+    room = Room(num_slots=1, num_centroids=0, num_members=0, longest_prefix=32, most_centroids=0)
+    rows = SuffixRows(PAGE_SIZE, config, SimpleNamespace(device=DEVICE, prefixes=prefixes, room=room))
     rows.prepare(group=2)
     rows.warm_up(PAGE_SIZE)
     assert not rows.squeezing and (rows.queries.tiles[:, 0] == -1).all()

@@ -185,7 +185,7 @@ def test_prompts_on_an_exact_prefix_are_exact():
     """Nothing is lost by it, so there is no reason to leave them to vLLM."""
     _, (placement, *_) = make_matcher(PREFIXES, {1: SIZE})
     exact = dataclasses.replace(placement, num_sinks=placement.covered)
-    requests = LiveRequests(PrefixMatcher([exact], {0: LONG}), {1: SIZE}, dense_prefill=True)
+    requests = LiveRequests(PrefixMatcher([(exact, LONG)]), {1: SIZE}, dense_prefill=True)
     requests.add(make_request("long", LONG + [1]))
     found, num_tokens, _ = requests.step(make_step(new=[("long", blocks(10, 7), 80, 21)]))
     assert found == [LiveBlock(0, 1, 4, 14, 80, exact=True)] and num_tokens == 21

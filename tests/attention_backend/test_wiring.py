@@ -116,8 +116,8 @@ def test_options_are_handed_on(model, index, tmp_path):
     settings = {"index": [str(index), str(tmp_path / "store")], "budget": 0.5, "rest": "drop", "memory_limit_gib": 1}
     args = wired(model, additional_config={"squeeze": settings})
     assert options_of(args, SERVE) == {
-        "indexes": [str(index), str(second)], "budget": 0.5, "max_kl": 0.05, "rest": "drop", "mode": "auto",
-        "prefill": "dense", "memory_limit_gib": 1,
+        "indexes": [str(index), str(second)], "folders": settings["index"], "watch": 0, "budget": 0.5, "max_kl": 0.05, "rest": "drop", "mode": "auto",
+        "prefill": "dense", "memory_limit_gib": 1, "pin_share": 0.5,
     }  # fmt: skip
     assert options_of(args, RECORD) is None
     assert args.kv_transfer_config.kv_role == "kv_producer"

@@ -16,6 +16,7 @@ from tests.kernels.test_suffix_attention import torch_kernel  # noqa: F401
 from vllm_squeeze.attention_backend import triton_attention
 from vllm_squeeze.attention_backend.compat import has_flash_attention
 from vllm_squeeze.attention_backend.matching import LiveBlock
+from vllm_squeeze.attention_backend.room import Room
 from vllm_squeeze.attention_backend.triton_attention import PackedRows, SqueezeTritonImpl
 from vllm_squeeze.kernels.reference import attend_causal
 from vllm_squeeze.kernels.tables import ClusterTable, Prefixes, quantised
@@ -71,7 +72,8 @@ def rows(monkeypatch):
     )
     config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=ROWS, max_num_batched_tokens=32))
     options = SimpleNamespace(rest="drop")
-    residency = SimpleNamespace(device=device, prefixes=prefixes, longest_prefix=32, most_centroids=0, options=options)
+    room = Room(num_slots=1, num_centroids=0, num_members=0, longest_prefix=32, most_centroids=0)
+    residency = SimpleNamespace(device=device, prefixes=prefixes, room=room, options=options)
     rows = PackedRows(PAGE_SIZE, config, residency)
     rows.prepare(group=2)
 

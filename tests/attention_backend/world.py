@@ -13,12 +13,15 @@ from vllm_squeeze.prefix_index.manifest import LayerEntry
 
 OPTIONS = Options(
     indexes=[],
+    folders=[],
+    watch=0,
     budget=1.0,
     max_kl=0.05,
     rest="value_centroids",
     mode="squeezed",
     prefill="dense",
     memory_limit_gib=1.0,
+    pin_share=0.5,
 )
 
 
@@ -34,13 +37,15 @@ def make_placement(slot: int, num_tokens: int, block_sizes: dict[int, int]) -> P
         num_tokens=num_tokens,
         num_members=num_members,
     )
-    return place(SimpleNamespace(manifest=manifest, folder=Path("index")), slot, OPTIONS, block_sizes, 4)
+    placement = place(SimpleNamespace(manifest=manifest, folder=Path("index")), OPTIONS, block_sizes)
+    placement.slot = slot
+    return placement
 
 
 def make_matcher(prefixes: list[list[int]], block_sizes: dict[int, int]) -> tuple[PrefixMatcher, list[Placement]]:
     """A matcher of these prefixes; the slot of each is its position."""
     placements = [make_placement(slot, len(prefix), block_sizes) for slot, prefix in enumerate(prefixes)]
-    return PrefixMatcher(placements, dict(enumerate(prefixes))), placements
+    return PrefixMatcher(zip(placements, prefixes)), placements
 
 
 def make_request(request_id: str, tokens: list[int] | None, **changes: Any) -> SimpleNamespace:

@@ -174,7 +174,7 @@ def test_a_good_index_among_bad_ones_is_served(served):
 @pytest.mark.parametrize(
     ("squeeze", "reason"),
     [
-        ({"memory_limit_gib": 0}, "squeeze.memory_limit_gib is 0, which leaves 0.0 MiB"),
+        ({"memory_limit_gib": 0}, "squeeze.memory_limit_gib is 0; this index needs "),
         ({"budget": 0.01}, "squeeze.budget: 0.01 is less than"),
     ],
     ids=["no-memory", "unreachable-budget"],

@@ -4,6 +4,7 @@ Features are detected, never concluded from a version number.
 """
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -95,6 +96,18 @@ def wrap_create_engine_config() -> None:
 
     create_engine_config.squeeze = True
     EngineArgs.create_engine_config = create_engine_config
+
+
+def before_reset(pool: Any, release: Callable[[], None]) -> None:
+    """Has ``release`` called before vLLM's block pool is reset, which it refuses to be while blocks are held."""
+    reset = pool.reset_prefix_cache
+
+    @functools.wraps(reset)
+    def release_and_reset() -> bool:
+        release()
+        return reset()
+
+    pool.reset_prefix_cache = release_and_reset
 
 
 def prepare_cuda_graphs() -> None:

@@ -11,8 +11,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from vllm_squeeze.attention_backend import compat
-from vllm_squeeze.attention_backend.matching import LiveRequests, PrefixMatcher, Step
-from vllm_squeeze.attention_backend.placement import Options, full_attention_groups, open_indexes, place_all
+from vllm_squeeze.attention_backend.catalogue import Catalogue
+from vllm_squeeze.attention_backend.matching import LiveRequests, Step
+from vllm_squeeze.attention_backend.orders import LoadReport, Order
+from vllm_squeeze.attention_backend.pins import Pins
+from vllm_squeeze.attention_backend.placement import Options, full_attention_groups
 from vllm_squeeze.attention_backend.policy import arms_of
 from vllm_squeeze.attention_backend.stats import SqueezePromMetrics, SqueezeStats
 from vllm_squeeze.attention_backend.wiring import SERVE, options_of
@@ -20,9 +23,10 @@ from vllm_squeeze.attention_backend.wiring import SERVE, options_of
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
-    """What the scheduler's side tells the worker's side."""
+    """What the scheduler's side tells the worker's side: of a step, and what to do about indexes before it."""
 
     step: Step
+    orders: tuple[Order, ...]
 
 
 class PassiveConnector(KVConnectorBase_V1, SupportsHMA):
@@ -66,44 +70,47 @@ class SqueezeConnector(PassiveConnector):
         self._worker: Any = None
         self._kv_cache_config = kv_cache_config
         if role == KVConnectorRole.SCHEDULER:
-            self._requests = self._follow_requests(vllm_config)
-
-    def _follow_requests(self, vllm_config: Any) -> LiveRequests:
-        options = Options(**options_of(vllm_config, SERVE))
-        indexes = open_indexes(options, vllm_config, verify=True)
-        placements = place_all(indexes, options, vllm_config, self._kv_cache_config)
-        for slot, placement in placements.items():
-            compat.logger.info(
-                "squeeze: slot %d serves %s (%d tokens, %d squeezed) %s",
-                slot,
-                indexes[slot].folder.name,
-                placement.cost.num_tokens,
-                placement.covered,
-                "exactly" if placement.exact else f"at a budget of {placement.budget:g}",
-            )
-        tokens = {slot: indexes[slot].token_ids.tolist() for slot in placements}
-        matcher = PrefixMatcher(placements.values(), tokens)
-        groups = full_attention_groups(self._kv_cache_config)
-        num_layers = sum(len(self._kv_cache_config.kv_cache_groups[group].layer_names) for group in groups)
-        return LiveRequests(matcher, groups, arms_of(options, vllm_config, num_layers), options.prefill == "dense")
+            options = Options(**options_of(vllm_config, SERVE))
+            self._catalogue = Catalogue(options, vllm_config, kv_cache_config)
+            self._pins = Pins(options, vllm_config, kv_cache_config)
+            groups = full_attention_groups(kv_cache_config)
+            num_layers = sum(len(kv_cache_config.kv_cache_groups[group].layer_names) for group in groups)
+            choose = arms_of(options, vllm_config, num_layers)
+            dense_prefill = options.prefill == "dense"
+            self._requests = LiveRequests(self._catalogue.matcher, groups, choose, dense_prefill, self._pins.pin)
 
     # scheduler's side
 
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        self._pins.bind(gpu_block_pool)
+
     def on_new_request(self, request: Any) -> None:
-        self._requests.add(request)
+        placement = self._requests.add(request)
+        if placement is not None:
+            self._catalogue.want(placement)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         report = self._requests.remove(request.request_id)
         return False, None if report is None else report.params()
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
-        return StepMetadata(self._requests.step(scheduler_output))
+        orders = self._catalogue.next_orders(self._requests)
+        self._pins.release_unpinned()
+        return StepMetadata(self._requests.step(scheduler_output), orders)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        if isinstance(report := connector_output.kv_connector_worker_meta, LoadReport):
+            self._catalogue.take_report(report)
 
     def reset_cache(self) -> bool:
         """vLLM resets caches when weights change: the indexes are for the old ones."""
         compat.logger.warning("squeeze: the prefix cache was reset with its connectors; serving densely from here on.")
-        self._requests = LiveRequests(PrefixMatcher([], {}), {})
+        self._catalogue.clear(self._requests)
         return True
+
+    def shutdown(self) -> None:
+        if self._requests is not None:
+            self._catalogue.end()
 
     # worker's side
 
@@ -123,7 +130,11 @@ class SqueezeConnector(PassiveConnector):
     def bind_connector_metadata(self, connector_metadata: StepMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
         if self._worker is not None:
+            self._worker.follow(connector_metadata.orders)
             self._worker.begin_step(connector_metadata.step)
+
+    def build_connector_worker_meta(self) -> LoadReport | None:
+        return self._worker.take_report() if self._worker is not None else None
 
     def clear_connector_metadata(self) -> None:
         super().clear_connector_metadata()
@@ -135,12 +146,14 @@ class SqueezeConnector(PassiveConnector):
     def get_kv_connector_stats(self) -> SqueezeStats | None:
         if self._requests is None:
             return self._worker.take_stats() if self._worker is not None else None
-        if not self._requests.rows:
-            return None
         stats = SqueezeStats()
-        stats.add_rows(self._requests.rows)
-        self._requests.rows.clear()
-        return stats
+        if self._requests.rows:
+            stats.add_rows(self._requests.rows)
+            self._requests.rows.clear()
+        if self._catalogue.changed or self._pins.changed:
+            stats.set_indexes(self._catalogue.states(), self._pins.num_blocks())
+            stats.add_loads(*self._catalogue.take_loads())
+        return None if stats.is_empty() else stats
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> SqueezeStats:

@@ -45,7 +45,9 @@ class DeviceRows(RowGroup):
         """Makes room for the tiles of layers with ``group`` query heads per KV head."""
         self._group = group
         slots = len(self._residency.prefixes.slots)
-        self.queries = QueryTiles.allocate(self._max_tokens, slots, self._residency.longest_prefix, group, self._device)
+        self.queries = QueryTiles.allocate(
+            self._max_tokens, slots, self._residency.room.longest_prefix, group, self._device
+        )
 
     def warm_up(self, page_size: int) -> None:
         """Compiles the kernels that find a step's rows, by a step that has none."""
@@ -97,8 +99,8 @@ class DeviceLayer(SqueezeLayer):
             MAX_TILES,
             self.num_kv_heads,
             self.head_size,
-            self.residency.most_centroids,
-            self.residency.longest_prefix,
+            self.residency.room.most_centroids,
+            self.residency.room.longest_prefix,
             self.residency.device,
         )
 

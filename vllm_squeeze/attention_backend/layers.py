@@ -91,7 +91,7 @@ class SqueezeLayer:
         return why_dense(layer)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Loads this layer's tables while vLLM loads weights, so that its memory profiling counts them."""
+        """Makes this layer's table while vLLM loads weights, so that its memory profiling counts it."""
         super().process_weights_after_loading(act_dtype)
         self.dtype = act_dtype
         if self.residency is not None:
@@ -104,7 +104,7 @@ class SqueezeLayer:
         if reason := self.why_dense(layers[name], act_dtype):
             logger.warning_once("squeeze: layers with %s stay dense.", reason)
             return
-        self.table = self.residency.load_layer(name, self.num_kv_heads, self.head_size)
+        self.table = self.residency.make_table(name, self.num_kv_heads, self.head_size)
 
     def warm_up(self, layer: Any, kv_cache: torch.Tensor) -> None:
         """Compiles what steps with squeezed rows need, before the first of them. vLLM's layer holds this impl."""

@@ -1,8 +1,7 @@
 """The scheduler's side: which requests begin with an indexed prefix, and where it lies in the KV cache."""
 
-import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, KeysView
+from collections.abc import Callable, Iterable, KeysView
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,6 +16,8 @@ FASTER = "dense: faster"
 NO_INDEX = "dense: no index"
 PREFILL = "dense: prefill"
 ASKED_FOR = "dense: asked for"
+NOT_LOADED = "dense: index not on the device yet"
+GONE = "dense: index no longer served"
 NOT_COMPUTED = "dense: prefix not in the KV cache yet"
 LORA = "dense: LoRA adapter"
 CACHE_SALT = "dense: cache salt"
@@ -69,13 +70,29 @@ _NOTHING = Step([], 0, None)
 
 
 class PrefixMatcher:
-    """Finds the longest indexed prefix that a request begins with, in time that does not depend on their number."""
+    """Finds the longest indexed prefix that a request begins with, in time that does not depend on their number.
 
-    def __init__(self, placements: Iterable[Placement], token_ids: dict[int, list[int]]):
+    Args:
+        prefixes: the placement of each, and its token ids.
+    """
+
+    def __init__(self, prefixes: Iterable[tuple[Placement, list[int]]] = ()):
         self._by_start: dict[tuple[int, ...], list[tuple[Placement, list[int]]]] = {}
-        for placement in sorted(placements, key=lambda placement: -placement.covered):
-            covered = token_ids[placement.slot][: placement.covered]
-            self._by_start.setdefault(tuple(covered[:_FIRST]), []).append((placement, covered))
+        for placement, token_ids in prefixes:
+            self.add(placement, token_ids)
+
+    def add(self, placement: Placement, token_ids: list[int]) -> None:
+        """From here on requests may begin with this prefix too."""
+        covered = token_ids[: placement.covered]
+        alike = self._by_start.setdefault(tuple(covered[:_FIRST]), [])
+        alike.append((placement, covered))
+        alike.sort(key=lambda prefix: -len(prefix[1]))
+
+    def remove(self, placement: Placement) -> None:
+        """Has no request begin with this prefix from here on."""
+        for start, alike in self._by_start.items():
+            if any(other is placement for other, _ in alike):
+                self._by_start[start] = [prefix for prefix in alike if prefix[0] is not placement]
 
     def match(self, request: Any) -> tuple[Placement | None, str]:
         """Returns the placement of the request's prefix, or None, and what becomes of its rows.
@@ -117,7 +134,7 @@ class _Live:
         placement: of the prefix that it begins with, or is the start of.
         begins_with_prefix: whether it is the former.
         ready_from: tokens that must have been computed before its row is more than dense: the prefix, or the prompt.
-            Infinite where the request is to be dense.
+        never: why its rows are to be dense all the same; None if they are not.
         block_sizes: by KV cache group.
         blocks: that vLLM has told of, by KV cache group.
         prefix_ends: the last block of the request's prefix, in each group: it stands for all before it. As LiveBlock's
@@ -126,7 +143,8 @@ class _Live:
 
     placement: Placement
     begins_with_prefix: bool
-    ready_from: float
+    ready_from: int
+    never: str | None
     block_sizes: dict[int, int]
     blocks: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     prefix_ends: tuple[tuple[int, int, int, int], ...] | None = None
@@ -135,7 +153,9 @@ class _Live:
         """What becomes of a row that has computed so many tokens, and is not ready for more."""
         if computed < self.placement.covered:
             return NOT_COMPUTED
-        return ASKED_FOR if self.ready_from == math.inf else PREFILL
+        if self.never is not None:
+            return self.never
+        return PREFILL if computed < self.ready_from else NOT_LOADED
 
     def clear(self) -> None:
         """Forgets the blocks."""
@@ -147,6 +167,11 @@ class _Live:
             self.blocks[group].extend(block_ids[group])
         if self.prefix_ends is None and self.begins_with_prefix:
             self.prefix_ends = self._find_ends()
+
+    def prefix_blocks(self) -> list[int]:
+        """The blocks of the prefix, in order, of one KV cache group after the other."""
+        lens = self.placement.prefix_lens.items()
+        return [block for group, len in lens for block in self.blocks[group][: len // self.block_sizes[group]]]
 
     def _find_ends(self) -> tuple[tuple[int, int, int, int], ...] | None:
         ends = []
@@ -166,8 +191,10 @@ class LiveRequests:
         block_sizes: by KV cache group.
         choose: how the rows of a step on one prefix attend to it.
         dense_prefill: whether a prompt's tokens are dense where attention to the prefix would not be exact.
+        pin: told, in each step of a row, of a computed prefix that is to stay in the KV cache, and asked for, its blocks.
 
     Attributes:
+        running: the requests that have arrived and not ended, by id.
         rows: rows scheduled since they were last taken, by what became of them.
     """
 
@@ -177,35 +204,56 @@ class LiveRequests:
         block_sizes: dict[int, int],
         choose: ChooseArm = always_squeezed,
         dense_prefill: bool = False,
+        pin: Callable[[Placement, Callable[[], list[int]]], None] = lambda placement, block_ids: None,
     ):
+        self.running: dict[str, Any] = {}
         self.rows: Counter[str] = Counter()
         self._choose = choose
         self._matcher = matcher
         self._block_sizes = block_sizes
         self._dense_prefill = dense_prefill
+        self._pin = pin
         self._live: dict[str, _Live] = {}
         self._refused: dict[str, str] = {}
         self._reports: dict[str, RequestReport] = {}
 
-    def add(self, request: Any) -> None:
+    def add(self, request: Any) -> Placement | None:
+        """Follows a request that has arrived; returns the placement of its prefix if that could be squeezed for it."""
+        self.running[request.request_id] = request
         placement, reason = self._matcher.match(request)
         report = RequestReport.of(request.kv_transfer_params)
         if report is not None:
             self._reports[request.request_id] = report
             if reason == SQUEEZED:
                 report.index, report.budget = placement.name, placement.budget
-        if placement is not None:
-            ready_from = placement.covered
-            if report is not None and report.mode == "dense":
-                ready_from = math.inf
-            elif self._dense_prefill and not placement.exact:
-                ready_from = len(request.prompt_token_ids)
-            self._live[request.request_id] = _Live(placement, reason == SQUEEZED, ready_from, self._block_sizes)
-        elif reason != NO_INDEX:
-            self._refused[request.request_id] = reason
+        if placement is None:
+            if reason != NO_INDEX:
+                self._refused[request.request_id] = reason
+            return None
+        dense_prompt = self._dense_prefill and not placement.exact
+        ready_from = len(request.prompt_token_ids) if dense_prompt else placement.covered
+        never = ASKED_FOR if report is not None and report.mode == "dense" else None
+        self._live[request.request_id] = _Live(placement, reason == SQUEEZED, ready_from, never, self._block_sizes)
+        return placement if reason == SQUEEZED and never is None else None
+
+    def on(self, prefix: list[int]) -> set[str]:
+        """The running requests whose prompts begin with these tokens, or are the start of them."""
+        prompts = {id: request.prompt_token_ids or [] for id, request in self.running.items()}
+        return {id for id, tokens in prompts.items() if tokens[: len(prefix)] == prefix[: len(tokens)]}
+
+    def num_on(self, placement: Placement) -> int:
+        """How many running requests are followed for a prefix."""
+        return sum(live.placement is placement for live in self._live.values())
+
+    def leave_dense(self, placement: Placement) -> None:
+        """Has the rows on a prefix be dense from here on, as its index is gone."""
+        for live in self._live.values():
+            if live.placement is placement:
+                live.never = GONE
 
     def remove(self, request_id: str) -> RequestReport | None:
         """Forgets a request; returns what it is to be told, if it had settings."""
+        self.running.pop(request_id, None)
         self._live.pop(request_id, None)
         self._refused.pop(request_id, None)
         return self._reports.pop(request_id, None)
@@ -219,8 +267,12 @@ class LiveRequests:
         outcomes = {request_id: self._refused[request_id] for request_id in self._refused.keys() & counts.keys()}
         ready, dense = defaultdict(list), []
         for request_id, live, computed in self._update(scheduled):
-            if live.prefix_ends is not None and computed >= live.ready_from:
-                ready[live.placement.slot].append((request_id, live, computed))
+            placement = live.placement
+            if placement.pinned and live.prefix_ends is not None and computed >= placement.covered:
+                self._pin(placement, live.prefix_blocks)
+            waits = placement.slot is None or live.never is not None
+            if live.prefix_ends is not None and computed >= live.ready_from and not waits:
+                ready[placement.slot].append((request_id, live, computed))
                 continue
             dense.append((live, computed))
             if live.begins_with_prefix:

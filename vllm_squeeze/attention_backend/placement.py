@@ -25,23 +25,31 @@ def warn(reason: str) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """The serving connector's options, the same in all processes of an engine. An index's slot is its position."""
+    """The serving connector's options, the same in all processes of an engine.
+
+    Attributes:
+        indexes: folders of the indexes that there are at the start.
+        folders: where others may appear.
+        watch: seconds between two looks at ``folders``; 0 for none.
+    """
 
     indexes: list[str]
+    folders: list[str]
+    watch: float
     budget: float | str
     max_kl: float
     rest: str
     mode: str
     prefill: str
     memory_limit_gib: float
+    pin_share: float
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Placement:
     """A served prefix in the KV cache.
 
     Attributes:
-        slot: the prefix's slot.
         name: of the index.
         prefix_lens: tokens that the squeezed part covers, whole blocks, by KV cache group. What follows in the
             prefix, the observation window in it, is attended to densely with the rest of the request.
@@ -50,9 +58,10 @@ class Placement:
         log_threshold: of the choice of clusters, for the budget; infinite where attention is exact.
         cost: what reading the prefix costs.
         join: how query heads are joined in the choice, one of JOINS.
+        slot: that the index has on the devices; None while it does not lie there.
+        pinned: whether the prefix's KV is to stay once it is computed.
     """
 
-    slot: int
     name: str
     prefix_lens: dict[int, int]
     num_sinks: int
@@ -60,6 +69,8 @@ class Placement:
     log_threshold: float
     cost: ReadCost
     join: str = "max"
+    slot: int | None = None
+    pinned: bool = False
 
     @property
     def exact(self) -> bool:
@@ -72,43 +83,54 @@ class Placement:
         return max(self.prefix_lens.values())
 
 
-def open_indexes(
-    options: Options, vllm_config: Any, verify: bool, on_refusal: OnRefusal = warn
-) -> dict[int, PrefixIndex]:
-    """Opens the indexes that this engine's model and memory admit, by slot.
+class Admission:
+    """Opens indexes that this engine's model and memory admit.
 
     Args:
         options: of the connector.
         vllm_config: of the engine.
-        verify: whether to read and check the layers too.
-        on_refusal: told of each index left out, and why.
     """
-    try:
-        identity = model_identity(vllm_config)
-    except ValueError as error:
-        on_refusal(f"no index can be checked against the model: {error}")
-        return {}
-    memory_left = options.memory_limit_gib * 2**30
-    admitted = {}
-    for slot, folder in enumerate(options.indexes):
+
+    def __init__(self, options: Options, vllm_config: Any):
+        self._options, self._vllm_config = options, vllm_config
+        self._max_model_len = vllm_config.model_config.max_model_len
+
+    def open(self, folder: Path) -> PrefixIndex:
+        """Opens an index. Its layers are neither read nor checked.
+
+        Raises:
+            InvalidIndex: it is damaged, or is for another model, or too large.
+        """
+        index = PrefixIndex.open(folder)
+        check_model(index, self._identity, self._max_model_len)
+        needed, limit = device_bytes(index.manifest, self._options, self._vllm_config), self._options.memory_limit_gib
+        if needed > limit * 2**30:
+            raise InvalidIndex(
+                f"{index.folder.name}: squeeze.memory_limit_gib is {limit}; this index needs {needed / 2**20:.1f} MiB"
+            )
+        return index
+
+    def open_all(self, on_refusal: OnRefusal) -> list[PrefixIndex]:
+        """Opens the indexes that there are at the start; tells ``on_refusal`` of those left out, and why."""
+        admitted = []
         try:
-            index = PrefixIndex.open(Path(folder))
-            check_model(index, identity, vllm_config.model_config.max_model_len)
-            needed = 0 if attends_exactly(index.manifest, options) else device_bytes(index.manifest, vllm_config)
-            if needed > memory_left:
-                raise InvalidIndex(
-                    f"{index.folder.name}: squeeze.memory_limit_gib is {options.memory_limit_gib}, which leaves "
-                    f"{memory_left / 2**20:.1f} MiB; this index needs {needed / 2**20:.1f} MiB"
-                )
-            # Also for an index found damaged below: the worker's side, which does not look, keeps room for it.
-            memory_left -= needed
-            if verify:
-                index.verify()
+            self._identity  # noqa: B018 (one reason for all)
         except InvalidIndex as error:
             on_refusal(str(error))
-            continue
-        admitted[slot] = index
-    return admitted
+            return admitted
+        for folder in self._options.indexes:
+            try:
+                admitted.append(self.open(Path(folder)))
+            except InvalidIndex as error:
+                on_refusal(str(error))
+        return admitted
+
+    @functools.cached_property
+    def _identity(self) -> ModelIdentity:
+        try:
+            return model_identity(self._vllm_config)
+        except ValueError as error:
+            raise InvalidIndex(f"no index can be checked against the model: {error}") from None
 
 
 def check_model(index: PrefixIndex, identity: ModelIdentity, max_model_len: int) -> None:
@@ -137,11 +159,21 @@ def num_centroids(manifest: Manifest) -> int:
     return max((layer.num_centroids for layer in manifest.layers), default=0)
 
 
-def device_bytes(manifest: Manifest, vllm_config: Any) -> int:
+def device_bytes(manifest: Manifest, options: Options, vllm_config: Any) -> int:
     """Bytes that an index takes on one rank's device."""
+    if attends_exactly(manifest, options):
+        return 0
     heads = local_kv_heads(manifest, vllm_config.parallel_config.tensor_parallel_size)
     clusters = num_centroids(manifest) * bytes_per_cluster(manifest.model.head_size, rest=True)
     return len(manifest.layers) * heads * (clusters + manifest.num_members * BYTES_PER_MEMBER)
+
+
+def token_bytes(centroids: float, vllm_config: Any) -> float:
+    """Bytes that a token of a prefix takes on one rank's device, of an index with so many centroids for each."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    layers = math.ceil(model.hf_text_config.num_hidden_layers / parallel.pipeline_parallel_size)
+    of_head = centroids * bytes_per_cluster(model.get_head_size(), rest=True) + BYTES_PER_MEMBER
+    return layers * model.get_num_kv_heads(parallel) * of_head
 
 
 def full_attention_groups(kv_cache_config: Any) -> dict[int, int]:
@@ -156,15 +188,13 @@ def full_attention_groups(kv_cache_config: Any) -> dict[int, int]:
     return groups
 
 
-def place(index: PrefixIndex, slot: int, options: Options, block_sizes: dict[int, int], element_size: int) -> Placement:
+def place(index: PrefixIndex, options: Options, block_sizes: dict[int, int]) -> Placement:
     """Places a prefix into the KV cache and turns the budget into a threshold. Exact attention has no budget.
 
     Args:
         index: of the prefix.
-        slot: of the prefix.
         options: of the connector.
         block_sizes: by KV cache group.
-        element_size: bytes of one element of the KV cache.
 
     Raises:
         InvalidIndex: there is nothing to squeeze at this block size, or it is one that our kernels do not take; or the
@@ -192,7 +222,7 @@ def place(index: PrefixIndex, slot: int, options: Options, block_sizes: dict[int
         num_clustered=covered - num_sinks,
         num_centroids=0 if exact else num_centroids(manifest),
         head_size=manifest.model.head_size,
-        element_size=element_size,
+        element_size=manifest.model.cache_element_size,
         rest=options.rest == "value_centroids",
     )
     budget, threshold = 1.0, math.inf
@@ -203,9 +233,7 @@ def place(index: PrefixIndex, slot: int, options: Options, block_sizes: dict[int
         except ValueError as error:
             raise InvalidIndex(f"{index.folder.name}: squeeze.{error}") from None
     join = "max" if manifest.exact else parameters.join
-    return Placement(
-        slot, index.folder.name, dict.fromkeys(block_sizes, covered), num_sinks, budget, threshold, cost, join
-    )
+    return Placement(index.folder.name, dict.fromkeys(block_sizes, covered), num_sinks, budget, threshold, cost, join)
 
 
 def budget_of(index: PrefixIndex, options: Options) -> float:
@@ -238,21 +266,3 @@ def threshold_of(manifest: Manifest, cost: ReadCost, budget: float) -> float:
         ValueError: centroids and always attended tokens alone read more.
     """
     return log_threshold(manifest.thresholds, cost.kept_share(budget))
-
-
-def place_all(
-    indexes: dict[int, PrefixIndex],
-    options: Options,
-    vllm_config: Any,
-    kv_cache_config: Any,
-    on_refusal: OnRefusal = warn,
-) -> dict[int, Placement]:
-    """Places all opened indexes, by slot; tells ``on_refusal`` of those that cannot be."""
-    groups = full_attention_groups(kv_cache_config)
-    placements = {}
-    for slot, index in indexes.items():
-        try:
-            placements[slot] = place(index, slot, options, groups, index.manifest.model.cache_element_size)
-        except InvalidIndex as error:
-            on_refusal(str(error))
-    return placements

@@ -5,6 +5,10 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 ROWS, BYTES_READ, BYTES_ALONE, BYTES_DENSE = "rows", "bytes_read", "bytes_alone", "bytes_dense"
+ON_DEVICES, LOADING, WAITING = "on the devices", "loading", "waiting"
+STATES = (ON_DEVICES, LOADING, WAITING)
+"""What an index that is served may be."""
+INDEXES, PINNED, LOADS, LOAD_SECONDS = "indexes", "pinned", "loads", "load_seconds"
 
 
 class SqueezeStats(KVConnectorStats):
@@ -24,6 +28,15 @@ class SqueezeStats(KVConnectorStats):
         for name, count in ((BYTES_READ, read), (BYTES_ALONE, alone), (BYTES_DENSE, dense)):
             self.data[name] = self.data.get(name, 0) + count
 
+    def set_indexes(self, states: dict[str, str], pinned: dict[str, int]) -> None:
+        """The state of each index now, and the blocks held for those that are pinned."""
+        self.data[INDEXES], self.data[PINNED] = states, pinned
+
+    def add_loads(self, count: int, seconds: float) -> None:
+        """Indexes that came to the devices while serving, and what loading them took."""
+        self.data[LOADS] = self.data.get(LOADS, 0) + count
+        self.data[LOAD_SECONDS] = self.data.get(LOAD_SECONDS, 0.0) + seconds
+
     def reset(self) -> None:
         self.data = {}
 
@@ -31,6 +44,9 @@ class SqueezeStats(KVConnectorStats):
         self.add_rows(other.data.get(ROWS, {}))
         if other.data.get(BYTES_DENSE):
             self.add_bytes(*(other.data[name] for name in (BYTES_READ, BYTES_ALONE, BYTES_DENSE)))
+        if INDEXES in other.data:
+            self.set_indexes(other.data[INDEXES], other.data[PINNED])
+            self.add_loads(other.data[LOADS], other.data[LOAD_SECONDS])
         return self
 
     def reduce(self) -> dict[str, int | float]:
@@ -38,6 +54,8 @@ class SqueezeStats(KVConnectorStats):
         if self.data.get(BYTES_DENSE):
             summary["budget used"] = round(self.data[BYTES_ALONE] / self.data[BYTES_DENSE], 4)
             summary["bytes read"] = round(self.data[BYTES_READ] / self.data[BYTES_DENSE], 4)
+        if INDEXES in self.data:
+            summary["indexes on the devices"] = list(self.data[INDEXES].values()).count(ON_DEVICES)
         return summary
 
     def is_empty(self) -> bool:
@@ -70,6 +88,29 @@ class SqueezePromMetrics(KVConnectorPromMetrics):
             documentation="Bytes that dense attention would have read of the same prefixes.",
             labelnames=labelnames,
         )
+        self._index = self._gauge_cls(
+            name="vllm:squeeze_index",
+            documentation="1 for the state that an index is in: on the devices, loading, or waiting to be loaded.",
+            labelnames=[*labelnames, "index", "state"],
+            multiprocess_mode="mostrecent",
+        )
+        self._pinned = self._gauge_cls(
+            name="vllm:squeeze_pinned_blocks",
+            documentation="Blocks of the KV cache that are held for a pinned prefix.",
+            labelnames=[*labelnames, "index"],
+            multiprocess_mode="mostrecent",
+        )
+        self._loads = self._counter_cls(
+            name="vllm:squeeze_index_loads",
+            documentation="Indexes that came to the devices while serving.",
+            labelnames=labelnames,
+        )
+        self._load_seconds = self._counter_cls(
+            name="vllm:squeeze_index_load_seconds",
+            documentation="Seconds that loading them took, beside serving.",
+            labelnames=labelnames,
+        )
+        self._shown: dict[int, set[str]] = {}
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         labels = self._labels[engine_idx]
@@ -79,3 +120,14 @@ class SqueezePromMetrics(KVConnectorPromMetrics):
             self._read.labels(*labels).inc(transfer_stats_data[BYTES_READ])
             self._alone.labels(*labels).inc(transfer_stats_data[BYTES_ALONE])
             self._dense.labels(*labels).inc(transfer_stats_data[BYTES_DENSE])
+        if INDEXES in transfer_stats_data:
+            states, pinned = transfer_stats_data[INDEXES], transfer_stats_data[PINNED]
+            shown = self._shown.setdefault(engine_idx, set())
+            shown.update(states)
+            for index in shown:
+                # one that is gone is in no state
+                for state in STATES:
+                    self._index.labels(*labels, index, state).set(states.get(index) == state)
+                self._pinned.labels(*labels, index).set(pinned.get(index, 0))
+            self._loads.labels(*labels).inc(transfer_stats_data[LOADS])
+            self._load_seconds.labels(*labels).inc(transfer_stats_data[LOAD_SECONDS])

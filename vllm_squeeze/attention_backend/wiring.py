@@ -1,5 +1,6 @@
 """How an engine that chose ``squeeze`` gets its connector, and how its parts find their options again."""
 
+from pathlib import Path
 from typing import Any
 
 from vllm_squeeze.attention_backend.compat import BACKEND, CONNECTORS, logger
@@ -35,7 +36,7 @@ def add_connector(args: Any) -> None:
         return
     config = SqueezeConfig.resolve(args.additional_config)
     folders = config.index_folders()
-    if not folders:
+    if not folders and not config.watch:
         return
     if reason := unsupported(args):
         logger.warning("squeeze: nothing will be squeezed: %s", reason)
@@ -49,12 +50,15 @@ def add_connector(args: Any) -> None:
 
     options = {
         "indexes": [str(folder) for folder in folders],
+        "folders": [str(Path(path).resolve()) for path in config.index],
+        "watch": config.watch,
         "budget": config.budget,
         "max_kl": config.max_kl,
         "rest": config.rest,
         "mode": config.mode,
         "prefill": config.prefill,
         "memory_limit_gib": config.memory_limit_gib,
+        "pin_share": config.pin_share,
     }
     ours = connector(SERVE, options)
     if existing is not None:

@@ -1,16 +1,19 @@
 """One rank's serving state: tells layers, before each step, which of its rows are squeezed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from vllm_squeeze.attention_backend.loader import Loader
 from vllm_squeeze.attention_backend.matching import Step
-from vllm_squeeze.attention_backend.placement import full_attention_groups, place_all
+from vllm_squeeze.attention_backend.orders import LoadReport, Order
+from vllm_squeeze.attention_backend.placement import full_attention_groups
 from vllm_squeeze.attention_backend.residency import Residency
 from vllm_squeeze.attention_backend.rows import RowGroup
 from vllm_squeeze.attention_backend.stats import SqueezeStats
+from vllm_squeeze.prefix_index.budget import ReadCost
 
 
 def layers_of(vllm_config: Any) -> dict[str, Any]:
@@ -44,17 +47,15 @@ class SqueezeWorker:
     def __init__(self, vllm_config: Any, residency: Residency, kv_cache_config: Any, kv_caches: dict[str, Any]):
         self.squeezing = self.alone = self.paused = False
         self._residency = residency
-        residency.activate(
-            place_all(
-                residency.indexes, residency.options, vllm_config, kv_cache_config, on_refusal=lambda reason: None
-            )
-        )
+        serving = residency.load_all(kv_cache_config)
+        self._loader = Loader(residency)
+        self._costs: dict[int, ReadCost] = {}
         self._groups: dict[int, RowGroup] = {}
         layers = layers_of(vllm_config)
         for group, block_size in full_attention_groups(kv_cache_config).items():
             names = kv_cache_config.kv_cache_groups[group].layer_names
             names = [name for name in names if getattr(layers[name].impl, "table", None) is not None]
-            if names and residency.active:
+            if names and serving:
                 first = layers[names[0]].impl
                 rows = first.rows_class(block_size, vllm_config, residency)
                 rows.prepare(first.num_heads // first.num_kv_heads)
@@ -64,6 +65,11 @@ class SqueezeWorker:
                     layers[name].impl.rows = rows
                 first.warm_up(layers[names[0]], kv_caches[names[0]])
         self._counted = CounterReader(residency.prefixes.counters)
+
+    def follow(self, orders: Iterable[Order]) -> None:
+        """Begins to carry out what is to be done about indexes, before the step that they came with."""
+        for order in orders:
+            self._loader.follow(order)
 
     def expect(self, step: Step) -> None:
         """Takes note, as early as a step's metadata are known, of whether and how the step has squeezed rows."""
@@ -106,13 +112,19 @@ class SqueezeWorker:
         finally:
             self.end_step()
 
+    def take_report(self) -> LoadReport | None:
+        """Which orders to load have been carried out since the last call, if any."""
+        return self._loader.take_report()
+
     def take_stats(self) -> SqueezeStats | None:
         """What was read since the last call, in bytes; None if nothing is known to have been."""
         stats = SqueezeStats()
+        # also of a slot that was left since: what was counted is told late
+        self._costs |= {slot: placement.cost for slot, placement in self._residency.active.items()}
         for slot, counts in enumerate(self._counted.take()):
             look_ups, loaded, pairs, kept, passes, exact_pairs = counts
             if pairs or exact_pairs:
-                cost = self._residency.active[slot].cost
+                cost = self._costs[slot]
                 stats.add_bytes(
                     read=look_ups * cost.fixed_bytes + loaded * cost.bytes_per_key + passes * cost.dense_bytes,
                     alone=pairs * cost.fixed_bytes + kept * cost.bytes_per_key + exact_pairs * cost.dense_bytes,

@@ -108,23 +108,23 @@ def attend_prefix(
         where nothing was attended to), cluster members kept by each token [R, H] int64, and read for all [H] int64.
     """
     query = query.float()
-    num_heads, num_members = table.members.shape
-    if not table.sizes.shape[1]:
-        num_members = 0  # those there are belong to clusters of other prefixes
-    device = query.device
+    num_heads, device = len(table.members), query.device
+    # members elsewhere belong to clusters of other prefixes
+    first, last = (int(table.starts.min()), int((table.starts + table.sizes).max())) if table.sizes.shape[1] else (0, 0)
+    members = table.members[:, first:last]
     scores, chosen = choose_clusters(query, table, log_threshold, scale, soft_cap, join)
 
-    slots = torch.arange(num_members, device=device, dtype=torch.int32).expand(num_heads, -1).contiguous()
+    slots = torch.arange(first, last, device=device, dtype=torch.int32).expand(num_heads, -1).contiguous()
     cluster = torch.searchsorted(table.starts.contiguous(), slots, right=True) - 1  # [H, M], -1 before the first
     owned = cluster >= 0
     cluster = cluster.clamp(min=0)
     owned &= slots < (table.starts + table.sizes).gather(1, cluster)
     needed = owned & chosen.any(0).gather(1, cluster)
-    width = int(needed.sum(-1).max()) if num_members else 0
+    width = int(needed.sum(-1).max()) if last > first else 0
     picked = needed.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :width]
 
     sinks = torch.arange(num_sinks, device=device).expand(num_heads, -1)
-    positions = torch.cat([sinks, table.members.gather(1, picked).long().masked_fill(~needed.gather(1, picked), 0)], 1)
+    positions = torch.cat([sinks, members.gather(1, picked).long().masked_fill(~needed.gather(1, picked), 0)], 1)
     keys, values = read_tokens(positions)
     attended = chosen.gather(2, cluster.gather(1, picked).expand(len(query), -1, -1))
     attended &= needed.gather(1, picked)

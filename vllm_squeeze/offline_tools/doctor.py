@@ -85,11 +85,11 @@ def check_indexes(subject: Subject) -> Iterator[Finding]:
         identity = model_identity(engine)
     block_sizes = {0: engine.cache_config.block_size}
     placed: list[tuple[PrefixIndex, Placement]] = []
-    for slot, folder in enumerate(config.index_folders()):
+    for folder in config.index_folders():
         try:
             index = PrefixIndex.open(folder)
             index.verify()
-            placement = place(index, slot, config, block_sizes, index.manifest.model.cache_element_size)
+            placement = place(index, config, block_sizes)
             placed.append((index, placement))
             how = "exactly" if placement.exact else f"at a budget of {placement.budget:g}"
             tokens = f"{index.manifest.num_tokens} tokens, {placement.covered} squeezed {how}"

@@ -57,7 +57,7 @@ def match_prompt(prompt: list[int], index: PrefixIndex, placement: Placement, to
     ids, name = index.token_ids.tolist(), index.folder.name
     plain = dict.fromkeys(("prompt_embeds", "lora_request", "cache_salt", "mm_features"))
     request = SimpleNamespace(prompt_token_ids=prompt, **plain)
-    _, outcome = PrefixMatcher([placement], {placement.slot: ids}).match(request)
+    _, outcome = PrefixMatcher([(placement, ids)]).match(request)
     agreed = len(common_start([prompt, ids]))
     needed = f"{agreed} leading tokens agree with {name}, {placement.covered} must"
     if outcome == SQUEEZED:

@@ -5,6 +5,7 @@
                                 layer-0000.safetensors    the clusters of the manifest's first layer, of all KV heads
                                 ...                       (an exact index has no layers)
                                 quality.json              what budgets cost, if it was measured
+          contract-3f9a12bc04de.pinned                    empty, there if servers are to keep the prefix in memory
 
 An index appears in the store, and is replaced, by rename. A writer that was killed leaves hidden folders behind, which
 the next writer removes. Nothing that a file says is taken as a path.
@@ -267,20 +268,28 @@ def check_clusters(clusters: LayerClusters, manifest: Manifest, num_centroids: i
 
 
 def find_indexes(path: Path) -> list[Path]:
-    """The folders of the indexes at a path: the path itself, or the folders in it, by name and without hidden ones.
+    """``list_indexes`` where there has to be one.
 
     Raises:
         ValueError: there is no such folder, or no index in it.
     """
+    if not (folders := list_indexes(path)):
+        raise ValueError(f"{path} holds no index")
+    return folders
+
+
+def list_indexes(path: Path) -> list[Path]:
+    """The folders of the indexes at a path: the path itself, or the folders in it, by name and without hidden ones.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
     if holds_index(path):
         return [path]
     try:
-        folders = sorted(folder for folder in path.iterdir() if not folder.name.startswith(".") and holds_index(folder))
+        return sorted(folder for folder in path.iterdir() if not folder.name.startswith(".") and holds_index(folder))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    if not folders:
-        raise ValueError(f"{path} holds no index")
-    return folders
 
 
 def holds_index(folder: Path) -> bool:
@@ -430,6 +439,16 @@ class IndexWriter:
         for building in self.store.glob(".building-*"):
             if not is_locked(building / LOCK_FILE):
                 remove_index(building)
+
+
+def pin_file(folder: Path) -> Path:
+    """The file beside an index that says its prefix is pinned. It stays where the index is replaced."""
+    return folder.with_name(f"{folder.name}.pinned")
+
+
+def is_pinned(folder: Path) -> bool:
+    """Whether the prefix of an index is to stay in the KV cache once it is there."""
+    return pin_file(folder).exists()
 
 
 def write_quality(folder: Path, quality: Quality) -> None:

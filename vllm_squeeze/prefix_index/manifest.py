@@ -1,6 +1,7 @@
 """The manifest of an index: what it was made from and for, and what its files must hold. JSON, strictly read."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -210,6 +211,11 @@ class Manifest:
         # all that a server reads of a cluster but where its members start, which their order tells
         per_cluster = bytes_per_cluster(self.model.head_size, rest=True) - BYTES_PER_PLACE
         return self.model.num_kv_heads * (layer.num_centroids * per_cluster + self.num_members * BYTES_PER_MEMBER)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Tells it from the manifest of any other index."""
+        return content_digest(self.to_json().encode())
 
     def to_json(self) -> str:
         """The manifest as text, closed by a digest of all the rest."""
