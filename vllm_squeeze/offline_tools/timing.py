@@ -28,6 +28,17 @@ def rows_so_far(llm: Any) -> dict[str, float]:
     return {counter.labels["outcome"]: counter.value for counter in counters}
 
 
+def prefix_bytes_so_far(llm: Any) -> dict[str, float]:
+    """Bytes of the prefixes of rows that were not dense: "read", "alone" and "dense", as on /metrics."""
+    start = "vllm:squeeze_prefix_bytes_"
+    return {m.name.removeprefix(start): m.value for m in llm.get_metrics() if m.name.startswith(start)}
+
+
+def growth(after: dict[str, float], before: dict[str, float]) -> dict[str, float]:
+    """By how much counters grew, those that did."""
+    return {name: value - before.get(name, 0) for name, value in after.items() if value != before.get(name, 0)}
+
+
 def steps(
     llm: Any, prompts: list[list[int]], num_tokens: int, cached: dict[str, int] | None = None
 ) -> Iterator[list[list[float]]]:
