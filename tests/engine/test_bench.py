@@ -98,7 +98,7 @@ def test_what_is_printed_and_written(plan, results, tmp_path):
     assert bench(plan, page, figures, out, lambda plan, part: results[part]) == 0
     printed = out.getvalue()
     assert "1 request at a time" in printed and "3 requests at a time" in printed and "refused" not in printed
-    assert printed.count("tokens follow each other") == 2 and "NO SPEED-UP" not in printed
+    assert printed.count("tokens come") == 2 and "NO SPEED-UP" not in printed
     texts = Page(page).texts
     assert len(texts["svg"]) == 1 and texts["h1"] == ["Dense against squeezed: tokens.json"]
     cells = texts["td"]
@@ -129,7 +129,7 @@ def test_a_part_that_fails_leaves_no_speed_up(plan, results, part):
     found = compare(plan, {**results, part: {"error": "out of memory"}})
     assert f"{part}: out of memory" in found.refusals
     assert found.ratio(BUDGET, 0, "tpot_ms") is None
-    assert "tokens follow each other" not in as_lines(found)
+    assert "tokens come" not in as_lines(found)
 
 
 def test_rows_that_were_not_squeezed():

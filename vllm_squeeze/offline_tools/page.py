@@ -18,7 +18,8 @@ th, td {{ padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd
 th:first-child, td:first-child {{ text-align: left }}
 .suggestion {{ font-size: 1.3rem; padding: .7rem 1rem; background: #e8f3ec; border-left: .4rem solid #2a7d4f }}
 .warning {{ background: #fbeaea; border-left: .4rem solid #b3261e; padding: .7rem 1rem }}
-.facts td {{ text-align: left; font-size: .9rem; overflow-wrap: anywhere }}
+.facts th, .facts td {{ text-align: left }}
+.facts td {{ font-size: .9rem; overflow-wrap: anywhere }}
 figure {{ margin: 1.5rem 0 }}
 svg {{ max-width: 100%; height: auto }}
 </style>

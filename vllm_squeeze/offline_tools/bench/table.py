@@ -18,7 +18,7 @@ Row = tuple[str, ...]
 
 def header(found: Comparison) -> Row:
     columns = (column for arm in found.plan.arms for column in (name_of(arm), "times faster"))
-    return ("", "vLLM's own", *columns)
+    return ("", name_of(DENSE), *columns)
 
 
 def rows(found: Comparison) -> list[Row]:
@@ -72,7 +72,7 @@ def rows_by_outcome(speeds: list[Speed | None]) -> list[Row]:
 def differ_at(one: Agreement) -> str:
     """Where answers first differ: the earliest, and the last."""
     places = sorted(place + 1 for place in one.first_differences if place is not None)
-    return f"{places[0]} to {places[-1]}" if places else "nowhere"
+    return " to ".join(dict.fromkeys(map(str, (places[0], places[-1])))) if places else "none"
 
 
 AGREEMENT_ROWS = {
@@ -117,7 +117,7 @@ def conclusions(found: Comparison) -> list[str]:
             ratio = found.ratio(arm, batch, "tpot_ms")
             if ratio is not None:
                 how = f"{ratio:.2f} times faster than" if ratio >= 1 else f"{1 / ratio:.2f} times SLOWER than"
-                sentences.append(f"{name_of(arm)}, {requests} at a time: tokens follow each other {how} vLLM's own")
+                sentences.append(f"{name_of(arm)}, {requests} at a time: tokens come {how} from vLLM's own backend")
     return sentences
 
 
