@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from agreement import questions
-from running import chat_prompts, count_decoding, metrics, steps
+from running import chat_prompts, count_decoding
+
+from vllm_squeeze.offline_tools.timing import rows_so_far, steps
 
 
 def start(arguments: argparse.Namespace) -> Any:
@@ -45,10 +47,10 @@ def overlap(llm: Any, prompts: list[list[int]], batch: int, num_tokens: int) -> 
     Raises:
         RuntimeError: not all rows of answers were squeezed.
     """
-    before = metrics(llm)
+    before = rows_so_far(llm)
     batches = (prompts[first : first + batch] for first in range(0, len(prompts), batch))
     total = functools.reduce(operator.add, (count_decoding(llm, together, num_tokens) for together in batches))
-    rows = {name: value - before.get(name, 0) for name, value in metrics(llm).items()}
+    rows = {name: value - before.get(name, 0) for name, value in rows_so_far(llm).items()}
     if {name for name, grown in rows.items() if grown} != {"squeezed", "dense: prefill"}:
         raise RuntimeError(f"not all rows were squeezed: {rows}")
     return {

@@ -1,12 +1,12 @@
-"""What the benchmarks share that run vLLM's engine in this process: prompts, requests that run together, step by step,
-and the server's own counters of what it did for them."""
+"""What the benchmarks share that run vLLM's engine in this process: prompts, and what the kernels counted."""
 
 import itertools
 import os
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from vllm_squeeze.offline_tools.timing import steps
 
 # The engine in this process: a step is one call, and workers can be asked what their kernels counted.
 IN_THIS_PROCESS = {
@@ -19,7 +19,6 @@ for variable, value in IN_THIS_PROCESS.items():
 
 # Of the engine's arguments, those that the indexer chooses for itself.
 INDEXER_SETS = ("enforce_eager", "enable_prefix_caching", "async_scheduling", "max_model_len", "max_num_seqs")
-REQUEST_NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -71,18 +70,6 @@ class Counts:
 def indexer_args(engine_args: dict[str, Any]) -> dict[str, Any]:
     """A server's arguments that its indexer should have too."""
     return {name: value for name, value in engine_args.items() if name not in INDEXER_SETS}
-
-
-def machine() -> dict[str, Any]:
-    """What figures were measured on."""
-    import torch
-    import triton
-    import vllm
-
-    return {
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "triton": triton.__version__},
-    }
 
 
 def conversation(text: str, question: str, earlier: Sequence[tuple[str, str]] = ()) -> list[dict[str, str]]:
@@ -145,52 +132,6 @@ def count(llm: Any) -> Counts | None:
     if not workers:
         return None
     return Counts(*(sum(column) for column in zip(*(counters for counters, _ in workers))), members=workers[0][1])
-
-
-def metrics(llm: Any) -> dict[str, float]:
-    """vLLM's counters of rows by what became of them."""
-    return {
-        metric.labels["outcome"]: metric.value for metric in llm.get_metrics() if metric.name == "vllm:squeeze_rows"
-    }
-
-
-def steps(
-    llm: Any, prompts: list[list[int]], num_tokens: int, cached: dict[str, int] | None = None
-) -> Iterator[list[list[float]]]:
-    """Runs requests together, ``num_tokens`` greedy tokens each, one step of the engine after another.
-
-    Args:
-        llm: vLLM's.
-        prompts: token ids.
-        num_tokens: of each answer.
-        cached: filled with the tokens that each request found in the KV cache.
-
-    Yields:
-        when each token of each request arrived, in seconds on the clock ``time.perf_counter``: first when all requests
-        were handed over, then after each step.
-    """
-    from vllm import SamplingParams, TokensPrompt
-    from vllm.sampling_params import RequestOutputKind
-
-    sampling = SamplingParams(
-        temperature=0,
-        max_tokens=num_tokens,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-    )
-    arrivals: dict[str, list[float]] = {str(next(REQUEST_NUMBERS)): [] for _ in prompts}
-    for name, ids in zip(arrivals, prompts, strict=True):
-        llm.llm_engine.add_request(name, TokensPrompt(prompt_token_ids=ids), sampling)
-    yield list(arrivals.values())
-    while llm.llm_engine.has_unfinished_requests():
-        outputs = llm.llm_engine.step()
-        now = time.perf_counter()
-        for output in outputs:
-            arrivals[output.request_id] += [now] * len(output.outputs[0].token_ids)
-            if cached is not None:
-                cached[output.request_id] = max(cached.get(output.request_id, 0), output.num_cached_tokens or 0)
-        yield list(arrivals.values())
 
 
 def count_decoding(llm: Any, prompts: list[list[int]], num_tokens: int) -> Counts | None:

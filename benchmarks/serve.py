@@ -24,7 +24,6 @@ traffic. An arm that failed, or whose checks did, has no speed-up, and the exit 
 
 import argparse
 import json
-import math
 import shlex
 import statistics
 import subprocess
@@ -186,31 +185,6 @@ def prompts_of(prefix: list[int], seed: tuple[int, ...], batch: int, length: int
     return [prefix + question for question in questions.tolist()]
 
 
-def measure(llm: Any, prompts: list[list[int]], num_tokens: int) -> dict[str, float]:
-    """Times requests that run together; the figures are explained at the top of this file."""
-    from running import steps
-
-    cached: dict[str, int] = {}
-    started = time.perf_counter()
-    running = steps(llm, prompts, num_tokens, cached)
-    arrivals = next(running)
-    handed = time.perf_counter()
-    for arrivals in running:
-        pass
-    first, last = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
-    between = sum(first < time <= last for time in arrivals[0])
-    tokens = [len(times) for times in arrivals]
-    return {
-        "ttft_ms": statistics.mean(times[0] - started for times in arrivals) * 1e3,
-        "handed_ms": (handed - started) * 1e3,
-        "tpot_ms": (last - first) / between * 1e3 if between else math.nan,
-        "tokens_per_s": sum(tokens) / (max(times[-1] for times in arrivals) - started),
-        "least_tokens": min(tokens),
-        "most_tokens": max(tokens),
-        "least_cached": min(cached.values()),
-    }
-
-
 def set_threshold(worker: Any, log_threshold: float) -> None:
     """Sets what all choices on a worker compare with, from the next kernel on."""
     from vllm_squeeze.attention_backend.worker import residency_of
@@ -224,7 +198,9 @@ def find_threshold(llm: Any, prompts: list[list[int]], wanted: float) -> float:
     Raises:
         RuntimeError: no threshold does.
     """
-    from running import count, steps
+    from running import count
+
+    from vllm_squeeze.offline_tools.timing import steps
 
     running = steps(llm, prompts, SEARCH_TOKENS)
     next(arrivals for arrivals in running if all(arrivals))
@@ -295,7 +271,9 @@ def problems_of(arguments: argparse.Namespace, row: dict[str, Any], cached: int)
 
 def run_batch(llm: Any, arguments: argparse.Namespace, prefix: list[int], batch: int) -> dict[str, Any]:
     """The figures of one batch size: warms up, counts, then times."""
-    from running import count_decoding, metrics
+    from running import count_decoding
+
+    from vllm_squeeze.offline_tools.timing import rows_so_far, timed
 
     ordinary = arguments.arm.startswith("ordinary")
     length = arguments.ordinary_tokens if ordinary else arguments.question_tokens
@@ -311,9 +289,9 @@ def run_batch(llm: Any, arguments: argparse.Namespace, prefix: list[int], batch:
     if counted is not None and counted.pairs:
         row |= {"counts": asdict(counted), "kept_share": counted.kept_share}
         row |= {"union_share": counted.union_share, "tokens_per_pass": counted.tokens_per_pass}
-    before = metrics(llm)
-    row["repeats"] = [measure(llm, prompts(repeat), arguments.tokens) for repeat in range(arguments.repeats)]
-    row["growth"] = {name: value - before.get(name, 0) for name, value in metrics(llm).items()}
+    before = rows_so_far(llm)
+    row["repeats"] = [timed(llm, prompts(repeat), arguments.tokens) for repeat in range(arguments.repeats)]
+    row["growth"] = {name: value - before.get(name, 0) for name, value in rows_so_far(llm).items()}
     block_size = llm.llm_engine.vllm_config.cache_config.block_size
     cached = 0 if ordinary else len(prefix) - block_size
     tpot = statistics.median(repeat["tpot_ms"] for repeat in row["repeats"])
@@ -323,8 +301,7 @@ def run_batch(llm: Any, arguments: argparse.Namespace, prefix: list[int], batch:
 
 def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs one arm over all batch sizes."""
-    from running import machine, steps
-
+    from vllm_squeeze.offline_tools.timing import machine, steps
     from vllm_squeeze.prefix_index.index_folder import PrefixIndex, find_indexes
 
     (folder,) = find_indexes(arguments.index)

@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_squeeze.config import SqueezeConfig
+from vllm_squeeze.config import MODES, SqueezeConfig
 
 
 def engine_args(text: str) -> dict[str, Any]:
@@ -44,15 +45,20 @@ def add_engine_args(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Adds where a prefix comes from."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prefix", type=Path, help="text file; - for standard input")
+    source.add_argument("--token-ids", type=Path, help="file with a JSON list of token ids; - for standard input")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vllm-squeeze", description="Indexes long prompt prefixes for vLLM.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     index = commands.add_parser("index", help="index a prefix: run it once, cluster its keys, write the index")
     index.add_argument("--model", required=True, help="model folder or name, as for vllm serve")
-    source = index.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prefix", type=Path, help="text file; - for standard input")
-    source.add_argument("--token-ids", type=Path, help="file with a JSON list of token ids; - for standard input")
+    add_source(index)
     add_form(index)
     index.add_argument("--out", type=Path, required=True, help="folder of indexes; this one gets a folder of its own")
     index.add_argument(
@@ -120,6 +126,30 @@ def build_parser() -> argparse.ArgumentParser:
         default=SqueezeConfig.max_kl,
         help="what the suggested budget may cost: KL from dense next-token distributions, nats (default %(default)s)",
     )
+
+    bench = commands.add_parser(
+        "bench", help="compare speed and answers with vLLM's own backend, on your model, prefix and questions"
+    )
+    bench.add_argument("--model", required=True, help="model folder or name, as for vllm serve")
+    bench.add_argument("--index", type=Path, required=True, help="an index of the prefix, or a folder of indexes")
+    add_source(bench)
+    add_form(bench)
+    bench.add_argument(
+        "--questions",
+        type=Path,
+        metavar="FILE",
+        help='a question a line, or JSON lines with {"question": ...} (default: general questions about a text)',
+    )
+    bench.add_argument(
+        "--budgets", type=float, nargs="+", help="to serve the prefix at, one after the other (default: the server's)"
+    )
+    bench.add_argument("--mode", choices=MODES, help="of the server (default: the server's)")
+    bench.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="requests that run together (default 1 8)")
+    bench.add_argument("--tokens", type=int, default=64, help="of each answer (default %(default)s)")
+    bench.add_argument("--repeats", type=int, default=3, help="of each timing (default %(default)s)")
+    add_engine_args(bench)
+    bench.add_argument("--out", type=Path, metavar="FILE", help="HTML file to write")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures, as JSON")
     return parser
 
 
@@ -178,7 +208,36 @@ def run_report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-RUN = {"index": run_index, "inspect": run_inspect, "config": run_config, "doctor": run_doctor, "report": run_report}
+def run_bench(arguments: argparse.Namespace) -> int:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from vllm_squeeze.offline_tools.bench.command import bench
+    from vllm_squeeze.offline_tools.bench.plan import Asked, make_plan
+
+    asked = Asked(
+        arguments.model,
+        arguments.index,
+        arguments.prefix,
+        arguments.token_ids,
+        arguments.chat,
+        arguments.questions,
+        arguments.budgets,
+        arguments.mode,
+        arguments.batch,
+        arguments.tokens,
+        arguments.repeats,
+        arguments.engine_args,
+    )
+    return bench(make_plan(asked), arguments.out, arguments.json)
+
+
+RUN = {
+    "index": run_index,
+    "inspect": run_inspect,
+    "config": run_config,
+    "doctor": run_doctor,
+    "report": run_report,
+    "bench": run_bench,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.agreement import server_counters
 from benchmarks.quality.answers import DENSE, answers_path, go_on, problem_path
-from benchmarks.running import machine
 from vllm_squeeze.offline_tools import forcing
 from vllm_squeeze.offline_tools.fidelity import divergence
 from vllm_squeeze.offline_tools.prefix_engine import PrefixEngine
+from vllm_squeeze.offline_tools.timing import machine
 
 # Of an answer, that distributions are compared at: the logits of each take as much disk as the vocabulary is large.
 FORCED_TOKENS = 32

@@ -20,7 +20,8 @@ from typing import Any
 
 from benchmarks.quality.answers import DENSE, SERVED, answers_path, go_on
 from benchmarks.quality.questions import Task
-from benchmarks.running import IN_THIS_PROCESS, conversation, machine, raw_prompt
+from benchmarks.running import IN_THIS_PROCESS, conversation, raw_prompt
+from vllm_squeeze.offline_tools.timing import machine
 
 START_TIMEOUT_S = 1200
 STOP_TIMEOUT_S = 60

@@ -41,9 +41,10 @@ from benchmarks.quality.answers import read
 from benchmarks.quality.selection import cost_of, parse
 
 # Sets the environment before vLLM is imported.
-from benchmarks.running import count, machine
+from benchmarks.running import count
 from vllm_squeeze.config import PREFILLS, SqueezeConfig
 from vllm_squeeze.offline_tools.fidelity import mean_and_error
+from vllm_squeeze.offline_tools.timing import machine
 
 SERVED = "served"
 

@@ -8,6 +8,7 @@ from typing import Any
 from vllm_squeeze.attention_backend.worker import residency_of, worker_of
 from vllm_squeeze.config import SqueezeConfig
 from vllm_squeeze.offline_tools import forcing
+from vllm_squeeze.offline_tools.timing import rows_so_far
 from vllm_squeeze.prefix_index.budget import ReadCost
 
 
@@ -118,8 +119,7 @@ class PrefixEngine:
 
     def rows(self) -> dict[str, float]:
         """Rows so far, by what became of them."""
-        counters = (metric for metric in self.llm.get_metrics() if metric.name == "vllm:squeeze_rows")
-        return {counter.labels["outcome"]: counter.value for counter in counters}
+        return rows_so_far(self.llm)
 
     def shut_down(self) -> None:
         """Ends the engine and frees its memory."""

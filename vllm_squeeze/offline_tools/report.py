@@ -1,15 +1,13 @@
 """What budgets of indexes cost in answers, as a page: ``vllm-squeeze report``. Needs matplotlib, not vLLM nor a GPU."""
 
-import io
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from vllm_squeeze.offline_tools.inspect import facts, suggestion
+from vllm_squeeze.offline_tools.page import as_svg, cells, figure, new_figure, page
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex, find_indexes
 from vllm_squeeze.prefix_index.quality import BudgetQuality, Quality
 
@@ -24,30 +22,6 @@ METHOD = (
     "attention to the prefix that falls on keys attended to exactly."
 )
 HARMLESS = "That need not harm answers, as the rest contributes by its mean values; the KL above says whether it does."
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>What squeezing costs</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse; margin: 1rem 0 }}
-th, td {{ padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums }}
-th:first-child, td:first-child {{ text-align: left }}
-.suggestion {{ font-size: 1.3rem; padding: .7rem 1rem; background: #e8f3ec; border-left: .4rem solid #2a7d4f }}
-.warning {{ background: #fbeaea; border-left: .4rem solid #b3261e; padding: .7rem 1rem }}
-.facts td {{ text-align: left; font-size: .9rem; overflow-wrap: anywhere }}
-figure {{ margin: 1.5rem 0 }}
-svg {{ max-width: 100%; height: auto }}
-</style>
-</head>
-<body>
-{sections}
-</body>
-</html>
-"""
 
 
 def report(path: Path, out: Path, max_kl: float) -> None:
@@ -64,7 +38,7 @@ def report(path: Path, out: Path, max_kl: float) -> None:
     if find_spec("matplotlib") is None:
         raise ValueError("report: needs matplotlib, which is not installed: pip install vllm-squeeze[report]")
     sections = [section(PrefixIndex.open(folder), max_kl) for folder in find_indexes(path)]
-    out.write_text(PAGE.format(sections="\n".join(sections)), encoding="utf-8")
+    out.write_text(page("What squeezing costs", sections), encoding="utf-8")
 
 
 def section(index: PrefixIndex, max_kl: float) -> str:
@@ -134,15 +108,6 @@ def worst(index: PrefixIndex, measured: BudgetQuality) -> list[str]:
     return [f'<p class="warning">{said}</p>' if few else "", "<h2>Heads that keep least</h2>", table]
 
 
-def cells(tag: str, values: Iterable[str]) -> str:
-    """A row of a table."""
-    return f"<tr>{''.join(f'<{tag}>{escape(value)}</{tag}>' for value in values)}</tr>"
-
-
-def figure(svg: str, caption: str) -> str:
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
 def cluster_sizes(index: PrefixIndex) -> Counter[int]:
     """How many clusters of all layers and heads have how many keys, those without any left out."""
     sizes: Counter[int] = Counter()
@@ -150,24 +115,6 @@ def cluster_sizes(index: PrefixIndex) -> Counter[int]:
         sizes.update(index.layer(i).sizes.flatten().tolist())
     del sizes[0]
     return sizes
-
-
-def new_figure(width: float, height: float, panels: int = 1) -> tuple[Any, Sequence[Any]]:
-    """A figure of matplotlib's, and its panels side by side."""
-    from matplotlib.figure import Figure
-
-    drawn = Figure(figsize=(width, height), layout="constrained")
-    return drawn, drawn.subplots(1, panels, squeeze=False)[0]
-
-
-def as_svg(drawn: Any) -> str:
-    """A figure as an element of a page; the same figure gives the same text."""
-    from matplotlib import rc_context
-
-    text = io.StringIO()
-    with rc_context({"svg.hashsalt": "vllm-squeeze", "svg.fonttype": "none"}):
-        drawn.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]
 
 
 def plot_costs(quality: Quality, budget: float | None, max_kl: float) -> str:
