@@ -233,6 +233,21 @@ class Indexer:
             and (found.calibration is None or found.calibration.num_questions == len(asked.prompts))
         )
 
+    def _keeps_engine(self, asked: AskedPrefix) -> bool:
+        return self._many and not asked.held_back
+
+    def start_engine(self, asked: AskedPrefix) -> None:
+        """Starts the engine that a prefix needs, unless it runs or none is needed."""
+        if self._parameters is None or self._engine is not None:
+            return
+        if self._keeps_engine(asked):
+            max_model_len = AS_LONG_AS_FITS
+        elif asked.prompts:
+            max_model_len = max(map(len, [*asked.prompts, *asked.held_back])) + ANSWER_TOKENS
+        else:
+            max_model_len = len(asked.ids) + 1
+        self._engine = RecordingEngine(self._model, self._parameters, max_model_len, self._engine_args)
+
     def write(self, asked: AskedPrefix, store: Path) -> Made:
         """Makes the index of a prefix in a folder of indexes.
 
@@ -262,18 +277,14 @@ class Indexer:
             the index, and of each layer the histogram of attention [H, NUM_BINS], if questions were held back.
         """
         ids, prompts = asked.ids, asked.prompts
-        keeps_engine = self._many and not asked.held_back
-        longest = max(map(len, [*prompts, *asked.held_back])) + ANSWER_TOKENS if prompts else len(ids) + 1
         # The engine must not start before it is known that the index can be written.
         with IndexWriter(store, "parts") as scratch:
             parts = scratch.folder / "parts"
             parts.mkdir()
-            if self._engine is None:
-                max_model_len = AS_LONG_AS_FITS if keeps_engine else longest
-                self._engine = RecordingEngine(self._model, self._parameters, max_model_len, self._engine_args)
+            self.start_engine(asked)
             identity = identity_of(self._engine.vllm_config)
             self._engine.record(ids, prompts, asked.held_back, parts)
-            if not keeps_engine:
+            if not self._keeps_engine(asked):
                 self._engine.shut_down()
                 self._engine = None
             with IndexWriter(store, index_name(asked.source, ids, identity)) as writer:
