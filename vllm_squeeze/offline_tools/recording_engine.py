@@ -1,4 +1,4 @@
-"""An engine in this process that records one prefix after another: it answers questions on it, and clusters its keys."""
+"""An engine in this process that records one prefix after another: answers questions on it, and clusters its keys."""
 
 import os
 from collections.abc import Sequence
