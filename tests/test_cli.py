@@ -122,8 +122,8 @@ def test_an_exact_index_has_no_clustering_to_set(capsys, model, tmp_path, flags)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "--prefix: 0 tokens; an index needs at least 1"),
-        (str([9] * 2048), "--prefix: 2048 tokens; the model takes at most 2048"),
+        ("[]", "--token-ids: 0 tokens; an index needs at least 1"),
+        (str([9] * 2048), "--token-ids: 2048 tokens; the model takes at most 2048"),
         ("[512]", "--token-ids: 512 is not in the model's vocabulary"),
     ],
     ids=["empty", "too-long", "not-a-token"],

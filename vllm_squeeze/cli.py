@@ -45,11 +45,12 @@ def add_engine_args(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_source(parser: argparse.ArgumentParser) -> None:
-    """Adds where a prefix comes from."""
+def add_source(parser: argparse.ArgumentParser) -> Any:
+    """Adds where a prefix comes from; returns the group of these arguments, which exclude each other."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prefix", type=Path, help="text file; - for standard input")
     source.add_argument("--token-ids", type=Path, help="file with a JSON list of token ids; - for standard input")
+    return source
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,9 +59,25 @@ def build_parser() -> argparse.ArgumentParser:
 
     index = commands.add_parser("index", help="index a prefix: run it once, cluster its keys, write the index")
     index.add_argument("--model", required=True, help="model folder or name, as for vllm serve")
-    add_source(index)
+    add_source(index).add_argument(
+        "--documents",
+        type=Path,
+        metavar="PATH",
+        help="many prefixes, indexed on Ray: a folder of text files, or JSON lines with text, path or token_ids, and "
+        "perhaps name. Documents whose indexes are there already are skipped; what failed is listed at the end",
+    )
+    index.add_argument(
+        "--workers", type=int, metavar="N", help="of --documents: engines at a time (default: one for each GPU)"
+    )
+    index.add_argument(
+        "--ray", metavar="ADDRESS", help="of --documents: the Ray cluster (default: RAY_ADDRESS, or this machine alone)"
+    )
     add_form(index)
-    index.add_argument("--out", type=Path, required=True, help="folder of indexes; this one gets a folder of its own")
+    index.add_argument(
+        "--out",
+        required=True,
+        help="folder of indexes, or a URL that fsspec knows, such as s3://...; each index gets a folder of its own",
+    )
     index.add_argument(
         "--exact",
         action="store_true",
@@ -77,7 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
     index.add_argument(
         "--quality",
         action=argparse.BooleanOptionalAction,
-        help="measure what budgets cost, which takes another start of the engine (default: where there is a GPU)",
+        help="measure what budgets cost, which takes another start of the engine (default: where there is a GPU, "
+        "and not with --documents)",
     )
     index.add_argument("--centroids", type=float, help="centroids per token of the prefix (default 0.05)")
     index.add_argument("--window", type=int, help="most tokens clustered together (default 8192)")
@@ -163,6 +181,11 @@ def run_index(arguments: argparse.Namespace) -> int:
     if arguments.exact and chosen:
         raise ValueError(f"--{next(iter(chosen))}: not together with --exact, which clusters nothing")
     parameters = None if arguments.exact else IndexParameters(**chosen)
+    if arguments.documents:
+        return run_index_documents(arguments, parameters)
+    for option in ("workers", "ray"):
+        if getattr(arguments, option) is not None:
+            raise ValueError(f"--{option}: only with --documents")
     from vllm_squeeze.offline_tools.index import index
 
     index(
@@ -177,6 +200,23 @@ def run_index(arguments: argparse.Namespace) -> int:
         arguments.quality,
     )
     return 0
+
+
+def run_index_documents(arguments: argparse.Namespace, parameters: Any) -> int:
+    from vllm_squeeze.offline_tools.index_documents import index_documents
+    from vllm_squeeze.offline_tools.questions import read_questions
+
+    # Other machines have other working folders.
+    model = str(Path(arguments.model).resolve()) if Path(arguments.model).exists() else arguments.model
+    settings = {
+        "model": model,
+        "chat": arguments.chat,
+        "parameters": parameters,
+        "engine_args": arguments.engine_args,
+        "questions": read_questions(arguments.questions) if arguments.questions else None,
+        "measured": bool(arguments.quality),
+    }
+    return index_documents(arguments.documents, arguments.out, arguments.workers, arguments.ray, settings)
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:

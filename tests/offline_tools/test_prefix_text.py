@@ -4,7 +4,14 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from vllm_squeeze.offline_tools.prefix_text import chat_tokens, common_start, describe, given_tokens, raw_tokens
+from vllm_squeeze.offline_tools.prefix_text import (
+    chat_tokens,
+    common_start,
+    describe,
+    given_tokens,
+    raw_tokens,
+    read_token_ids,
+)
 
 TEXT = "The quick brown fox jumps over the lazy dog. It does so again and again, and then"
 TEMPLATE = (
@@ -61,7 +68,7 @@ def test_templates_that_do_not_begin_with_the_system_message(tokenizer, template
 
 
 def test_given_tokens_are_taken_as_they_are():
-    assert given_tokens(None, "[3, 0, 2147483647]").ids == [3, 0, 2147483647]
+    assert given_tokens(None, read_token_ids("[3, 0, 2147483647]")).ids == [3, 0, 2147483647]
 
 
 @pytest.mark.parametrize(

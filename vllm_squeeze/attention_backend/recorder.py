@@ -1,9 +1,10 @@
-"""Makes the clusters of one prefix inside vLLM: runs with the model, next to the keys, on each rank.
+"""Makes the clusters of one prefix after another inside vLLM: runs with the model, next to the keys, on each rank.
 
 While questions on the prefix are answered, attention layers keep the queries that thresholds are calibrated on, and
 then those of other questions, by which it is seen what thresholds keep. At last the indexer sends the prefix alone. The
 recording connector waits until that has been computed, reads each layer's keys and values from the paged KV cache, and
 writes the clusters of this rank's heads, and histograms of their scores, into a folder of parts that the indexer joins.
+Each request says which prefix it is on (``Recording``); the requests of the next follow when that is done.
 """
 
 import re
@@ -33,21 +34,23 @@ from vllm_squeeze.prefix_index.stored_clusters import stored
 BATCH_BYTES = 1 << 28
 
 
+RECORDING = "squeeze_recording"
+"""The key of vLLM's ``kv_transfer_params`` under which a request says what is recorded."""
+
+
 @dataclass(frozen=True)
-class RecordOptions:
-    """What to record.
+class Recording:
+    """What is recorded of a prefix.
 
     Attributes:
         parts: folder that the parts go to.
         num_tokens: of the prefix.
         num_questions: on the prefix that are answered first, for thresholds; what is asked then is held back.
-        parameters: of the index.
     """
 
     parts: str
     num_tokens: int
     num_questions: int
-    parameters: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,13 @@ class ObservesQueries:
     Attributes:
         observed: what this step's queries are added to, ``queries`` or ``held_back``. None while there is no step of
             requests; vLLM also tries its layers out.
+        recording: what this step's requests are on.
         queries: those that calibrate, [W, H * G, D] in all, of each step with any.
         held_back: those of questions that do not, likewise.
     """
 
     observed: list[torch.Tensor] | None = None
+    recording: Recording | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         from vllm.config import get_current_vllm_config
@@ -107,9 +112,15 @@ class ObservesQueries:
         super().__init__(*args, **kwargs)
         vllm_config = get_current_vllm_config()
         self._dtype = vllm_config.model_config.dtype
-        self._options = RecordOptions(**options_of(vllm_config, RECORD))
+        self._parameters = parameters_of(vllm_config)
         self.queries: list[torch.Tensor] = []
         self.held_back: list[torch.Tensor] = []
+
+    def begin(self, recording: Recording) -> None:
+        """Forgets the queries on another prefix."""
+        self.recording = recording
+        self.queries.clear()
+        self.held_back.clear()
 
     def forward(
         self,
@@ -123,12 +134,17 @@ class ObservesQueries:
         **kwargs: Any,
     ) -> torch.Tensor:
         if self.observed is not None and attn_metadata is not None:
-            tokens = observed_tokens(attn_metadata, self._options)
+            tokens = observed_tokens(attn_metadata, self.recording, self._parameters.observation_window)
             self.observed.append(in_model_dtype(query[tokens], layer, self._dtype).cpu())
         return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
 
 
-def observed_tokens(attn_metadata: Any, options: RecordOptions) -> torch.Tensor:
+def parameters_of(vllm_config: Any) -> IndexParameters:
+    """The parameters of all indexes that an engine makes."""
+    return IndexParameters(**options_of(vllm_config, RECORD))
+
+
+def observed_tokens(attn_metadata: Any, recording: Recording, observation_window: int) -> torch.Tensor:
     """The query tokens of a step, by their place in it, that thresholds are calibrated on.
 
     They are the last of each row on the prefix: those that an answer's tokens come from. Most of what a server squeezes
@@ -136,11 +152,11 @@ def observed_tokens(attn_metadata: Any, options: RecordOptions) -> torch.Tensor:
     prefix's observation window.
     """
     ends, seq_lens = attn_metadata.query_start_loc[1:], attn_metadata.seq_lens
-    if options.num_questions:
-        return ends[seq_lens > options.num_tokens] - 1
+    if recording.num_questions:
+        return ends[seq_lens > recording.num_tokens] - 1
     # The prefix is the only request.
     num_tokens, done = attn_metadata.num_actual_tokens, int(seq_lens[0])
-    window = options.num_tokens - options.parameters["observation_window"]
+    window = recording.num_tokens - observation_window
     return torch.arange(num_tokens - min(max(done - window, 0), num_tokens), num_tokens, device=ends.device)
 
 
@@ -149,10 +165,12 @@ class RecordMetadata(KVConnectorMetadata):
     """What the worker has to know of a step.
 
     Attributes:
+        recording: what its requests are on; None before the first.
         held_back: whether its queries do not calibrate.
         blocks: of the prefix by KV cache group, in the step that completes it; None in others.
     """
 
+    recording: Recording | None
     held_back: bool
     blocks: dict[int, list[int]] | None = None
 
@@ -162,7 +180,8 @@ class SqueezeRecorder(PassiveConnector):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any):
         super().__init__(vllm_config, role, kv_cache_config)
-        self._options = RecordOptions(**options_of(vllm_config, RECORD))
+        self._parameters = parameters_of(vllm_config)
+        self._recording: Recording | None = None
         self._groups = full_attention_groups(kv_cache_config)
         self._layers_by_group = [group.layer_names for group in kv_cache_config.kv_cache_groups]
         self._prefix_request: str | None = None
@@ -175,8 +194,11 @@ class SqueezeRecorder(PassiveConnector):
         cached = scheduler_output.scheduled_cached_reqs
         progress = {}
         for new in scheduler_output.scheduled_new_reqs:
+            recording = Recording(**new.sampling_params.extra_args["kv_transfer_params"][RECORDING])
+            if recording != self._recording:
+                self._recording, self._num_asked = recording, 0
             self._num_asked += 1
-            if len(new.prompt_token_ids) == self._options.num_tokens:
+            if len(new.prompt_token_ids) == recording.num_tokens:
                 self._prefix_request = new.req_id
                 self._blocks = {group: list(new.block_ids[group]) for group in self._groups}
             progress[new.req_id] = new.num_computed_tokens
@@ -184,13 +206,14 @@ class SqueezeRecorder(PassiveConnector):
             for group in self._groups if request_id == self._prefix_request and blocks is not None else ():
                 self._blocks[group].extend(blocks[group])
             progress[request_id] = computed
-        held_back = self._num_asked > self._options.num_questions > 0
+        recording = self._recording
+        held_back = recording is not None and self._num_asked > recording.num_questions > 0
         computed = progress.get(self._prefix_request)
         if computed is not None:
             done = computed + scheduler_output.num_scheduled_tokens[self._prefix_request]
-            if computed < self._options.num_tokens <= done:
-                return RecordMetadata(held_back, self._blocks)
-        return RecordMetadata(held_back)
+            if computed < recording.num_tokens <= done:
+                return RecordMetadata(recording, held_back, self._blocks)
+        return RecordMetadata(recording, held_back)
 
     # worker's side
 
@@ -200,6 +223,8 @@ class SqueezeRecorder(PassiveConnector):
     def bind_connector_metadata(self, connector_metadata: RecordMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
         for impl in self._observing():
+            if impl.recording != connector_metadata.recording:
+                impl.begin(connector_metadata.recording)
             impl.observed = impl.held_back if connector_metadata.held_back else impl.queries
 
     def clear_connector_metadata(self) -> None:
@@ -212,11 +237,11 @@ class SqueezeRecorder(PassiveConnector):
         return [impl for impl in impls if isinstance(impl, ObservesQueries)]
 
     def wait_for_save(self) -> None:
-        blocks = self._get_connector_metadata().blocks
-        if blocks is not None:
-            self._record(blocks)
+        metadata = self._get_connector_metadata()
+        if metadata.blocks is not None:
+            self._record(metadata.recording, metadata.blocks)
 
-    def _record(self, blocks: dict[int, list[int]]) -> None:
+    def _record(self, recording: Recording, blocks: dict[int, list[int]]) -> None:
         from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
         rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
@@ -232,8 +257,8 @@ class SqueezeRecorder(PassiveConnector):
         ]
         names.sort(key=lambda named: layer_order(named[0]))
         with tqdm(total=len(names), desc="Clustering", unit="layer", disable=rank > 0) as progress:
-            for batch in self._batches(names):
-                parts = [self._read(layers[name], blocks[group]) for name, group in batch]
+            for batch in self._batches(names, recording.num_tokens):
+                parts = [self._read(layers[name], blocks[group], recording.num_tokens) for name, group in batch]
                 for (name, _), part in zip(batch, self._cluster(*zip(*parts))):
                     tensors, cosine = part
                     metadata = {
@@ -243,10 +268,10 @@ class SqueezeRecorder(PassiveConnector):
                         "num_queries": str(sum(map(len, layers[name].impl.queries))),
                     }
                     file = f"{re.sub('[^A-Za-z0-9]', '-', name)}.rank{rank}.safetensors"
-                    save_file(tensors, Path(self._options.parts) / file, metadata)
+                    save_file(tensors, Path(recording.parts) / file, metadata)
                 progress.update(len(batch))
 
-    def _batches(self, names: list[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
+    def _batches(self, names: list[tuple[str, int]], num_tokens: int) -> Iterator[list[tuple[str, int]]]:
         """Layers of one shape whose keys and values fit into BATCH_BYTES in float32, at least one at a time."""
         layers = layers_of(self._vllm_config)
         batch: list[tuple[str, int]] = []
@@ -254,7 +279,7 @@ class SqueezeRecorder(PassiveConnector):
         for name, group in names:
             impl = layers[name].impl
             this = (impl.num_kv_heads, impl.num_heads, impl.head_size, impl.scale)
-            size = 8 * self._options.num_tokens * impl.num_kv_heads * impl.head_size
+            size = 8 * num_tokens * impl.num_kv_heads * impl.head_size
             if batch and (this != shape or (len(batch) + 1) * size > BATCH_BYTES):
                 yield batch
                 batch = []
@@ -262,14 +287,14 @@ class SqueezeRecorder(PassiveConnector):
         if batch:
             yield batch
 
-    def _read(self, layer: Any, blocks: list[int]) -> tuple[torch.Tensor, ...]:
+    def _read(self, layer: Any, blocks: list[int], num_tokens: int) -> tuple[torch.Tensor, ...]:
         """Keys and values [H, T, D], queries that calibrate and those held back [H, W, G, D], softmax scale, soft cap."""
         impl, cache = layer.impl, self._kv_caches[layer.layer_name]
         group = next(g for g in self._groups if layer.layer_name in self._layers_by_group[g])
         # A block of the scheduler may be several of the attention kernel's.
         pages = self._groups[group] // cache.shape[2]
         table = (torch.tensor(blocks)[:, None] * pages + torch.arange(pages)).flatten()
-        keys, values = impl.read_tokens(layer, cache, table, self._options.num_tokens)
+        keys, values = impl.read_tokens(layer, cache, table, num_tokens)
         heads = impl.num_kv_heads, impl.num_queries_per_kv, impl.head_size
         none = torch.empty(0, impl.num_heads, impl.head_size, dtype=impl.queries[0].dtype)
         queries = (
@@ -282,18 +307,17 @@ class SqueezeRecorder(PassiveConnector):
         self, keys: Any, values: Any, queries: Any, held_back: Any, scales: Any, soft_caps: Any
     ) -> Iterator[tuple[dict, float]]:
         num_heads = len(keys[0])
-        parameters = IndexParameters(**self._options.parameters)
         all_keys = torch.cat(keys).float()
-        clusters = cluster_keys(all_keys, torch.cat(values).float(), parameters)
+        clusters = cluster_keys(all_keys, torch.cat(values).float(), self._parameters)
         for layer, query in enumerate(queries):
             heads = slice(layer * num_heads, (layer + 1) * num_heads)
             of_layer = Clusters(*(getattr(clusters, field.name)[heads] for field in fields(Clusters)))
             cosine = mean_cosine(all_keys[heads], of_layer)
-            tensors = vars(stored(of_layer, parameters.rule))
+            tensors = vars(stored(of_layer, self._parameters.rule))
             # The threshold is calibrated with the centroids as the server will read them.
             centroids = unquantised(tensors["centroids"], tensors["centroid_scales"])
             clusters_read = centroids, tensors["log_weights"], tensors["variances"], of_layer.sizes
-            softmax = scales[layer], soft_caps[layer], parameters.join
+            softmax = scales[layer], soft_caps[layer], self._parameters.join
             tensors["scores"] = score_histogram(query.float(), *clusters_read, *softmax)
             if (asked := held_back[layer]).shape[1]:
                 of_keys = asked.float(), all_keys[heads], *clusters_read, of_layer.members

@@ -118,7 +118,7 @@ def check_prompt(subject: Subject, placed: list[tuple[PrefixIndex, Any]]) -> Fin
     from vllm.engine.arg_utils import EngineArgs
     from vllm.tokenizers import get_tokenizer
 
-    from vllm_squeeze.offline_tools.index import read_input
+    from vllm_squeeze.offline_tools.documents import read_input
     from vllm_squeeze.offline_tools.prompt_match import match_prompt, prompt_tokens
 
     content = read_input(subject.prompt)

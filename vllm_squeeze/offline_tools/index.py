@@ -10,8 +10,9 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,9 @@ import torch
 from torch.nn.functional import pad
 
 from vllm_squeeze import __version__
+from vllm_squeeze.offline_tools.documents import Document, read_input
 from vllm_squeeze.offline_tools.inspect import calibrated_on, costs_of_budgets
-from vllm_squeeze.offline_tools.prefix_text import (
-    PrefixTokens,
-    describe,
-    given_tokens,
-    text_tokens,
-)
+from vllm_squeeze.offline_tools.prefix_text import PrefixTokens, describe, given_tokens, read_token_ids, text_tokens
 from vllm_squeeze.offline_tools.questions import (
     ANSWER_TOKENS,
     GENERAL_HELD_BACK,
@@ -34,17 +31,14 @@ from vllm_squeeze.offline_tools.questions import (
     read_questions,
     spread,
 )
+from vllm_squeeze.offline_tools.recording_engine import AS_LONG_AS_FITS, MEMORY_UTILIZATION, RecordingEngine
 from vllm_squeeze.prefix_index.budget import ReadCost
 from vllm_squeeze.prefix_index.calibration import BIN_WIDTH, level, log_threshold, moved, recall, threshold_curve
 from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.index_folder import IndexWriter, LayerClusters, index_name, tokens_digest, write_quality
 from vllm_squeeze.prefix_index.manifest import FORMAT_VERSION, Calibration, IndexParameters, LayerEntry, Manifest
 from vllm_squeeze.prefix_index.quality import QUALITY_VERSION, BudgetQuality, Quality, manifest_digest
-
-# Of the device's memory for the model and the prefix' KV cache; clustering needs room beside them.
-MEMORY_UTILIZATION = 0.6
-# Questions answered at the same time.
-CONCURRENT_QUESTIONS = 16
+from vllm_squeeze.prefix_index.stores import find_manifest, place_in, store_at
 
 
 def index(
@@ -52,12 +46,12 @@ def index(
     prefix: Path | None,
     token_ids: Path | None,
     chat: bool | None,
-    out: Path,
+    out: Path | str,
     parameters: IndexParameters | None,
     engine_args: dict[str, Any],
     questions: Path | None = None,
     measured: bool | None = None,
-) -> Path:
+) -> Path | str:
     """Indexes one prefix.
 
     Args:
@@ -66,7 +60,7 @@ def index(
         token_ids: file with a JSON list of token ids, "-" for standard input.
         chat: whether the text is the system message of conversations, or the start of raw prompts; None: the former
             where the model has a chat template.
-        out: folder of indexes.
+        out: folder of indexes, or a URL as fsspec takes it.
         parameters: of the clustering; None for an exact index.
         engine_args: more arguments for vLLM's engine.
         questions: file of questions to calibrate thresholds on, and to measure what budgets cost; None for general
@@ -74,66 +68,230 @@ def index(
         measured: whether what budgets cost is measured; None: where there is a GPU, since the CPU takes minutes for it.
 
     Returns:
-        folder of the index.
+        folder of the index, or its URL.
 
     Raises:
         ValueError: an argument that cannot be used.
     """
     started = time.monotonic()
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    content = read_input(prefix or token_ids)
-    given_questions = read_questions(questions) if questions else None
-    if (model.startswith(("/", ".", "~")) or model.count("/") > 1) and not Path(model).exists():
-        raise ValueError(f"--model: {model}: no such folder")
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.platforms import current_platform
-
-    check_engine_args(engine_args, {field.name for field in fields(EngineArgs)})
-    from vllm.tokenizers import get_tokenizer
-
-    args = EngineArgs(model=model, **engine_args)
-    model_config = args.create_model_config()
-    tokenizer = get_tokenizer(model_config.tokenizer, trust_remote_code=model_config.trust_remote_code)
     if token_ids is not None:
-        tokens = given_tokens(tokenizer, content)
+        document = Document(file_name(token_ids), token_ids=read_token_ids(read_input(token_ids)), option="--token-ids")
     else:
-        tokens = text_tokens(tokenizer, content, chat)
-        if chat is None:
-            form = "a system message (--chat-system)" if tokens.chat else "raw text (--raw)"
-            print(f"Indexing as {form}.", file=sys.stderr)
-    check_length(len(tokens.ids), parameters, model_config.max_model_len)
-    if max(tokens.ids) >= model_config.get_vocab_size():
-        raise ValueError(f"--token-ids: {max(tokens.ids)} is not in the model's vocabulary")
-    print(f"{len(tokens.ids)} tokens: {describe(tokens.ids, tokenizer)}", file=sys.stderr)
-    if tokens.unstable:
-        print(
-            f"The last {tokens.unstable} tokens of the text are left out: this tokenizer may merge them with what "
-            "follows, and no request that it merges would have matched.",
-            file=sys.stderr,
-        )
+        document = Document(file_name(prefix), text=read_input(prefix), option="--prefix")
+    given_questions = read_questions(questions) if questions else None
+    indexer = Indexer(model, chat, parameters, engine_args, given_questions, measured)
+    asked = indexer.prepare(document)
+    with store_at(out) as store:
+        made = indexer.write(asked, store)
+        place = place_in(out, made.folder)
+        summarise(place, made, time.monotonic() - started)
+    return place
 
-    source = (prefix or token_ids).name if str(prefix or token_ids) != "-" else "stdin"
-    if measured is None:
-        measured = not current_platform.is_cpu()
-    cosine = quality = None
-    if parameters is None:
-        folder, manifest = write_exact(out, source, tokens.ids, identity_of(args.create_engine_config()))
-    else:
-        given = spread(given_questions or [])
-        calibrating, own = hold_back(given) if measured else (given, [])
+
+def file_name(path: Path) -> str:
+    return path.name if str(path) != "-" else "stdin"
+
+
+@dataclass(frozen=True)
+class AskedPrefix:
+    """A prefix that can be indexed, and what it is asked.
+
+    Attributes:
+        source: where it came from.
+        ids: of its tokens.
+        prompts: token ids of questions on it, to calibrate thresholds on.
+        held_back: token ids of other questions, to measure with what budgets cost; none where that is not measured.
+        own_questions: whether these are the user's.
+    """
+
+    source: str
+    ids: list[int]
+    prompts: list[list[int]]
+    held_back: list[list[int]]
+    own_questions: bool
+
+
+@dataclass(frozen=True)
+class Made:
+    """An index that was made.
+
+    Attributes:
+        folder: of the index.
+        manifest: of the index.
+        cosine: mean of keys to their centroids; None where nothing was clustered.
+        quality: what budgets cost, if it was measured.
+    """
+
+    folder: Path
+    manifest: Manifest
+    cosine: float | None = None
+    quality: Quality | None = None
+
+
+class Indexer:
+    """Indexes one prefix after another for one model.
+
+    Args:
+        model: as vLLM takes it.
+        chat: as in ``index``.
+        parameters: of the clustering; None for exact indexes.
+        engine_args: more arguments for vLLM's engine.
+        questions: to calibrate thresholds on, and to measure what budgets cost; None for general ones.
+        measured: as in ``index``.
+        many: whether more than one prefix is expected: the engine then takes prefixes of any length that fits, and
+            stays for the next one. (Not where what budgets cost is measured, which takes an engine of its own.)
+
+    Raises:
+        ValueError: an argument that cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        chat: bool | None,
+        parameters: IndexParameters | None,
+        engine_args: dict[str, Any],
+        questions: list[str] | None,
+        measured: bool | None,
+        many: bool = False,
+    ):
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        if (model.startswith(("/", ".", "~")) or model.count("/") > 1) and not Path(model).exists():
+            raise ValueError(f"--model: {model}: no such folder")
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.platforms import current_platform
+        from vllm.tokenizers import get_tokenizer
+
+        check_engine_args(engine_args, {field.name for field in fields(EngineArgs)})
+        self._args = EngineArgs(model=model, **engine_args)
+        self._model_config = self._args.create_model_config()
+        trusted = self._model_config.trust_remote_code
+        self._tokenizer = get_tokenizer(self._model_config.tokenizer, trust_remote_code=trusted)
+        self._model, self._engine_args, self._chat, self._parameters = model, engine_args, chat, parameters
+        self._measured = not current_platform.is_cpu() if measured is None else measured
+        self._questions = questions or []
+        self._many = many
+        self._engine: RecordingEngine | None = None
+
+    @cached_property
+    def identity(self) -> ModelIdentity:
+        """Of the model, found without an engine."""
+        return identity_of(self._args.create_engine_config())
+
+    def prepare(self, document: Document) -> AskedPrefix:
+        """Tokenizes a document that was loaded, and what it is asked; prints its tokens.
+
+        Raises:
+            ValueError: it cannot be indexed.
+        """
+        if document.token_ids is not None:
+            tokens = given_tokens(self._tokenizer, document.token_ids)
+        else:
+            tokens = text_tokens(self._tokenizer, document.text, self._chat)
+            if self._chat is None:
+                form = "a system message (--chat-system)" if tokens.chat else "raw text (--raw)"
+                print(f"Indexing as {form}.", file=sys.stderr)
+        most = self._model_config.max_model_len
+        vocabulary = self._model_config.get_vocab_size()
+        try:
+            check_length(len(tokens.ids), self._parameters, most)
+            if max(tokens.ids) >= vocabulary:
+                raise ValueError(f"{max(tokens.ids)} is not in the model's vocabulary")
+        except ValueError as error:
+            raise ValueError(f"{document.option}: {error}" if document.option else str(error)) from None
+        print(f"{len(tokens.ids)} tokens: {describe(tokens.ids, self._tokenizer)}", file=sys.stderr)
+        if tokens.unstable:
+            print(
+                f"The last {tokens.unstable} tokens of the text are left out: this tokenizer may merge them with what "
+                "follows, and no request that it merges would have matched.",
+                file=sys.stderr,
+            )
+        if self._parameters is None:
+            return AskedPrefix(document.name, tokens.ids, [], [], False)
+        given = spread(self._questions)
+        calibrating, own = hold_back(given) if self._measured else (given, [])
         calibrating = calibrating or general_questions(tokens.chat)
         held_back = own or general_questions(tokens.chat, GENERAL_HELD_BACK)
-        prompts, others = (prompts_on(tokens, asked, model_config.max_model_len) for asked in (calibrating, held_back))
+        prompts, others = (prompts_on(tokens, asked, most) for asked in (calibrating, held_back))
         if not prompts:
             print("Budgets are calibrated on the end of the prefix, and may be exceeded.", file=sys.stderr)
-        others = others if prompts and measured else []
-        folder, manifest, cosine, attention = write_clustered(
-            out, source, tokens.ids, prompts, others, model, parameters, engine_args
+        return AskedPrefix(document.name, tokens.ids, prompts, others if prompts and self._measured else [], bool(own))
+
+    def is_indexed(self, asked: AskedPrefix, out: Path | str) -> bool:
+        """Whether a folder of indexes, or a URL, holds the index that ``write`` would make of a prefix.
+
+        It is of the same tokens, model and parameters; questions are compared by their number, bytes by how many a file
+        has.
+        """
+        name = index_name(asked.source, asked.ids, self.identity)
+        found = find_manifest(out, name, needs_quality=bool(asked.held_back))
+        return (
+            found is not None
+            and found.tokens_digest == tokens_digest(asked.ids)
+            and found.model.compared() == self.identity.compared()
+            and found.parameters == self._parameters
+            and (found.calibration is None or found.calibration.num_questions == len(asked.prompts))
         )
-        if others:
-            quality = measure_quality(folder, manifest, attention, model, others, bool(own), engine_args)
-    summarise(folder, manifest, cosine, quality, time.monotonic() - started)
-    return folder
+
+    def _keeps_engine(self, asked: AskedPrefix) -> bool:
+        return self._many and not asked.held_back
+
+    def start_engine(self, asked: AskedPrefix) -> None:
+        """Starts the engine that a prefix needs, unless it runs or none is needed."""
+        if self._parameters is None or self._engine is not None:
+            return
+        if self._keeps_engine(asked):
+            max_model_len = AS_LONG_AS_FITS
+        elif asked.prompts:
+            max_model_len = max(map(len, [*asked.prompts, *asked.held_back])) + ANSWER_TOKENS
+        else:
+            max_model_len = len(asked.ids) + 1
+        self._engine = RecordingEngine(self._model, self._parameters, max_model_len, self._engine_args)
+
+    def write(self, asked: AskedPrefix, store: Path) -> Made:
+        """Makes the index of a prefix in a folder of indexes.
+
+        Raises:
+            ValueError: the engine has no room for it, or the model no layer that can be squeezed.
+        """
+        if self._parameters is None:
+            return Made(*write_exact(store, asked.source, asked.ids, self.identity))
+        made, attention = self._write_clustered(asked, store)
+        if not asked.held_back:
+            return made
+        quality = measure_quality(
+            made.folder,
+            made.manifest,
+            attention,
+            self._model,
+            asked.held_back,
+            asked.own_questions,
+            self._engine_args,
+        )
+        return replace(made, quality=quality)
+
+    def _write_clustered(self, asked: AskedPrefix, store: Path) -> tuple[Made, list[torch.Tensor]]:
+        """Has the engine record a prefix, and writes the index.
+
+        Returns:
+            the index, and of each layer the histogram of attention [H, NUM_BINS], if questions were held back.
+        """
+        ids, prompts = asked.ids, asked.prompts
+        # The engine must not start before it is known that the index can be written.
+        with IndexWriter(store, "parts") as scratch:
+            parts = scratch.folder / "parts"
+            parts.mkdir()
+            self.start_engine(asked)
+            identity = identity_of(self._engine.vllm_config)
+            self._engine.record(ids, prompts, asked.held_back, parts)
+            if not self._keeps_engine(asked):
+                self._engine.shut_down()
+                self._engine = None
+            with IndexWriter(store, index_name(asked.source, ids, identity)) as writer:
+                manifest, cosine, attention = write(
+                    writer, parts, asked.source, ids, identity, self._parameters, len(prompts)
+                )
+                return Made(writer.publish(manifest), manifest, cosine), attention
 
 
 def write_exact(out: Path, source: str, ids: Sequence[int], identity: ModelIdentity) -> tuple[Path, Manifest]:
@@ -142,69 +300,6 @@ def write_exact(out: Path, source: str, ids: Sequence[int], identity: ModelIdent
     with IndexWriter(out, index_name(source, ids, identity)) as writer:
         writer.write_tokens(ids)
         return writer.publish(manifest), manifest
-
-
-def write_clustered(
-    out: Path,
-    source: str,
-    ids: Sequence[int],
-    prompts: Sequence[Sequence[int]],
-    held_back: Sequence[Sequence[int]],
-    model: str,
-    parameters: IndexParameters,
-    engine_args: dict[str, Any],
-) -> tuple[Path, Manifest, float, list[torch.Tensor]]:
-    """Answers prompts on the prefix, then runs it alone through vLLM, which clusters its keys, and writes the index.
-
-    Args:
-        out: folder of indexes.
-        source: where the prefix came from.
-        ids: of the prefix.
-        prompts: token ids of questions on the prefix, to calibrate thresholds on; without any, the queries of the
-            observation window are taken.
-        held_back: token ids of other questions, only with prompts, by which it is seen where attention falls.
-        model: as vLLM takes it.
-        parameters: of the index.
-        engine_args: more arguments for vLLM's engine.
-
-    Returns:
-        folder of the index, its manifest, the mean cosine of keys to their centroids, and of each layer the histogram
-        of attention [H, NUM_BINS], if questions were held back.
-    """
-    # The engine in this process: errors and the progress bar come out here.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    from vllm import LLM, SamplingParams, TokensPrompt
-
-    # The engine must not start before it is known that the index can be written.
-    with IndexWriter(out, "parts") as scratch:
-        parts = scratch.folder / "parts"
-        parts.mkdir()
-        engine = LLM(
-            model,
-            attention_backend="squeeze",
-            enforce_eager=True,
-            # Else a step is under way, and observed, when an answer turns out to have ended.
-            async_scheduling=False,
-            max_model_len=max(map(len, [*prompts, *held_back])) + ANSWER_TOKENS if prompts else len(ids) + 1,
-            max_num_seqs=CONCURRENT_QUESTIONS,
-            kv_transfer_config=recorder(parts, len(ids), len(prompts), parameters),
-            **{"gpu_memory_utilization": MEMORY_UTILIZATION, **engine_args},
-        )
-        identity = identity_of(engine.llm_engine.vllm_config)
-
-        def answer(some: Sequence[Sequence[int]], num_tokens: int) -> None:
-            sampling = SamplingParams(max_tokens=num_tokens, temperature=0, detokenize=False)
-            engine.generate([TokensPrompt(prompt_token_ids=list(p)) for p in some], sampling, use_tqdm=False)
-
-        if prompts:
-            answer(prompts[:1], ANSWER_TOKENS)  # brings the prefix into the KV cache
-            answer(prompts[1:], ANSWER_TOKENS)
-            answer(held_back, ANSWER_TOKENS)
-        answer([ids], 1)
-        engine.llm_engine.engine_core.shutdown()
-        with IndexWriter(out, index_name(source, ids, identity)) as writer:
-            manifest, cosine, attention = write(writer, parts, source, ids, identity, parameters, len(prompts))
-            return writer.publish(manifest), manifest, cosine, attention
 
 
 def measure_quality(
@@ -221,7 +316,7 @@ def measure_quality(
     Args:
         folder: of the index.
         manifest: of the index.
-        attention: histograms of each layer, from ``write_clustered``.
+        attention: histograms of attention of each layer, [H, NUM_BINS].
         model: as vLLM takes it.
         prompts: token ids of questions on the prefix that were held back.
         own_questions: whether they are the user's.
@@ -267,21 +362,6 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def read_input(path: Path) -> str:
-    """The text in a file, or on standard input for "-".
-
-    Raises:
-        ValueError: the file is missing, empty or not UTF-8.
-    """
-    try:
-        content = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not content.strip():
-        raise ValueError(f"{path}: empty")
-    return content
-
-
 def check_engine_args(engine_args: dict[str, Any], known: set[str]) -> None:
     """Raises ValueError for arguments that vLLM does not have, or that the indexer sets itself."""
     ours = {
@@ -322,22 +402,9 @@ def check_length(num_tokens: int, parameters: IndexParameters | None, max_model_
             "attended to"
         )
     if num_tokens < least:
-        raise ValueError(f"--prefix: {num_tokens} tokens; an index needs at least {least}{reason}")
+        raise ValueError(f"{num_tokens} tokens; an index needs at least {least}{reason}")
     if num_tokens >= max_model_len:
-        raise ValueError(f"--prefix: {num_tokens} tokens; the model takes at most {max_model_len}, with the question")
-
-
-def recorder(parts: Path, num_tokens: int, num_questions: int, parameters: IndexParameters) -> dict[str, Any]:
-    """vLLM's settings of the recording connector."""
-    from vllm_squeeze.attention_backend.wiring import RECORD, connector
-
-    options = {
-        "parts": str(parts.resolve()),
-        "num_tokens": num_tokens,
-        "num_questions": num_questions,
-        "parameters": asdict(parameters),
-    }
-    return connector(RECORD, options)
+        raise ValueError(f"{num_tokens} tokens; the model takes at most {max_model_len}, with the question")
 
 
 def identity_of(vllm_config: Any) -> ModelIdentity:
@@ -438,22 +505,21 @@ def join(parts: list[LayerClusters]) -> LayerClusters:
     )
 
 
-def summarise(folder: Path, manifest: Manifest, cosine: float | None, quality: Quality | None, seconds: float) -> None:
+def summarise(place: Path | str, made: Made, seconds: float) -> None:
     """Prints what was made.
 
     Args:
-        folder: of the index.
-        manifest: of the index.
-        cosine: mean of keys to their centroids; None where nothing was clustered.
-        quality: what budgets cost, if it was measured.
+        place: where the index is.
+        made: the index.
         seconds: that it took.
     """
-    size = sum(file.stat().st_size for file in folder.iterdir())
+    manifest, cosine, quality = made.manifest, made.cosine, made.quality
+    size = sum(file.stat().st_size for file in made.folder.iterdir())
     if cosine is None:
         facts = {"size": f"{size / 2**10:.1f} KiB"}
     else:
         facts = clustered_facts(manifest, size, cosine)
-    print(folder)
+    print(place)
     for label, value in {"tokens": manifest.num_tokens, **facts, "time": f"{seconds:.1f} s"}.items():
         print(f"  {label:<15}  {value}")
     for label, value in costs_of_budgets(quality) if quality else ():

@@ -72,18 +72,33 @@ def raw_tokens(tokenizer: Any, text: str) -> PrefixTokens:
     return PrefixTokens(ids, max(0, len(prompt("")) - len(ids)), False, prompt)
 
 
-def given_tokens(tokenizer: Any, content: str) -> PrefixTokens:
+def read_token_ids(content: str) -> list[int]:
     """Token ids from a JSON list.
 
     Raises:
         ValueError: it is no list of token ids.
     """
     try:
-        ids = json.loads(content)
+        return checked_token_ids(json.loads(content))
     except json.JSONDecodeError as error:
         raise ValueError(f"--token-ids: not JSON: {error}") from None
-    if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
-        raise ValueError("--token-ids: must be a JSON list of token ids, integers from 0 to 2147483647")
+    except ValueError as error:
+        raise ValueError(f"--token-ids: {error}") from None
+
+
+def checked_token_ids(value: Any) -> list[int]:
+    """A value that was read from JSON, if it is a list of token ids.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(value, list) or not all(type(token) is int and 0 <= token < 2**31 for token in value):
+        raise ValueError("must be a JSON list of token ids, integers from 0 to 2147483647")
+    return value
+
+
+def given_tokens(tokenizer: Any, ids: list[int]) -> PrefixTokens:
+    """The tokens of a prefix that is given by their ids."""
 
     def prompt(continuation: str) -> list[int]:
         return ids + tokenizer(continuation, add_special_tokens=False).input_ids

@@ -292,6 +292,14 @@ def list_indexes(path: Path) -> list[Path]:
         raise ValueError(f"{path}: {error.strerror}") from None
 
 
+def check_store(store: Path) -> None:
+    """Raises ValueError if a path is no folder of indexes, nor free for one."""
+    if store.exists() and not store.is_dir():
+        raise ValueError(f"{store} is not a folder")
+    if holds_index(store):
+        raise ValueError(f"{store} is an index itself, must be a folder of indexes")
+
+
 def holds_index(folder: Path) -> bool:
     return os.path.lexists(folder / MANIFEST_FILE)
 
@@ -348,10 +356,7 @@ class IndexWriter:
         """
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
             raise ValueError(f"name is {name!r}, must be letters, digits, dots, dashes and underscores")
-        if store.exists() and not store.is_dir():
-            raise ValueError(f"{store} is not a folder")
-        if holds_index(store):
-            raise ValueError(f"{store} is an index itself, must be a folder of indexes")
+        check_store(store)
         self.store = store
         self.name = name
         self.folder = store / f".building-{name}-{secrets.token_hex(8)}"
