@@ -145,6 +145,33 @@ def build_parser() -> argparse.ArgumentParser:
         help="what the suggested budget may cost: KL from dense next-token distributions, nats (default %(default)s)",
     )
 
+    for name, help in (
+        ("list", "say which indexes are in a folder, and with --url what a server makes of them"),
+        ("add", "copy indexes into a folder that servers watch"),
+        ("remove", "remove an index from such a folder"),
+        ("pin", "have servers keep an index's prefix in their KV cache once it is there"),
+        ("unpin", "let it be evicted again"),
+    ):
+        command = commands.add_parser(name, help=help)
+        if name == "add":
+            command.add_argument("index", type=Path, help="an index, or a folder of indexes")
+        elif name != "list":
+            command.add_argument("name", help="of the index")
+        command.add_argument("store", type=Path, help="folder of indexes")
+        if name == "list":
+            command.add_argument("--url", help="of a server, http://localhost:8000; its key is OPENAI_API_KEY")
+
+    warm = commands.add_parser("warm", help="have a server compute the prefixes of indexes before the first question")
+    warm.add_argument("index", type=Path, help="an index, or a folder of indexes")
+    warm.add_argument("--url", required=True, help="of the server, http://localhost:8000; its key is OPENAI_API_KEY")
+    warm.add_argument(
+        "--wait",
+        type=float,
+        default=30,
+        metavar="SECONDS",
+        help="for an index that the server has not seen or not loaded yet (default %(default)s)",
+    )
+
     bench = commands.add_parser(
         "bench", help="compare speed and answers with vLLM's own backend, on your model, prefix and questions"
     )
@@ -270,6 +297,42 @@ def run_bench(arguments: argparse.Namespace) -> int:
     return bench(make_plan(asked), arguments.out, arguments.json)
 
 
+def run_list(arguments: argparse.Namespace) -> int:
+    from vllm_squeeze.offline_tools.server import Server
+    from vllm_squeeze.offline_tools.store import list_store
+
+    return list_store(arguments.store, Server(arguments.url) if arguments.url else None, sys.stdout)
+
+
+def run_add(arguments: argparse.Namespace) -> int:
+    from vllm_squeeze.offline_tools.store import add_to_store
+
+    for folder in add_to_store(arguments.index, arguments.store):
+        print(folder)
+    return 0
+
+
+def run_remove(arguments: argparse.Namespace) -> int:
+    from vllm_squeeze.offline_tools.store import remove_from_store
+
+    remove_from_store(arguments.name, arguments.store)
+    return 0
+
+
+def run_pin(arguments: argparse.Namespace) -> int:
+    from vllm_squeeze.offline_tools.store import pin_in_store
+
+    pin_in_store(arguments.name, arguments.store, arguments.command == "pin")
+    return 0
+
+
+def run_warm(arguments: argparse.Namespace) -> int:
+    from vllm_squeeze.offline_tools.server import Server
+    from vllm_squeeze.offline_tools.warm import warm
+
+    return warm(arguments.index, Server(arguments.url), arguments.wait, sys.stdout)
+
+
 RUN = {
     "index": run_index,
     "inspect": run_inspect,
@@ -277,6 +340,12 @@ RUN = {
     "doctor": run_doctor,
     "report": run_report,
     "bench": run_bench,
+    "list": run_list,
+    "add": run_add,
+    "remove": run_remove,
+    "pin": run_pin,
+    "unpin": run_pin,
+    "warm": run_warm,
 }
 
 

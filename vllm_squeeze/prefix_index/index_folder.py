@@ -395,6 +395,19 @@ class IndexWriter:
         self._write(layer_file(i), content)
         return LayerEntry(name, clusters.centroids.shape[1], len(content), content_digest(content))
 
+    def copy(self, index: PrefixIndex) -> None:
+        """Writes the tokens, clusters and figures of another index, as they lie there.
+
+        Raises:
+            InvalidIndex: a file is missing, or has another size than its manifest says.
+        """
+        self.write_tokens(index.token_ids)
+        for i, layer in enumerate(index.manifest.layers):
+            name = layer_file(i)
+            self._write(name, read_plain_file(index.folder / name, layer.num_bytes, layer.num_bytes))
+        if (quality := index.quality()) is not None:
+            self._write(QUALITY_FILE, quality.to_json().encode())
+
     def publish(self, manifest: Manifest) -> Path:
         """Checks what was written by reading it, and gives the index its name, in place of a former one.
 

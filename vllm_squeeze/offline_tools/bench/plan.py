@@ -121,10 +121,11 @@ def make_plan(asked: Asked) -> Plan:
 
     config = SqueezeConfig.resolve(None)
     config = replace(config, index=(), mode=asked.mode or config.mode)
+    block_sizes = {0: engine.cache_config.block_size}
     matches = []
     for index in indexes:
         # where a prefix lies does not depend on the budget, and this one can always be met
-        placement = place(index, 0, replace(config, budget=1), {0: engine.cache_config.block_size}, 1)
+        placement = place(index, replace(config, budget=1), block_sizes)
         matches.append((match_prompt(prompts[0], index, placement, tokenizer), index))
     match, index = max(matches, key=lambda pair: pair[0])
     if not match.matches:
@@ -137,9 +138,8 @@ def make_plan(asked: Asked) -> Plan:
         raise ValueError("--budgets: not together with an exact index or --mode exact, which have none")
     arms = [EXACT]
     if not exact:
-        cache = {0: engine.cache_config.block_size}, index.manifest.model.cache_element_size
         wanted = asked.budgets or [config.budget]
-        arms = [f"{place(index, 0, replace(config, budget=budget), *cache).budget:g}" for budget in wanted]
+        arms = [f"{place(index, replace(config, budget=budget), block_sizes).budget:g}" for budget in wanted]
     return Plan(
         model=asked.model,
         index=str(index.folder),
