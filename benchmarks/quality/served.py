@@ -21,11 +21,14 @@ from typing import Any
 from benchmarks.quality.answers import DENSE, SERVED, answers_path, go_on
 from benchmarks.quality.questions import Task
 from benchmarks.running import IN_THIS_PROCESS, conversation, raw_prompt
+from vllm_squeeze.offline_tools.server import Server
 from vllm_squeeze.offline_tools.timing import machine
+from vllm_squeeze.offline_tools.warm import warm
 
 START_TIMEOUT_S = 1200
 STOP_TIMEOUT_S = 60
 ANSWER_TIMEOUT_S = 600
+WARM_TIMEOUT_S = 60
 # The server's counters come in a moment after the answer that they are about.
 SETTLING_S = 0.2
 
@@ -152,7 +155,7 @@ class ServedAsker:
             log = self._folder / f"{SERVED}{arm}.log"
             try:
                 with server(self._model, flags(self._engine_args | self._squeezing(arm)), log) as url:
-                    self._bring_prefix(url)
+                    self._bring_prefix(url, arm)
                     path = answers_path(self._folder, SERVED + arm)
                     go_on(path, len(self._prompts), lambda number, url=url: self._answer(url, number), title)
             except (RuntimeError, OSError) as error:
@@ -164,13 +167,10 @@ class ServedAsker:
         settings = {"index": str(self._folder / "index"), "budget": float(arm), "mode": "squeezed"}
         return {"attention_backend": "squeeze", "additional_config": {"squeeze": settings}}
 
-    def _bring_prefix(self, url: str) -> None:
+    def _bring_prefix(self, url: str, arm: str) -> None:
         """Has the prefix, and of no question anything, computed into the KV cache, without which no row is squeezed."""
-        from vllm_squeeze.prefix_index.index_folder import PrefixIndex, find_indexes
-
-        (folder,) = find_indexes(self._folder / "index")
-        prefix = self._prompts[0][: len(PrefixIndex.open(folder).token_ids) + 1]
-        post(f"{url}/v1/completions", {"model": self._model, "prompt": prefix, "max_tokens": 1})
+        if warm(self._folder / "index", Server(url), WARM_TIMEOUT_S, sys.stderr) and arm != DENSE:
+            raise RuntimeError("the index is not served")
 
     def _answer(self, url: str, number: int) -> dict[str, Any]:
         before = settled_counters(url)

@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+from prometheus_client import generate_latest
 
 from tests.engine.conftest import engine, generate, grown, outcomes, tokens
 from tests.logs import warnings_of_squeeze
+from vllm_squeeze.offline_tools.server import Server
 from vllm_squeeze.prefix_index.index_folder import IndexWriter, PrefixIndex, pin_file, remove_index
 
 CONTRACT, MANUAL, NOTES = (tokens(seed, count=600) for seed in (1, 2, 3))
@@ -69,7 +71,7 @@ def store(tmp_path):
     return folder
 
 
-def test_an_index_is_added_replaced_and_removed(models, indexes, dense_answers, store):
+def test_an_index_is_added_replaced_and_removed(models, indexes, dense_answers, store, monkeypatch):
     """From an empty folder; at a budget of 1 answers are the dense ones in each state."""
     model = models("llama")
     first = indexes(model, CONTRACT)
@@ -83,6 +85,8 @@ def test_an_index_is_added_replaced_and_removed(models, indexes, dense_answers, 
         until(llm, lambda: states(llm) == {first.name: "on the devices"})
         assert generate(llm, prompts) == dense
         assert rows_of(llm, prompts) == {"squeezed": 16}
+        monkeypatch.setattr(Server, "_ask", lambda self, route: generate_latest())
+        assert Server("http://this-process").index_states() == states(llm)
         loads = value(llm, "vllm:squeeze_index_loads")
         publish(second, store)
         until(llm, lambda: value(llm, "vllm:squeeze_index_loads") > loads)

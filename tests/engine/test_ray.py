@@ -83,7 +83,8 @@ def test_a_worker_is_killed(models, tmp_path):
     killed = working(driver)[0]
     os.kill(killed.pid, signal.SIGKILL)
     numbers, failures, progress = result(driver)
-    assert numbers == {"indexed": 4, "skipped": 0, "failed": 1}
+    # it may have put its index there before it was killed
+    assert numbers["indexed"] + numbers["skipped"] == 4 and numbers["failed"] == 1
     assert len(failures) == 1 and failures[0].startswith(failed)
     assert "5/5" in progress
 

@@ -41,6 +41,7 @@ class _Known:
         num_loaded: ranks that have carried it out.
         elders: requests on the prefix that nobody follows, as they were there before.
         wanted: whether it is to be loaded.
+        failed: whether a rank could not load it.
         last_wanted: when a request wanted it last, in requests.
     """
 
@@ -51,6 +52,7 @@ class _Known:
     num_loaded: int = 0
     elders: set[str] = field(default_factory=set)
     wanted: bool = True
+    failed: bool = False
     last_wanted: int = 0
 
     @property
@@ -105,7 +107,7 @@ class Catalogue:
         self._clock += 1
         known = self._of(placement)
         known.last_wanted = self._clock
-        if placement.slot is None and known.span is None:
+        if known.span is None and not known.failed:
             known.wanted = True
 
     def next_orders(self, requests: LiveRequests) -> tuple[Order, ...]:
@@ -135,7 +137,7 @@ class Catalogue:
             if reason := report.failed.get(known.number):
                 self._refuse(reason)
                 self._release(known)
-                known.wanted = False
+                known.failed = True
             elif number := report.loaded.get(known.number, 0):
                 known.num_loaded += number
                 if known.num_loaded == self._num_ranks:

@@ -1,4 +1,4 @@
-"""The indexes' tables on one rank's device, loaded with the model so that vLLM's memory profiling counts them."""
+"""The indexes' tables on one rank's device, made with the model so that vLLM's memory profiling counts them."""
 
 from collections.abc import Callable
 from dataclasses import fields

@@ -5,7 +5,13 @@ from typing import Any, NamedTuple
 
 from vllm_squeeze.attention_backend.matching import SQUEEZED, PrefixMatcher
 from vllm_squeeze.attention_backend.placement import Placement
-from vllm_squeeze.offline_tools.prefix_text import QUESTIONS, common_start, describe, given_tokens, text_tokens
+from vllm_squeeze.offline_tools.prefix_text import (
+    QUESTIONS,
+    common_start,
+    describe,
+    read_token_ids,
+    text_tokens,
+)
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
 
 TOKENS_BEFORE = 8
@@ -39,7 +45,7 @@ def prompt_tokens(tokenizer: Any, content: str, chat: bool | None) -> list[int]:
         ValueError: the model has no chat template, or one that does not begin with the system message.
     """
     try:
-        return given_tokens(tokenizer, content).ids
+        return read_token_ids(content)
     except ValueError:
         tokens = text_tokens(tokenizer, content, chat)
     return tokens.prompt(QUESTIONS[0] if tokens.chat else "")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_squeeze.config import SqueezeConfig
-from vllm_squeeze.offline_tools.prefix_text import PrefixTokens, given_tokens, text_tokens
+from vllm_squeeze.offline_tools.prefix_text import PrefixTokens, given_tokens, read_token_ids, text_tokens
 from vllm_squeeze.offline_tools.questions import GENERAL, GENERAL_HELD_BACK, general_questions, read_questions, spread
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex, find_indexes
 
@@ -105,7 +105,7 @@ def make_plan(asked: Asked) -> Plan:
 
     from vllm_squeeze.attention_backend.model_identity import model_identity
     from vllm_squeeze.attention_backend.placement import attends_exactly, check_model, place
-    from vllm_squeeze.offline_tools.index import read_input
+    from vllm_squeeze.offline_tools.documents import read_input
     from vllm_squeeze.offline_tools.prompt_match import match_prompt
 
     if unknown := sorted(set(asked.engine_args) - {field.name for field in fields(EngineArgs)}):
@@ -115,7 +115,11 @@ def make_plan(asked: Asked) -> Plan:
     given = read_questions(asked.questions) if asked.questions else None
     engine = EngineArgs(model=asked.model, **asked.engine_args).create_engine_config()
     tokenizer = get_tokenizer(engine.model_config.tokenizer, trust_remote_code=engine.model_config.trust_remote_code)
-    tokens = given_tokens(tokenizer, content) if asked.token_ids else text_tokens(tokenizer, content, asked.chat)
+    tokens = (
+        given_tokens(tokenizer, read_token_ids(content))
+        if asked.token_ids
+        else text_tokens(tokenizer, content, asked.chat)
+    )
     questions, compared = choose_questions(given, tokens.chat)
     prompts = [tokens.prompt(question) for question in questions]
 

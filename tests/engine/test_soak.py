@@ -1,0 +1,23 @@
+"""A minute's part of ``benchmarks/soak.py``, which is there for hours: random requests while indexes come and go."""
+
+import shutil
+from types import SimpleNamespace
+
+from benchmarks.soak import soak
+from tests.engine.conftest import ENGINE_ARGS, tokens
+
+
+def test_no_answer_is_wrong_while_indexes_come_and_go(models, indexes, tmp_path):
+    model = models("llama")
+    exact = {3: True}
+    for seed in (1, 2, 3):
+        index = indexes(model, tokens(seed, count=600), exact=exact.get(seed, False))
+        shutil.copytree(index, tmp_path / index.name)
+    arguments = SimpleNamespace(
+        model=str(model), indexes=tmp_path, seconds=8.0, tokens=8, seed=0, memory_limit_gib=0.0002,
+        engine_args=ENGINE_ARGS,
+    )  # fmt: skip
+    happened = soak(arguments)
+    assert happened["wrong answers"] == 0 and happened["answered"] > 20
+    assert happened["rows squeezed"] > 0 and happened["indexes added"] > 1 and happened["squeeze index loads"] > 1
+    assert happened["requests"] == happened["answered"] + happened["aborted"]
