@@ -1,5 +1,6 @@
 """Real vLLM engines, in this process, with tiny random models; prompts are token ids."""
 
+import gc
 import os
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -49,6 +50,7 @@ def indexes(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
             tokens.write_text(str(list(ids)))
             chosen = None if exact else IndexParameters(**parameters)
             arguments = {**ENGINE_ARGS, "kv_cache_dtype": kv_cache_dtype}
+            gc.freeze()
             made[known] = index(str(model), None, tokens, None, folder / "store", chosen, arguments, measured=False)
         return made[known]
 
@@ -95,6 +97,8 @@ def engine(model: Path, index: Any = None, budget: float = 1.0, squeeze: Any = N
             "squeeze": {"index": index, "budget": budget, "prefill": "squeezed", **(squeeze or {})}
         }
     settings = {"enforce_eager": True, "max_model_len": 1024, "skip_tokenizer_init": True, "disable_log_stats": False}
+    # vLLM collects garbage again and again at its start, which takes seconds among all that has been imported
+    gc.freeze()
     llm = LLM(str(model), **{**ENGINE_ARGS, **settings, **arguments})
     try:
         yield llm
