@@ -115,7 +115,6 @@ def test_requests_that_were_there_before(models, indexes, store):
 
     model = models("llama")
     index = indexes(model, CONTRACT)
-    sampling = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True, detokenize=False)
     with engine(model, store, squeeze={"watch": 0.02, "memory_limit_gib": 0.02}) as llm:
 
         def step_until(happened):
@@ -124,14 +123,15 @@ def test_requests_that_were_there_before(models, indexes, store):
                 assert time.monotonic() < end, "it never happened"
                 llm.llm_engine.step()
 
-        def add(name):
+        def add(name, max_tokens):
+            sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
             llm.llm_engine.add_request(name, TokensPrompt(prompt_token_ids=CONTRACT + [5]), sampling)
 
-        add("before")
+        add("before", 200)
         step_until(lambda: outcomes(llm).get("dense: no index", 0) > 3)
         publish(index, store)
         step_until(lambda: states(llm).get(index.name) == "loading")
-        add("after")
+        add("after", 400)
         step_until(lambda: llm.llm_engine.get_num_unfinished_requests() == 1)
         rows = outcomes(llm)
         assert rows["dense: no index"] >= 200 and "squeezed" not in rows
