@@ -198,7 +198,7 @@ class Catalogue:
         if (
             known is not None
             and known.index.manifest == seen.index.manifest
-            and (known.placement.budget == placement.budget)
+            and known.placement.budget == placement.budget
         ):
             known.placement.pinned = seen.pinned
             return

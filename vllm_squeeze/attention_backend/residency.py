@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -17,16 +17,9 @@ from vllm_squeeze.attention_backend.placement import (
 )
 from vllm_squeeze.attention_backend.room import Room, Span, settle
 from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes
+from vllm_squeeze.prefix_index.budget import ReadCost
 from vllm_squeeze.prefix_index.index_folder import LayerClusters, PrefixIndex
 from vllm_squeeze.prefix_index.manifest import InvalidIndex, Manifest
-
-
-class _Resident(NamedTuple):
-    """A prefix on the device."""
-
-    manifest: Manifest
-    placement: Placement
-    span: Span
 
 
 class Residency:
@@ -36,6 +29,7 @@ class Residency:
         prefixes: what the kernels read of all slots, which are empty until something is loaded into them.
         room: that there is. What is taken of it is the scheduler's side to know, once it serves.
         active: placements of the prefixes whose rows may be squeezed, by slot.
+        costs: what reading the prefix costs that lies in each slot, or lay there last: what was counted is told late.
     """
 
     def __init__(self, vllm_config: Any, options: Options):
@@ -44,7 +38,9 @@ class Residency:
         # The scheduler's side, which verifies the layers too, is the one that warns.
         self._indexes = Admission(options, vllm_config).open_all(on_refusal=logger.debug)
         self.room = Room.of((index.manifest for index in self._indexes), options, vllm_config)
-        self._resident: dict[int, _Resident] = {}
+        self.active: dict[int, Placement] = {}
+        self.costs: dict[int, ReadCost] = {}
+        self._loaded: dict[int, tuple[Manifest, Span]] = {}
         self._exact: frozenset[int] = frozenset()
         self._tables: dict[str, ClusterTable] = {}
         self._shared: Any = None
@@ -55,10 +51,6 @@ class Residency:
             log_threshold=torch.full((slots,), torch.inf, device=self.device),
             counters=torch.zeros(slots, 6, dtype=torch.int64, device=self.device),
         )
-
-    @property
-    def active(self) -> dict[int, Placement]:
-        return {slot: resident.placement for slot, resident in self._resident.items()}
 
     def make_table(self, name: str, num_kv_heads: int, head_size: int) -> ClusterTable | None:
         """Makes room for one layer of all indexes; None if there are none that have it, nor will be.
@@ -120,13 +112,14 @@ class Residency:
 
     def activate(self, manifest: Manifest, placement: Placement, span: Span) -> None:
         """Allows rows to attend to what was loaded. The device gets it in stream order."""
-        self._resident[span.slot] = _Resident(manifest, placement, span)
+        self.active[span.slot], self.costs[span.slot] = placement, placement.cost
+        self._loaded[span.slot] = manifest, span
         self.prefixes.log_threshold[span.slot] = placement.log_threshold
         self._write_slots()
 
     def drop(self, slot: int) -> None:
         """Leaves a slot empty. Kernels that were launched before still find what lies there."""
-        if self._resident.pop(slot, None) is not None:
+        if self.active.pop(slot, None) is not None:
             self._write_slots()
 
     def _load_layer(self, index: PrefixIndex, name: str, covered: int, span: Span, table: ClusterTable) -> None:
@@ -168,8 +161,8 @@ class Residency:
         Raises:
             ValueError: centroids and always attended tokens alone read more.
         """
-        for slot, resident in self._resident.items():
-            self.prefixes.log_threshold[slot] = threshold_of(resident.manifest, resident.placement.cost, budget)
+        for slot, place in self.active.items():
+            self.prefixes.log_threshold[slot] = threshold_of(self._loaded[slot][0], place.cost, budget)
 
     def attend_exactly(self, slots: frozenset[int]) -> None:
         """Says to which prefixes rows attend exactly from here on. The device gets it in stream order, without a wait.
@@ -182,7 +175,8 @@ class Residency:
 
     def _write_slots(self) -> None:
         facts = torch.zeros(self.prefixes.slots.shape, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        for slot, (_, place, span) in self._resident.items():
+        for slot, place in self.active.items():
+            _, span = self._loaded[slot]
             exact = place.exact or slot in self._exact
             count, num_always = (0, place.covered) if exact else (span.num_centroids, place.num_sinks)
             facts[slot] = torch.tensor([span.first_centroid, count, num_always, JOINS.index(place.join)])

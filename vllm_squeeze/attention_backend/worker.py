@@ -13,7 +13,6 @@ from vllm_squeeze.attention_backend.placement import full_attention_groups
 from vllm_squeeze.attention_backend.residency import Residency
 from vllm_squeeze.attention_backend.rows import RowGroup
 from vllm_squeeze.attention_backend.stats import SqueezeStats
-from vllm_squeeze.prefix_index.budget import ReadCost
 
 
 def layers_of(vllm_config: Any) -> dict[str, Any]:
@@ -49,7 +48,6 @@ class SqueezeWorker:
         self._residency = residency
         serving = residency.load_all(kv_cache_config)
         self._loader = Loader(residency)
-        self._costs: dict[int, ReadCost] = {}
         self._groups: dict[int, RowGroup] = {}
         layers = layers_of(vllm_config)
         for group, block_size in full_attention_groups(kv_cache_config).items():
@@ -119,12 +117,10 @@ class SqueezeWorker:
     def take_stats(self) -> SqueezeStats | None:
         """What was read since the last call, in bytes; None if nothing is known to have been."""
         stats = SqueezeStats()
-        # also of a slot that was left since: what was counted is told late
-        self._costs |= {slot: placement.cost for slot, placement in self._residency.active.items()}
         for slot, counts in enumerate(self._counted.take()):
             look_ups, loaded, pairs, kept, passes, exact_pairs = counts
             if pairs or exact_pairs:
-                cost = self._costs[slot]
+                cost = self._residency.costs[slot]
                 stats.add_bytes(
                     read=look_ups * cost.fixed_bytes + loaded * cost.bytes_per_key + passes * cost.dense_bytes,
                     alone=pairs * cost.fixed_bytes + kept * cost.bytes_per_key + exact_pairs * cost.dense_bytes,
