@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,6 @@ from vllm_squeeze.offline_tools.warm import warm
 
 START_TIMEOUT_S = 1200
 STOP_TIMEOUT_S = 60
-ANSWER_TIMEOUT_S = 600
 WARM_TIMEOUT_S = 60
 # The server's counters come in a moment after the answer that they are about.
 SETTLING_S = 0.2
@@ -84,20 +82,6 @@ def is_healthy(url: str) -> bool:
             return response.status == 200
     except OSError:
         return False
-
-
-def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    """What the API answers.
-
-    Raises:
-        RuntimeError: it refuses.
-    """
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=ANSWER_TIMEOUT_S) as response:
-            return json.load(response)
-    except urllib.error.HTTPError as error:
-        raise RuntimeError(f"{url}: {error}: {error.read().decode(errors='replace')}") from None
 
 
 def counters_in(metrics: str) -> dict[str, float]:
@@ -185,11 +169,11 @@ class ServedAsker:
             "return_token_ids": True,
         }
         if self._chat:
-            response = post(f"{url}/v1/chat/completions", body | {"messages": conversation(*asked)})
+            response = Server(url).post("/v1/chat/completions", body | {"messages": conversation(*asked)})
             (choice,) = response["choices"]
             text, prompt = choice["message"]["content"] or "", response["prompt_token_ids"]
         else:
-            (choice,) = post(f"{url}/v1/completions", body | {"prompt": raw_prompt(*asked)})["choices"]
+            (choice,) = Server(url).post("/v1/completions", body | {"prompt": raw_prompt(*asked)})["choices"]
             text, prompt = choice["text"], choice["prompt_token_ids"]
         if prompt != self._prompts[number]:
             raise RuntimeError(f"the server makes other tokens of question {number} than the model's tokenizer does")

@@ -44,19 +44,13 @@ class Server:
         """
         return json.loads(self._ask("/v1/models"))["data"][0]["id"]
 
-    def complete(self, model: str, token_ids: list[int], **settings: Any) -> dict[str, Any]:
-        """Asks for a completion.
-
-        Args:
-            model: that is served.
-            token_ids: the prompt.
-            settings: of the request.
+    def post(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
+        """What it answers on a route of the OpenAI API.
 
         Raises:
             OSError: it cannot be reached, or refuses.
         """
-        body = {"model": model, "prompt": token_ids, **settings}
-        return json.loads(self._ask("/v1/completions", json.dumps(body).encode()))
+        return json.loads(self._ask(route, json.dumps(body).encode()))
 
     def _ask(self, route: str, body: bytes | None = None) -> bytes:
         headers = {"Content-Type": "application/json"}

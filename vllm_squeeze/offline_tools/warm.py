@@ -55,12 +55,13 @@ def warm(index: Path, server: Server, seconds: float, out: TextIO = sys.stdout) 
 def asked(index: PrefixIndex, server: Server, model: str) -> Iterator[dict[str, int]]:
     """The rows of one request on a prefix after another, by what became of them."""
     while True:
-        answer = server.complete(
-            model,
-            index.token_ids.tolist(),
-            max_tokens=ASKED,
-            temperature=0,
-            ignore_eos=True,
-            kv_transfer_params={"squeeze": {}},
-        )
+        body = {
+            "model": model,
+            "prompt": index.token_ids.tolist(),
+            "max_tokens": ASKED,
+            "temperature": 0,
+            "ignore_eos": True,
+            "kv_transfer_params": {"squeeze": {}},
+        }
+        answer = server.post("/v1/completions", body)
         yield ((answer.get("kv_transfer_params") or {}).get("squeeze") or {}).get("rows", {})
