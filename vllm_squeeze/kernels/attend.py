@@ -172,7 +172,8 @@ def attend_kernel(
         first = tl.maximum(begin - rest_at, 0) * CLUSTERS_PER_KEY
         stop = tl.minimum((end - rest_at) * CLUSTERS_PER_KEY, count)
         o_c = tl.arange(0, REST_BLOCK)
-        p_logits = logits + (i_th_64 * M + o_m[:, None]) * max_centroids
+        # where rows are padded nothing was written: a row that all share is loaded once
+        p_logits = logits + (i_th_64 * M + tl.where(m_m, o_m, 0)[:, None]) * max_centroids
         p_chosen = chosen + i_th_64 * max_centroids
         p_means = value_centroids + i_h.to(tl.int64) * stride_centroid_head + first_centroid * stride_centroid
         p_scales = value_centroid_scales + i_h.to(tl.int64) * stride_size_head + first_centroid
