@@ -4,9 +4,9 @@
     merge    grid (tiles * rows, H * G, D / COLUMNS)  the shares, into the output
 
 What a tile and KV head has to do is counted in keys: those of the prefix that are listed, those of suffixes that are,
-and then the rest, several clusters to a key. All of it is shared out over the programs in pieces of ``chunk`` keys,
-whatever was chosen, and ``chunk`` is as small as the number of programs allows. Both kernels work this plan out from
-the lengths of the lists.
+and then the clusters of the rest, each of which takes about as long as a key. All of it is shared out over the programs
+in pieces of ``chunk`` keys, whatever was chosen, and ``chunk`` is as small as the number of programs allows. Both
+kernels work this plan out from the lengths of the lists.
 """
 
 import triton
@@ -29,7 +29,7 @@ def _whole(num_keys):
 @triton.jit
 def _plan(
     tiles, listed, first_tile, num_tiles, num_programs, H,
-    TILES: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr, CLUSTERS_PER_KEY: tl.constexpr, REST: tl.constexpr,
+    TILES: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Keys and work of each (tile, KV head), programs of each and of all before it, [TILES * HP] each; the chunk.
@@ -47,7 +47,7 @@ def _plan(
     b_keys = tl.where(m_th, tl.where(b_count > 0, b_listed, b_always), 0)
     b_work = _whole(b_keys) + tl.where(m_th, _whole(b_suffix), 0)
     if REST:
-        b_work += tl.where(m_th, tl.cdiv(b_count, CLUSTERS_PER_KEY), 0)
+        b_work += tl.where(m_th, b_count, 0)
     spare = num_programs - tl.sum(m_th.to(tl.int32), 0)
     chunk = _whole(tl.maximum(tl.cdiv(tl.sum(b_work, 0), spare), BLOCK))
     # one also where there is nothing to attend to, to say so
@@ -89,7 +89,7 @@ def attend_kernel(
     stride_centroid_head, stride_centroid, stride_size_head, stride_always, stride_suffix, max_centroids, max_keys,
     GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     TILES: tl.constexpr, HP: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
-    CLUSTERS_PER_KEY: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, SOFT_CAP: tl.constexpr,
+    S: tl.constexpr, STAGES: tl.constexpr, SOFT_CAP: tl.constexpr,
     REST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = ROWS * GP
@@ -99,7 +99,7 @@ def attend_kernel(
     # of one tile, while the kernel before still runs
     b_token = token_of_row(tokens, first_tile, GP, ROWS)
     b_keys, b_work, b_programs, b_before, chunk = _plan(
-        tiles, listed, first_tile, num_tiles, tl.num_programs(0), H, TILES, HP, BLOCK, CLUSTERS_PER_KEY, REST, PDL
+        tiles, listed, first_tile, num_tiles, tl.num_programs(0), H, TILES, HP, BLOCK, REST, PDL
     )
     b_mine = (b_before <= i_p) & (i_p < b_before + b_programs)
     i_th = tl.max(tl.where(b_mine, tl.arange(0, TILES * HP), -1), 0)
@@ -169,8 +169,8 @@ def attend_kernel(
         # so that probabilities times scales are no smaller than probabilities times values, nor too small for 16 bits
         b_o *= WHOLE
         rest_at = suffix_at + _whole(num_suffix)
-        first = tl.maximum(begin - rest_at, 0) * CLUSTERS_PER_KEY
-        stop = tl.minimum((end - rest_at) * CLUSTERS_PER_KEY, count)
+        first = tl.maximum(begin - rest_at, 0)
+        stop = tl.minimum(end - rest_at, count)
         o_c = tl.arange(0, REST_BLOCK)
         # where rows are padded nothing was written: a row that all share is loaded once
         p_logits = logits + (i_th_64 * M + tl.where(m_m, o_m, 0)[:, None]) * max_centroids
@@ -203,7 +203,7 @@ def merge_kernel(
     first_tile, num_tiles, rows, num_programs, H,
     stride_output_token, stride_output_head, stride_lse_head, stride_lse_token,
     GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    TILES: tl.constexpr, HP: tl.constexpr, KEY_BLOCK: tl.constexpr, CLUSTERS_PER_KEY: tl.constexpr,
+    TILES: tl.constexpr, HP: tl.constexpr, KEY_BLOCK: tl.constexpr,
     REST: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = ROWS * GP
@@ -214,7 +214,7 @@ def merge_kernel(
     i_tile = first_tile + i_t
     i_slot, num_tokens = tl.load(tiles + i_tile * FACTS), tl.load(tiles + i_tile * FACTS + 1)
     _, _, b_programs, b_before, _ = _plan(
-        tiles, listed, first_tile, num_tiles, num_programs, H, TILES, HP, KEY_BLOCK, CLUSTERS_PER_KEY, REST, PDL
+        tiles, listed, first_tile, num_tiles, num_programs, H, TILES, HP, KEY_BLOCK, REST, PDL
     )
     if (i_slot < 0) | (i_r >= num_tokens):
         return

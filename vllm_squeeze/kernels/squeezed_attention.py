@@ -124,7 +124,7 @@ def squeezed_attention(
         programs = workspace.num_programs(per_multiprocessor)
         # one of two variants, so that few are compiled
         plan_tiles = 1 if tiles_now == 1 else padded(workspace.max_tiles)
-        plan = {"TILES": plan_tiles, "HP": padded(num_kv_heads), "CLUSTERS_PER_KEY": 2, "REST": rest}
+        plan = {"TILES": plan_tiles, "HP": padded(num_kv_heads), "REST": rest}
         if table.sizes.shape[1]:  # else all prefixes are exact, and there is nothing to look up
             block, warps, stages = tuned.score
             score_kernel[(splits, num_kv_heads, tiles_now)](
