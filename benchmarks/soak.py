@@ -28,7 +28,6 @@ from vllm_squeeze.prefix_index.index_folder import IndexWriter, PrefixIndex, fin
 
 QUESTIONS_PER_PREFIX = 6
 AT_ONCE = 10
-STEPS_PER_EVENT = 12
 ABORTED = 0.1
 """Share of requests."""
 CREATED = "2026-01-01T00:00:{:02}+00:00"
@@ -133,16 +132,24 @@ class Soak:
         prompts: token ids.
         answers: that each has to get.
         tie: nats, as in the module's docstring.
+        steps_per_event: steps between two disturbances of the store.
         random: decides.
     """
 
     def __init__(
-        self, llm: Any, store: Store, prompts: list[list[int]], answers: list[Answer], tie: float, random: Random
+        self,
+        llm: Any,
+        store: Store,
+        prompts: list[list[int]],
+        answers: list[Answer],
+        tie: float,
+        steps_per_event: int,
+        random: Random,
     ):
         self.engine, self.counts = llm.llm_engine, Counter[str]()
         self.wrong: list[dict[str, Any]] = []
         self._llm, self._store, self._prompts, self._answers = llm, store, prompts, answers
-        self._tie, self._random = tie, random
+        self._tie, self._steps_per_event, self._random = tie, steps_per_event, random
         self._running: dict[str, int] = {}
 
     def run(self, seconds: float) -> None:
@@ -160,7 +167,7 @@ class Soak:
     def _disturb(self) -> None:
         from vllm import TokensPrompt
 
-        if self.counts["steps"] % STEPS_PER_EVENT == 0:
+        if self.counts["steps"] % self._steps_per_event == 0:
             self._store.disturb()
         while len(self._running) < AT_ONCE and self._random.random() < 0.5:
             number, id = self._random.randrange(len(self._prompts)), str(self.counts["requests"])
@@ -209,7 +216,8 @@ def soak(arguments: argparse.Namespace) -> dict[str, Any]:
     answers, block_size = dense_answers(arguments.model, prompts, arguments.tokens, shared)
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         store = Store(Path(folder), indexes, random)
-        settings = {"index": folder, "watch": 0.1, "budget": 1, "memory_limit_gib": arguments.memory_limit_gib}
+        settings = {"index": folder, "watch": 0.1, "budget": 1, "mode": "squeezed"}
+        settings |= {"memory_limit_gib": arguments.memory_limit_gib}
         llm = LLM(
             arguments.model,
             attention_backend="squeeze",
@@ -218,7 +226,7 @@ def soak(arguments: argparse.Namespace) -> dict[str, Any]:
             num_gpu_blocks_override=3 * -(-longest // block_size) + 4,
             **shared,
         )
-        run = Soak(llm, store, prompts, answers, arguments.tie, random)
+        run = Soak(llm, store, prompts, answers, arguments.tie, arguments.steps_per_event, random)
         run.run(arguments.seconds / 10)
         at_start, run_start = resident_mib(), time.monotonic()
         run.run(arguments.seconds)
@@ -246,6 +254,7 @@ def main() -> int:
     parser.add_argument(
         "--tie", type=float, default=0.0, help="nats: where the best tokens are this close, any will do"
     )
+    parser.add_argument("--steps-per-event", type=int, default=12, help="a GPU takes many more steps a second")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--memory-limit-gib", type=float, default=0.5, help="less than all indexes need: they take turns"
