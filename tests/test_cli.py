@@ -112,11 +112,18 @@ def test_parameters_out_of_range(capsys, model, tmp_path, flags, message):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--centroids", "0.05"], ["--window", "8192"], ["--seed", "0"], ["--rule", "error"]], ids=lambda f: f[0]
+    "flags",
+    [["--centroids", "0.05"], ["--window", "8192"], ["--seed", "0"], ["--rule", "error"], ["--extend", "old"]],
+    ids=lambda f: f[0],
 )
 def test_an_exact_index_has_no_clustering_to_set(capsys, model, tmp_path, flags):
     arguments = ["--model", model, "--prefix", "-", "--out", tmp_path / "store", "--exact", *flags]
     assert refused(capsys, *arguments) == f"{flags[0]}: not together with --exact, which clusters nothing"
+
+
+def test_one_index_is_extended_at_a_time(capsys, model, tmp_path):
+    error = refused(capsys, "--model", model, "--documents", tmp_path, "--out", tmp_path / "store", "--extend", "old")
+    assert error == "--extend: not together with --documents"
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="do not cluster: requests attend to all of the prefix, reading it once for all of them",
     )
     index.add_argument(
+        "--extend",
+        type=Path,
+        metavar="OLD",
+        help="an index of the same text, before it grew at its end: its clusters are kept, and only what is new is "
+        "clustered. Model and options of the clustering must be those that it was made with",
+    )
+    index.add_argument(
         "--questions",
         type=Path,
         metavar="FILE",
@@ -205,10 +212,14 @@ def run_index(arguments: argparse.Namespace) -> int:
     chosen = {name: value for name, value in given.items() if value is not None}
     if arguments.exact and arguments.questions:
         raise ValueError("--questions: not together with --exact, which has no budget to calibrate")
+    if arguments.exact and arguments.extend:
+        raise ValueError("--extend: not together with --exact, which clusters nothing")
     if arguments.exact and chosen:
         raise ValueError(f"--{next(iter(chosen))}: not together with --exact, which clusters nothing")
     parameters = None if arguments.exact else IndexParameters(**chosen)
     if arguments.documents:
+        if arguments.extend:
+            raise ValueError("--extend: not together with --documents")
         return run_index_documents(arguments, parameters)
     for option in ("workers", "ray"):
         if getattr(arguments, option) is not None:
@@ -225,6 +236,7 @@ def run_index(arguments: argparse.Namespace) -> int:
         arguments.engine_args,
         arguments.questions,
         arguments.quality,
+        arguments.extend,
     )
     return 0
 

@@ -27,6 +27,8 @@ from vllm_squeeze.attention_backend.worker import layers_of
 from vllm_squeeze.kernels.tables import unquantised
 from vllm_squeeze.prefix_index.calibration import attention_histogram, score_histogram
 from vllm_squeeze.prefix_index.clustering import Clusters, cluster_keys, mean_cosine
+from vllm_squeeze.prefix_index.extension import known_labels
+from vllm_squeeze.prefix_index.index_folder import PrefixIndex
 from vllm_squeeze.prefix_index.manifest import IndexParameters
 from vllm_squeeze.prefix_index.stored_clusters import stored
 
@@ -46,11 +48,13 @@ class Recording:
         parts: folder that the parts go to.
         num_tokens: of the prefix.
         num_questions: on the prefix that are answered first, for thresholds; what is asked then is held back.
+        former: folder of the index that is extended, if any.
     """
 
     parts: str
     num_tokens: int
     num_questions: int
+    former: str | None = None
 
 
 @dataclass(frozen=True)
@@ -256,14 +260,20 @@ class SqueezeRecorder(PassiveConnector):
             if isinstance(getattr(layers.get(name), "impl", None), ObservesQueries) and not why_dense(layers[name])
         ]
         names.sort(key=lambda named: layer_order(named[0]))
+        first_head = rank * total_heads // world
+        former = PrefixIndex.open(Path(recording.former)) if recording.former is not None else None
         with tqdm(total=len(names), desc="Clustering", unit="layer", disable=rank > 0) as progress:
             for batch in self._batches(names, recording.num_tokens):
                 parts = [self._read(layers[name], blocks[group], recording.num_tokens) for name, group in batch]
-                for (name, _), part in zip(batch, self._cluster(*zip(*parts))):
+                known = None
+                if former is not None:
+                    heads = slice(first_head, first_head + len(parts[0][0]))
+                    known = torch.cat([known_labels(former, name, heads) for name, _ in batch]).to(parts[0][0].device)
+                for (name, _), part in zip(batch, self._cluster(known, *zip(*parts))):
                     tensors, cosine = part
                     metadata = {
                         "layer": name,
-                        "first_head": str(rank * total_heads // world),
+                        "first_head": str(first_head),
                         "mean_cosine": repr(cosine),
                         "num_queries": str(sum(map(len, layers[name].impl.queries))),
                     }
@@ -304,11 +314,18 @@ class SqueezeRecorder(PassiveConnector):
         return keys, values, *queries, impl.scale, impl.logits_soft_cap
 
     def _cluster(
-        self, keys: Any, values: Any, queries: Any, held_back: Any, scales: Any, soft_caps: Any
+        self,
+        known: torch.Tensor | None,
+        keys: Any,
+        values: Any,
+        queries: Any,
+        held_back: Any,
+        scales: Any,
+        soft_caps: Any,
     ) -> Iterator[tuple[dict, float]]:
         num_heads = len(keys[0])
         all_keys = torch.cat(keys).float()
-        clusters = cluster_keys(all_keys, torch.cat(values).float(), self._parameters)
+        clusters = cluster_keys(all_keys, torch.cat(values).float(), self._parameters, known=known)
         for layer, query in enumerate(queries):
             heads = slice(layer * num_heads, (layer + 1) * num_heads)
             of_layer = Clusters(*(getattr(clusters, field.name)[heads] for field in fields(Clusters)))

@@ -34,8 +34,16 @@ from vllm_squeeze.offline_tools.questions import (
 from vllm_squeeze.offline_tools.recording_engine import AS_LONG_AS_FITS, MEMORY_UTILIZATION, RecordingEngine
 from vllm_squeeze.prefix_index.budget import ReadCost
 from vllm_squeeze.prefix_index.calibration import BIN_WIDTH, level, log_threshold, moved, recall, threshold_curve
+from vllm_squeeze.prefix_index.extension import check_extends
 from vllm_squeeze.prefix_index.identity import ModelIdentity
-from vllm_squeeze.prefix_index.index_folder import IndexWriter, LayerClusters, index_name, tokens_digest, write_quality
+from vllm_squeeze.prefix_index.index_folder import (
+    IndexWriter,
+    LayerClusters,
+    PrefixIndex,
+    index_name,
+    tokens_digest,
+    write_quality,
+)
 from vllm_squeeze.prefix_index.manifest import FORMAT_VERSION, Calibration, IndexParameters, LayerEntry, Manifest
 from vllm_squeeze.prefix_index.quality import QUALITY_VERSION, BudgetQuality, Quality, manifest_digest
 from vllm_squeeze.prefix_index.stores import find_manifest, place_in, store_at
@@ -51,6 +59,7 @@ def index(
     engine_args: dict[str, Any],
     questions: Path | None = None,
     measured: bool | None = None,
+    extend: Path | None = None,
 ) -> Path | str:
     """Indexes one prefix.
 
@@ -66,6 +75,7 @@ def index(
         questions: file of questions to calibrate thresholds on, and to measure what budgets cost; None for general
             ones.
         measured: whether what budgets cost is measured; None: where there is a GPU, since the CPU takes minutes for it.
+        extend: folder of an index that keeps its clusters, of the same text before it grew at its end.
 
     Returns:
         folder of the index, or its URL.
@@ -79,7 +89,7 @@ def index(
     else:
         document = Document(file_name(prefix), text=read_input(prefix), option="--prefix")
     given_questions = read_questions(questions) if questions else None
-    indexer = Indexer(model, chat, parameters, engine_args, given_questions, measured)
+    indexer = Indexer(model, chat, parameters, engine_args, given_questions, measured, extend=extend)
     asked = indexer.prepare(document)
     with store_at(out) as store:
         made = indexer.write(asked, store)
@@ -140,6 +150,7 @@ class Indexer:
         measured: as in ``index``.
         many: whether more than one prefix is expected: the engine then takes prefixes of any length that fits, and
             stays for the next one. (Not where what budgets cost is measured, which takes an engine of its own.)
+        extend: as in ``index``.
 
     Raises:
         ValueError: an argument that cannot be used.
@@ -154,6 +165,7 @@ class Indexer:
         questions: list[str] | None,
         measured: bool | None,
         many: bool = False,
+        extend: Path | None = None,
     ):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         if (model.startswith(("/", ".", "~")) or model.count("/") > 1) and not Path(model).exists():
@@ -171,6 +183,7 @@ class Indexer:
         self._measured = not current_platform.is_cpu() if measured is None else measured
         self._questions = questions or []
         self._many = many
+        self._extend = extend
         self._engine: RecordingEngine | None = None
 
     @cached_property
@@ -208,6 +221,8 @@ class Indexer:
             )
         if self._parameters is None:
             return AskedPrefix(document.name, tokens.ids, [], [], False)
+        if self._extend is not None:
+            self._check_extended(tokens.ids)
         given = spread(self._questions)
         calibrating, own = hold_back(given) if self._measured else (given, [])
         calibrating = calibrating or general_questions(tokens.chat)
@@ -216,6 +231,17 @@ class Indexer:
         if not prompts:
             print("Budgets are calibrated on the end of the prefix, and may be exceeded.", file=sys.stderr)
         return AskedPrefix(document.name, tokens.ids, prompts, others if prompts and self._measured else [], bool(own))
+
+    def _check_extended(self, ids: list[int]) -> None:
+        """Raises ValueError unless these tokens continue the index that is extended; prints how many are new."""
+        try:
+            former = PrefixIndex.open(self._extend)
+            check_extends(former, ids, self.identity, self._parameters)
+            former.verify()
+        except ValueError as error:
+            raise ValueError(f"--extend: {self._extend}: {error}") from None
+        new = len(ids) - former.manifest.num_tokens
+        print(f"{former.manifest.num_members} tokens keep their clusters, {new} are clustered.", file=sys.stderr)
 
     def is_indexed(self, asked: AskedPrefix, out: Path | str) -> bool:
         """Whether a folder of indexes, or a URL, holds the index that ``write`` would make of a prefix.
@@ -283,7 +309,7 @@ class Indexer:
             parts.mkdir()
             self.start_engine(asked)
             identity = identity_of(self._engine.vllm_config)
-            self._engine.record(ids, prompts, asked.held_back, parts)
+            self._engine.record(ids, prompts, asked.held_back, parts, self._extend)
             if not self._keeps_engine(asked):
                 self._engine.shut_down()
                 self._engine = None

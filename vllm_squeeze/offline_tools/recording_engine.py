@@ -56,6 +56,7 @@ class RecordingEngine:
         prompts: Sequence[Sequence[int]],
         held_back: Sequence[Sequence[int]],
         parts: Path,
+        former: Path | None = None,
     ) -> None:
         """Answers prompts on a prefix, then runs it alone, which clusters its keys.
 
@@ -65,6 +66,7 @@ class RecordingEngine:
                 observation window are taken.
             held_back: token ids of other questions, only with prompts, by which it is seen where attention falls.
             parts: folder that the clusters go to.
+            former: folder of an index of the prefix' beginning, whose clusters are kept.
 
         Raises:
             ValueError: the engine has no room for a prompt.
@@ -73,7 +75,8 @@ class RecordingEngine:
 
         from vllm_squeeze.attention_backend.recorder import RECORDING, Recording
 
-        recording = asdict(Recording(str(parts.resolve()), len(ids), len(prompts)))
+        kept = str(former.resolve()) if former is not None else None
+        recording = asdict(Recording(str(parts.resolve()), len(ids), len(prompts), kept))
 
         def answer(some: Sequence[Sequence[int]], num_tokens: int) -> None:
             extra = {"kv_transfer_params": {RECORDING: recording}}

@@ -1,9 +1,10 @@
 """Clusters the keys of a prefix, for all layers and KV heads at once.
 
 The first tokens (attention sinks) and the last ones (observation window) stay out. The others are cut into near-equal
-windows. K-means runs in each window on keys less their mean, which softmax does not see, L2-normalised; then clusters
-above the size limit are split along their main direction. B counts rows, a row being one KV head of one layer; M counts
-clustered tokens; I counts (row, window) pairs, n the tokens of a window and k its centroids.
+windows, but for those whose clusters are known (``extension``). K-means runs in each window on keys less their mean,
+which softmax does not see, L2-normalised; then clusters above the size limit are split along their main direction. B
+counts rows, a row being one KV head of one layer; M counts clustered tokens; I counts (row, window) pairs, n the tokens
+of a window and k its centroids.
 
 The result depends on the seed only: segment sums are reduced in the order of tokens, and no atomics take part. A row's
 result does not depend on the rows beside it, so that every tensor-parallel rank may cluster its own heads.
@@ -48,7 +49,11 @@ class Clusters:
 
 
 def cluster_keys(
-    keys: torch.Tensor, values: torch.Tensor, parameters: IndexParameters, memory_bytes: int = 1 << 30
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    parameters: IndexParameters,
+    memory_bytes: int = 1 << 30,
+    known: torch.Tensor | None = None,
 ) -> Clusters:
     """Clusters the keys of one prefix.
 
@@ -57,6 +62,8 @@ def cluster_keys(
         values: [B, T, D].
         parameters: how to cluster.
         memory_bytes: bound on temporary memory, as far as one window of one row and one row's keys fit into it.
+        known: [B, K] int32, clusters that the first K tokens after the sinks belong to already, those of a row numbered
+            from 0 without gaps. They keep their members, and only the tokens after them are cut into windows.
 
     Returns:
         The clusters, on the device of the keys.
@@ -67,8 +74,11 @@ def cluster_keys(
     num_rows, num_tokens, head_size = keys.shape
     assert values.shape == keys.shape
     first, last = parameters.num_sinks, num_tokens - parameters.observation_window
-    num_clustered = last - first
-    if num_clustered < 1:
+    if known is None:
+        known = torch.empty(num_rows, 0, dtype=torch.int32, device=keys.device)
+    num_known = known.shape[1]
+    begin = first + num_known
+    if begin >= last:
         raise ValueError(
             f"a prefix of {num_tokens} tokens is too short to cluster: {parameters.num_sinks} attention sinks and an "
             f"observation window of {parameters.observation_window} tokens leave none; the shortest has "
@@ -77,15 +87,18 @@ def cluster_keys(
     if keys.device.type == "cpu":
         # batches that stay in the cache run twice as fast
         memory_bytes = min(memory_bytes, CPU_MEMORY_BYTES)
-    labels = keys.new_empty(num_rows, num_clustered, dtype=torch.int32)
+    num_new = last - begin
+    # those that are always attended to count where the prefix is clustered from its first token on
+    num_counted = num_new if num_known else num_tokens
+    labels = keys.new_empty(num_rows, num_new, dtype=torch.int32)
     lengths, counts = [], []
     generator = torch.Generator().manual_seed(parameters.seed)
-    for start, num_windows, length in _equal_windows(num_clustered, parameters.window):
+    for start, num_windows, length in _equal_windows(num_new, parameters.window):
         tokens = slice(start, start + num_windows * length)
-        windows = keys[:, first:last][:, tokens].unflatten(1, (num_windows, length))
+        windows = keys[:, begin:last][:, tokens].unflatten(1, (num_windows, length))
         window_labels = labels[:, tokens].unflatten(1, (num_windows, length))
         window_counts = labels.new_empty(num_rows, num_windows)
-        num_centroids = round(parameters.centroids * num_tokens * length / num_clustered)
+        num_centroids = round(parameters.centroids * num_counted * length / num_new)
         num_centroids = min(max(num_centroids, 1), length)
         # the same positions in every row and window: what a row gets must not depend on how rows are batched
         initial = torch.randperm(length, generator=generator)[:num_centroids].to(keys.device)
@@ -102,6 +115,9 @@ def cluster_keys(
         lengths += [length] * num_windows
         counts.append(window_counts)
 
+    if num_known:
+        labels = torch.cat([known, labels], 1)
+        lengths, counts = [num_known, *lengths], [known.amax(1, keepdim=True) + 1, *counts]
     counts = torch.cat(counts, 1)
     labels += (counts.cumsum(1, dtype=torch.int32) - counts).repeat_interleave(torch.tensor(lengths).to(labels), 1)
     return _summarise(keys, values, labels, int(counts.sum(1).max()), first, memory_bytes)

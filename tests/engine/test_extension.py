@@ -1,0 +1,67 @@
+"""An index that is extended, as its text has grown, by the command."""
+
+import json
+
+import pytest
+import torch
+
+from tests.engine.conftest import ENGINE_ARGS, check_answers_are_dense, tokens
+from vllm_squeeze.cli import main
+from vllm_squeeze.prefix_index.index_folder import PrefixIndex, find_indexes
+
+PREFIX = tokens(seed=1, count=600)
+GROWN = tokens(seed=1, count=800)
+
+
+@pytest.fixture
+def extend(models, tmp_path):
+    """Runs the command on token ids, with more arguments; returns its exit code."""
+
+    def run(ids: list[int], *arguments) -> int:
+        (tmp_path / "ids.json").write_text(json.dumps(ids))
+        given = ["--model", models("llama"), "--token-ids", tmp_path / "ids.json", "--out", tmp_path / "store"]
+        return main(["index", *map(str, [*given, *arguments]), "--engine-args", json.dumps(ENGINE_ARGS)])
+
+    return run
+
+
+def test_a_text_that_grew(models, indexes, extend, tmp_path, capsys):
+    former = PrefixIndex.open(indexes(models("llama"), PREFIX))
+    assert extend(GROWN, "--extend", former.folder) == 0
+    assert "484 tokens keep their clusters, 200 are clustered." in capsys.readouterr().err
+    (folder,) = find_indexes(tmp_path / "store")
+    assert main(["inspect", str(folder)]) == 0
+    index = PrefixIndex.open(folder)
+    assert index.token_ids.tolist() == GROWN and index.manifest.num_members == 684
+    for i in range(len(index.manifest.layers)):
+        before, after = former.layer(i), index.layer(i)
+        for head in range(len(before.sizes)):
+            count = int((before.sizes[head] > 0).sum())
+            assert torch.equal(after.sizes[head, :count], before.sizes[head, :count])
+            assert torch.equal(after.members[head, :484], before.members[head])
+            assert (after.members[head, 484:] >= 500).all()
+            # the same keys, in steps of other sizes
+            centroids = (clusters.centroids[head, :count].int() for clusters in (before, after))
+            assert torch.subtract(*centroids).abs().max() <= 1
+    check_answers_are_dense(models("llama"), folder, GROWN)
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        ([*GROWN[:300], 5, *GROWN[301:]], [], "token 300 is"),
+        (GROWN, ["--window", "100"], "window: it has 8192, the new index would have 100"),
+    ],
+    ids=["differs", "parameters"],
+)
+def test_what_does_not_continue_an_index(models, indexes, extend, tmp_path, capsys, ids, options, message):
+    former = indexes(models("llama"), PREFIX)
+    assert extend(ids, "--extend", former, *options) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"vllm-squeeze index: error: --extend: {former}: {message}")
+    assert not (tmp_path / "store").exists()
+
+
+def test_no_index_to_extend(extend, tmp_path, capsys):
+    assert extend(GROWN, "--extend", tmp_path) == 1
+    assert f"--extend: {tmp_path}: {tmp_path}/manifest.json: No such file" in capsys.readouterr().err
