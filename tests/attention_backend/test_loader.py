@@ -1,6 +1,7 @@
 """What a worker makes of orders to load and to drop indexes, on the only rank."""
 
 import dataclasses
+import threading
 import time
 from collections import Counter
 from types import SimpleNamespace
@@ -94,6 +95,27 @@ def test_a_place_is_used_again(residency, order, tmp_path):
     for name in LAYER_NAMES:
         table = residency._tables[name]
         assert table.sizes[:, 7:9].sum() == 0 and (table.starts[:, 1:9] >= table.starts[:, :8]).all()
+
+
+def test_nothing_is_begun_after_the_end(residency, order, monkeypatch):
+    """Neither the next layer, nor the next index."""
+    read, reading, go_on = [], threading.Event(), threading.Event()
+
+    def slow(index, name, *_):
+        read.append(name)
+        reading.set()
+        go_on.wait(30)
+
+    monkeypatch.setattr(residency, "_load_layer", slow)
+    loader = Loader(residency)
+    loader.follow(order)
+    loader.follow(order._replace(number=2, span=order.span._replace(slot=1)))
+    assert reading.wait(30)
+    loader.end()
+    go_on.set()
+    loader._thread.shutdown()
+    assert read == [LAYER_NAMES[0]]
+    assert [future.cancelled() for _, future in loader._running.values()] == [False, True]
 
 
 def test_reports_of_ranks_are_joined():

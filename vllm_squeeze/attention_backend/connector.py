@@ -111,6 +111,8 @@ class SqueezeConnector(PassiveConnector):
     def shutdown(self) -> None:
         if self._requests is not None:
             self._catalogue.end()
+        if self._worker is not None:
+            self._worker.end()
 
     # worker's side
 

@@ -1,5 +1,6 @@
 """Loads indexes onto a rank's device beside what it serves, one after the other, in a thread of its own."""
 
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -27,6 +28,7 @@ class Loader:
         self._stream = torch.cuda.Stream(residency.device) if self._on_gpu else None
         self._thread = ThreadPoolExecutor(1, "squeeze-loader")
         self._running: dict[int, tuple[Load, Future[tuple[PrefixIndex, float]]]] = {}
+        self._ended = threading.Event()
 
     def follow(self, order: Order) -> None:
         """Begins to carry out an order."""
@@ -58,6 +60,11 @@ class Loader:
                 report.loaded[order.number] = 1
         return report if report.loaded or report.failed else None
 
+    def end(self) -> None:
+        """Stops loading: the process, which waits for its threads, is about to end."""
+        self._ended.set()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
     def _load(self, order: Load, launched: torch.cuda.Event | None) -> tuple[PrefixIndex, float]:
         """Loads an index; returns it, and the seconds that it took.
 
@@ -72,7 +79,7 @@ class Loader:
         with torch.inference_mode(), torch.cuda.stream(self._stream) if self._on_gpu else nullcontext():
             if launched is not None:
                 self._stream.wait_event(launched)
-            self._residency.load(index, order.placement, order.span)
+            self._residency.load(index, order.placement, order.span, self._ended.is_set)
         if self._stream is not None:
             self._stream.synchronize()
         return index, time.monotonic() - start

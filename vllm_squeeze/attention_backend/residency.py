@@ -100,14 +100,24 @@ class Residency:
         self._indexes = []
         return bool(settled) or self.options.watch > 0
 
-    def load(self, index: PrefixIndex, placement: Placement, span: Span) -> None:
+    def load(
+        self, index: PrefixIndex, placement: Placement, span: Span, stopped: Callable[[], bool] = lambda: False
+    ) -> None:
         """Loads an index into a place that no rows attend to.
+
+        Args:
+            index: opened.
+            placement: of its prefix.
+            span: the place.
+            stopped: asked before each layer, whether to leave it at that.
 
         Raises:
             InvalidIndex: it is damaged, or has other layers than the model.
         """
         if span.num_centroids:
             for name, table in self._tables.items():
+                if stopped():
+                    return
                 self._load_layer(index, name, min(placement.prefix_lens.values()), span, table)
 
     def activate(self, manifest: Manifest, placement: Placement, span: Span) -> None:

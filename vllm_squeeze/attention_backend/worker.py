@@ -110,6 +110,10 @@ class SqueezeWorker:
         finally:
             self.end_step()
 
+    def end(self) -> None:
+        """Stops loading indexes."""
+        self._loader.end()
+
     def take_report(self) -> LoadReport | None:
         """Which orders to load have been carried out since the last call, if any."""
         return self._loader.take_report()
