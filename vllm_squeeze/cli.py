@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -364,6 +365,8 @@ RUN = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, or 1 for an error, which is printed in one line."""
     arguments = build_parser().parse_args(argv)
+    # Else nothing that is half written would be removed.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         return RUN[arguments.command](arguments)
     except (ValueError, OSError) as error:

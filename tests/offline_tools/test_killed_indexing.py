@@ -1,4 +1,4 @@
-"""``vllm-squeeze index``, killed for good: the next one, and every reader, must not notice.
+"""``vllm-squeeze index``, asked to end or killed for good: the next one, and every reader, must not notice.
 
 That a writer may be killed at any of its steps is tested where indexes are written.
 """
@@ -42,15 +42,15 @@ def start(folder: Path, store: Path, seed: int) -> subprocess.Popen:
     )
 
 
-def kill_when(process: subprocess.Popen, reached) -> None:
-    """Kills a process as soon as it has got somewhere."""
+def end_when(process: subprocess.Popen, reached, sent: signal.Signals) -> int:
+    """Sends a process a signal as soon as it has got somewhere; returns its exit code."""
     end = time.monotonic() + SECONDS
     while not reached():
         assert process.poll() is None, f"it ended before: {process.stdout.read()[-2000:]}"
         assert time.monotonic() < end, "it never got there"
         time.sleep(0.0005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.send_signal(sent)
+    return process.wait(SECONDS)
 
 
 def hidden(store: Path) -> list[str]:
@@ -73,11 +73,16 @@ def parts(store: Path, pattern: str) -> list[Path]:
         return []
 
 
-def test_killed_and_run_again(folder):
-    """Killed while keys are clustered, when the first layer's clusters have been written."""
+def test_ended_and_run_again(folder):
+    """Ended while keys are clustered, when the first layer's clusters have been written."""
     store = folder / "store"
     process = start(folder, store, seed=1)
-    kill_when(process, lambda: parts(store, "parts/*.safetensors"))
+    code = end_when(process, lambda: parts(store, "parts/*.safetensors"), signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM
+    assert hidden(store) == [".lock"]
+
+    process = start(folder, store, seed=1)
+    assert end_when(process, lambda: parts(store, "parts/*.safetensors"), signal.SIGKILL) == -signal.SIGKILL
     with pytest.raises(ValueError, match="holds no index"):
         seeds(store)
     assert hidden(store) == [".building", ".lock"]
