@@ -170,7 +170,7 @@ def check_scheduler_output() -> None:
     used = attributes(source_of("vllm.v1.request")["Request"])
     needed = {
         "request_id", "prompt_token_ids", "prompt_embeds", "lora_request", "cache_salt", "mm_features",
-        "kv_transfer_params",
+        "kv_transfer_params", "num_tokens",
     }  # fmt: skip
     assert needed <= used, needed - used
 

@@ -11,6 +11,8 @@ from tests.attention_backend.world import OPTIONS
 from tests.prefix_index.small_index import HEAD_SIZE, LAYER_NAMES, NUM_HEADS, write_exact_index, write_index
 from vllm_squeeze.attention_backend.placement import Admission, device_bytes, place
 from vllm_squeeze.attention_backend.residency import Residency
+from vllm_squeeze.attention_backend.room import VARIANT_SLOTS
+from vllm_squeeze.attention_backend.variants import VariantSlot
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
 from vllm_squeeze.prefix_index.manifest import InvalidIndex
 
@@ -98,7 +100,8 @@ def test_beside_clusters_it_has_none(exact, clustered, reside):
     for name in LAYER_NAMES:
         assert residency.make_table(name, NUM_HEADS, HEAD_SIZE).centroids.shape[1] == 2 * 7
     residency.load_all(kv_cache(8))
-    assert residency.prefixes.slots.tolist() == [[0, 7, 4, 0], [0, 0, 40, 0], [7, 7, 4, 0]]
+    assert residency.prefixes.slots[:3].tolist() == [[0, 7, 4, 0], [0, 0, 40, 0], [7, 7, 4, 0]]
+    assert not residency.prefixes.slots[3:].any() and len(residency.prefixes.slots) == 3 + VARIANT_SLOTS
 
 
 def test_a_clustered_prefix_is_attended_to_exactly_for_a_while(exact, clustered, reside):
@@ -109,8 +112,26 @@ def test_a_clustered_prefix_is_attended_to_exactly_for_a_while(exact, clustered,
     choosing = [[0, 7, 4, 0], [0, 0, 40, 0], [0, 0, 0, 0]]
     exactly = [[0, 0, 40, 0], [0, 0, 40, 0], [0, 0, 0, 0]]
     for slots, written in (({0}, exactly), ({0, 1, 2}, exactly), ({1}, choosing), ({0}, exactly), (set(), choosing)):
-        residency.attend_exactly(frozenset(slots))
-        assert residency.prefixes.slots.tolist() == written
+        residency.set_step(frozenset(slots), ())
+        assert residency.prefixes.slots[:3].tolist() == written
+
+
+def test_slots_for_settings_of_requests(exact, clustered, reside):
+    """They have their prefix's clusters, and go with it."""
+    residency = reside(clustered, exact, clustered)
+    residency.make_table(LAYER_NAMES[0], NUM_HEADS, HEAD_SIZE)
+    residency.load_all(kv_cache(8))
+    first, third = VariantSlot(3, 0, -5.0), VariantSlot(5, 2, -math.inf)
+    nothing = [0, 0, 0, 0]
+    residency.set_step(frozenset({5}), (first, third))
+    assert residency.prefixes.slots[3:6].tolist() == [[0, 7, 4, 0], nothing, [7, 0, 40, 0]]
+    assert residency.prefixes.log_threshold[[3, 5]].tolist() == [-5.0, -math.inf]
+    assert residency.costs[5] is residency.active[2].cost
+    residency.set_step(frozenset(), (first._replace(prefix=2, log_threshold=-6.0), third))
+    assert residency.prefixes.slots[3:6].tolist() == [[7, 7, 4, 0], nothing, [7, 7, 4, 0]]
+    assert residency.prefixes.log_threshold[3] == -6.0 and residency.costs[3] is residency.active[2].cost
+    residency.drop(2)
+    assert residency.prefixes.slots.tolist() == [[0, 7, 4, 0], [0, 0, 40, 0], *[nothing] * (1 + VARIANT_SLOTS)]
 
 
 def test_clusters_are_not_loaded_where_all_attention_is_exact(clustered, reside):
@@ -118,7 +139,7 @@ def test_clusters_are_not_loaded_where_all_attention_is_exact(clustered, reside)
     assert residency.make_table("any.layer", NUM_HEADS, HEAD_SIZE).sizes.shape == (NUM_HEADS, 0)
     residency.load_all(kv_cache(8))
     assert residency.prefixes.slots.tolist() == [[0, 0, 40, 0]] and residency.room.most_centroids == 0
-    residency.attend_exactly(frozenset())
+    residency.set_step(frozenset(), ())
     assert residency.prefixes.slots.tolist() == [[0, 0, 40, 0]]
 
 

@@ -23,9 +23,9 @@ def test_flash_attention_gets_what_follows_the_prefixes(monkeypatch):
     from vllm_squeeze.attention_backend.flash_attention import SuffixRows
 
     prefixes = Prefixes(
-        slots=torch.tensor([[0, 0, 32, 0]], dtype=torch.int32, device=DEVICE),
-        log_threshold=torch.zeros(1, device=DEVICE),
-        counters=torch.zeros(1, 6, dtype=torch.int64, device=DEVICE),
+        slots=torch.tensor([[0, 0, 32, 0]] * 3, dtype=torch.int32, device=DEVICE),
+        log_threshold=torch.zeros(3, device=DEVICE),
+        counters=torch.zeros(3, 6, dtype=torch.int64, device=DEVICE),
     )
     config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=MAX_ROWS, max_num_batched_tokens=32))
     room = Room(num_slots=1, num_centroids=0, num_members=0, longest_prefix=32, most_centroids=0)
@@ -45,7 +45,7 @@ def test_flash_attention_gets_what_follows_the_prefixes(monkeypatch):
             max_seq_len=max(lengths),
         )
         rows.note(metadata, PAGE_SIZE)
-        rows.begin_step([LiveBlock(0, 0, *block) for block in live], num_tokens)
+        rows.begin_step([LiveBlock(0, 0, *block, block[-1]) for block in live], num_tokens)
         tiles = zip(rows.queries.tiles[:, :2].tolist(), rows.queries.tokens.tolist())
         tokens = [token for (slot, size), tokens in tiles if slot >= 0 for token in tokens[:size]]
         return rows.suffix_lens.tolist(), rows.suffix_blocks[:, :3].tolist(), tokens, table[:, :5].tolist()
@@ -61,3 +61,9 @@ def test_flash_attention_gets_what_follows_the_prefixes(monkeypatch):
     assert blocks[:4] == [table[0][:3], table[1][1:4], table[2][:3], table[3][:3]]
     assert tokens == [5]
     assert addresses == [tensor.data_ptr() for tensor in (rows.suffix_lens, rows.suffix_blocks)]
+    # tiles of all slots are reckoned with where rows are on more than there are prefixes
+    assert rows.num_slots == 1
+    rows.begin_step([LiveBlock(slot, 0, 1, 7, 32, 32) for slot in (0, 1)], 3, crowded=True)
+    assert rows.num_slots == 3
+    rows.end_step()
+    assert rows.num_slots == 1

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,11 @@ from vllm_squeeze.attention_backend.matching import (
     EMBEDDINGS,
     EXACT,
     FASTER,
+    GONE,
     LORA,
     MULTIMODAL,
     NO_INDEX,
+    NO_ROOM,
     NOT_COMPUTED,
     PREFILL,
     SQUEEZED,
@@ -24,8 +27,21 @@ from vllm_squeeze.attention_backend.matching import (
     Step,
 )
 from vllm_squeeze.attention_backend.policy import Arm, Work
+from vllm_squeeze.attention_backend.variants import Variants, VariantSlot
 
 SIZE = 16
+
+
+def end(slot: int, group: int, index: int, block: int, length: int, exact: bool = False) -> LiveBlock:
+    """The last block of a prefix of so many tokens."""
+    return LiveBlock(slot, group, index, block, length, length, exact=exact)
+
+
+def own(slot: int, group: int, index: int, block: int, length: int = 0, exact: bool = False) -> LiveBlock:
+    """The block that a row is filling, in groups with blocks of SIZE; the row's prefix has so many tokens."""
+    return LiveBlock(slot, group, index, block, index * SIZE, length, index * SIZE + SIZE - 1, exact)
+
+
 LONG = list(range(100, 200))
 # 6 tokens of each are the observation window; of the rest, whole blocks are covered: 80, 48, 48.
 PREFIXES = [LONG, LONG[:60], list(range(300, 360))]
@@ -140,9 +156,9 @@ def test_each_row_of_a_step_is_counted_once(live):
         new=[("long", blocks(10, 7), 80, 21), ("short", blocks(20, 4), 0, 64), ("salted", blocks(30, 7), 96, 5)],
         cached=[("other", None, 100, 1)],
     )
-    found, num_tokens, longest_suffix = live.step(step)
+    found, num_tokens, longest_suffix, _ = live.step(step)
     # Group 1's block of the tokens 64 to 79. "short" has computed nothing and cannot be taken for anything.
-    assert found == [LiveBlock(slot=0, group=1, index=4, block=14, context=80)]
+    assert found == [end(0, 1, 4, 14, 80)]
     assert num_tokens == 21 and longest_suffix is None
     assert taken(live) == {SQUEEZED: 1, NOT_COMPUTED: 1, CACHE_SALT: 1, NO_INDEX: 1}
 
@@ -162,11 +178,11 @@ def test_chunked_prefill(live):
     assert found == [] and taken(live) == {NOT_COMPUTED: 1}
     found, *_ = live.step(make_step(cached=[("long", None, 79, 1)]))
     assert found == [] and taken(live) == {NOT_COMPUTED: 1}
-    found, num_tokens, _ = live.step(make_step(cached=[("long", blocks(70, 2), 80, 21)]))
-    assert found == [LiveBlock(0, 1, 4, 51, 80)] and num_tokens == 21
+    found, num_tokens, *_ = live.step(make_step(cached=[("long", blocks(70, 2), 80, 21)]))
+    assert found == [end(0, 1, 4, 51, 80)] and num_tokens == 21
     assert taken(live) == {SQUEEZED: 1}
     # Every token of the answer.
-    assert live.step(make_step(cached=[("long", None, 101, 1)])) == ([LiveBlock(0, 1, 4, 51, 80)], 1, 22)
+    assert live.step(make_step(cached=[("long", None, 101, 1)])) == ([end(0, 1, 4, 51, 80)], 1, 22, ())
 
 
 def test_prompts_that_are_dense(dense_prefill):
@@ -175,9 +191,9 @@ def test_prompts_that_are_dense(dense_prefill):
     assert found == [] and taken(dense_prefill) == {PREFILL: 1}
     # Beside a squeezed row on the same prefix it is told apart by the block that it is filling.
     step = make_step(new=[("short", blocks(20, 7), 100, 1)], cached=[("long", blocks(50, 1), 96, 5)])
-    assert dense_prefill.step(step) == ([LiveBlock(DENSE_SLOT, 1, 6, 50, 96), LiveBlock(1, 1, 2, 22, 48)], 1, None)
+    assert dense_prefill.step(step) == ([own(DENSE_SLOT, 1, 6, 50), end(1, 1, 2, 22, 48)], 1, None, ())
     assert taken(dense_prefill) == {SQUEEZED: 1, PREFILL: 1}
-    assert dense_prefill.step(make_step(cached=[("long", None, 101, 1)])) == ([LiveBlock(0, 1, 4, 14, 80)], 1, 22)
+    assert dense_prefill.step(make_step(cached=[("long", None, 101, 1)])) == ([end(0, 1, 4, 14, 80)], 1, 22, ())
     assert taken(dense_prefill) == {SQUEEZED: 1}
 
 
@@ -187,8 +203,8 @@ def test_prompts_on_an_exact_prefix_are_exact():
     exact = dataclasses.replace(placement, num_sinks=placement.covered)
     requests = LiveRequests(PrefixMatcher([(exact, LONG)]), {1: SIZE}, dense_prefill=True)
     requests.add(make_request("long", LONG + [1]))
-    found, num_tokens, _ = requests.step(make_step(new=[("long", blocks(10, 7), 80, 21)]))
-    assert found == [LiveBlock(0, 1, 4, 14, 80, exact=True)] and num_tokens == 21
+    found, num_tokens, *_ = requests.step(make_step(new=[("long", blocks(10, 7), 80, 21)]))
+    assert found == [end(0, 1, 4, 14, 80, exact=True)] and num_tokens == 21
     assert taken(requests) == {EXACT: 1}
 
 
@@ -201,14 +217,13 @@ def test_a_request_that_asks_to_be_dense(dense_prefill):
     assert dense_prefill.step(make_step(new=new)) == NOTHING
     assert taken(dense_prefill) == {ASKED_FOR: 1, PREFILL: 1, NO_INDEX: 1}
     step = make_step(cached=[("dense", None, 101, 1), ("as usual", blocks(50, 1), 101, 1)])
-    found = [LiveBlock(DENSE_SLOT, 1, 6, 16, 101), LiveBlock(0, 1, 4, 14, 80)]
-    assert dense_prefill.step(step) == (found, 1, None)
-    index = {"index": "index", "budget": 1.0}
+    found = [own(DENSE_SLOT, 1, 6, 16), end(0, 1, 4, 14, 80)]
+    assert dense_prefill.step(step) == (found, 1, None, ())
     told = [dense_prefill.remove(id).params()["squeeze"] for id in ("dense", "as usual", "none")]
     assert told == [
-        {**index, "rows": {ASKED_FOR: 2}},
-        {**index, "rows": {PREFILL: 1, SQUEEZED: 1}},
-        {"index": None, "budget": None, "rows": {NO_INDEX: 1}},
+        {"index": "index", "mode": "dense", "budget": None, "rows": {ASKED_FOR: 2}},
+        {"index": "index", "mode": "auto", "budget": 1.0, "rows": {PREFILL: 1, SQUEEZED: 1}},
+        {"index": None, "mode": "auto", "budget": None, "rows": {NO_INDEX: 1}},
     ]
     assert dense_prefill.remove("dense") is None and dense_prefill.remove("long") is None
 
@@ -218,9 +233,22 @@ def test_a_request_that_asks_to_be_dense(dense_prefill):
     [
         ("dense", "kv_transfer_params.squeeze: 'dense' is not an object of settings"),
         (None, "kv_transfer_params.squeeze: None is not an object of settings"),
-        ({"budget": 1}, "kv_transfer_params.squeeze.budget: unknown setting; known is mode"),
-        ({"mode": "off"}, "kv_transfer_params.squeeze.mode: 'off' is not one of auto, dense"),
-        ({"mode": ["dense"]}, "kv_transfer_params.squeeze.mode: ['dense'] is not one of auto, dense"),
+        ({"rest": "drop"}, "kv_transfer_params.squeeze.rest: unknown setting; known are mode, budget"),
+        ({"mode": "off"}, "kv_transfer_params.squeeze.mode: 'off' is not one of auto, squeezed, exact, dense"),
+        ({"mode": ["dense"]}, "kv_transfer_params.squeeze.mode: ['dense'] is not one of auto, squeezed, exact, dense"),
+        ({"budget": 0}, "kv_transfer_params.squeeze.budget: 0 is not a number in (0, 1]"),
+        ({"budget": 1.5}, "kv_transfer_params.squeeze.budget: 1.5 is not a number in (0, 1]"),
+        ({"budget": True}, "kv_transfer_params.squeeze.budget: True is not a number in (0, 1]"),
+        ({"budget": "auto"}, "kv_transfer_params.squeeze.budget: 'auto' is not a number in (0, 1]"),
+        (
+            {"mode": "exact", "budget": 1},
+            "kv_transfer_params.squeeze.budget: 1 is for mode auto or squeezed, not exact",
+        ),
+        (
+            {"budget": 0.1},
+            "kv_transfer_params.squeeze.budget: 0.1 is less than the 0.250 that centroids and always attended tokens "
+            "read alone",
+        ),
     ],
     ids=repr,
 )
@@ -231,6 +259,107 @@ def test_a_request_with_wrong_settings_is_dense_and_told(live, settings, error):
     assert live.remove("wrong").params()["squeeze"]["error"] == error
 
 
+@pytest.mark.parametrize("settings", [{"budget": 1}, {"mode": "squeezed"}], ids=repr)
+def test_settings_that_an_exact_index_does_not_allow(settings):
+    _, (placement, *_) = make_matcher(PREFIXES, {1: SIZE})
+    requests = LiveRequests(PrefixMatcher([(placement.attended_exactly(), LONG)]), {1: SIZE}, variants=Variants([1]))
+    requests.add(make_request("wrong", LONG + [5], kv_transfer_params={"squeeze": settings}))
+    requests.add(make_request("right", LONG + [5], kv_transfer_params={"squeeze": {"mode": "exact"}}))
+    found, *_ = requests.step(
+        make_step(new=[(id, blocks(first, 7), 80, 21) for id, first in (("wrong", 10), ("right", 30))])
+    )
+    assert found == [own(DENSE_SLOT, 1, 5, 15), end(0, 1, 4, 34, 80, exact=True)]
+    ((name, value),) = settings.items()
+    assert requests.remove("wrong").params()["squeeze"]["error"] == (
+        f"kv_transfer_params.squeeze.{name}: {value!r} needs clusters, which this server has none of for index; allowed "
+        "are the modes auto, exact and dense"
+    )
+    assert requests.remove("right").params()["squeeze"] == {
+        "index": "index", "mode": "exact", "budget": 1.0, "rows": {EXACT: 1}
+    }  # fmt: skip
+
+
+@pytest.fixture
+def asking():
+    """Follows requests with settings on prefix 0, of 101 tokens; there are slots 7 and 8 for them."""
+    matcher, placements = make_matcher(PREFIXES, {1: SIZE})
+
+    def choose(placement, work):
+        requests.asked.append((placement.budget, placement.exact, work))
+        return Arm.EXACT if placement.exact else requests.arm
+
+    requests = LiveRequests(matcher, {1: SIZE}, choose, variants=Variants([7, 8]))
+    requests.arm, requests.asked, requests.placement = Arm.SQUEEZED, [], placements[0]
+    for id, settings in {
+        "usual": {}, "again": {"budget": 1.0}, "half": {"budget": 0.5}, "half too": {"budget": 0.5},
+        "exact": {"mode": "exact"}, "always": {"mode": "squeezed", "budget": 0.5},
+    }.items():  # fmt: skip
+        requests.add(make_request(id, LONG + [1], kv_transfer_params={"squeeze": settings}))
+    return requests
+
+
+def on_shared_blocks(*ids: str) -> SimpleNamespace:
+    """A step of one token of requests that share their prefix's blocks, each with a last block of its own."""
+    return make_step(new=[(id, ([0] * 7, [10, 11, 12, 13, 14, 15, 20 + n]), 100, 1) for n, id in enumerate(ids)])
+
+
+def test_settings_on_one_prefix(asking):
+    """The prefix's last block tells most rows, whatever they have asked for, and a block of its own each other."""
+    half = asking.placement.at_budget(0.5).log_threshold
+    step = asking.step(on_shared_blocks("usual", "half", "again", "exact"))
+    assert step == (
+        [own(7, 1, 6, 21, 80), own(8, 1, 6, 23, 80, exact=True), end(0, 1, 4, 14, 80)],
+        4,
+        21,
+        (VariantSlot(7, 0, half), VariantSlot(8, 0, math.inf)),
+    )
+    assert taken(asking) == {SQUEEZED: 3, EXACT: 1}
+    one, two = Work(1, 0, 1), Work(2, 0, 2)
+    assert asking.asked == [(1.0, False, two), (0.5, False, one), (1.0, True, one)]
+    step = asking.step(on_shared_blocks("half", "half too", "usual"))
+    assert step.live == [own(0, 1, 6, 22, 80), end(7, 1, 4, 14, 80)]
+    assert asking.remove("half").params()["squeeze"] == {
+        "index": "index", "mode": "auto", "budget": 0.5, "rows": {SQUEEZED: 2}
+    }  # fmt: skip
+
+
+def test_settings_that_are_left_to_vllm(asking):
+    """But not those that say always."""
+    asking.arm = Arm.STOCK
+    step = asking.step(on_shared_blocks("usual", "half", "always"))
+    assert step.live == [
+        own(DENSE_SLOT, 1, 6, 20), own(DENSE_SLOT, 1, 6, 21), own(7, 1, 6, 22, 80), end(STOCK_SLOT, 1, 4, 14, 80),
+    ]  # fmt: skip
+    assert (step.num_tokens, step.longest_suffix) == (1, None)
+    assert taken(asking) == {FASTER: 2, SQUEEZED: 1}
+
+
+def test_more_settings_than_there_is_room_for(asking):
+    step = asking.step(on_shared_blocks("usual", "half", "exact", "always"))
+    assert step.live == [
+        own(DENSE_SLOT, 1, 6, 23), own(7, 1, 6, 21, 80), own(8, 1, 6, 22, 80, exact=True), end(0, 1, 4, 14, 80),
+    ]  # fmt: skip
+    assert (step.num_tokens, step.longest_suffix) == (3, None)
+    assert taken(asking) == {SQUEEZED: 2, EXACT: 1, NO_ROOM: 1}
+    asking.remove("half")
+    assert asking.step(on_shared_blocks("always")) == NOTHING, "another request at half the budget is there"
+    asking.remove("half too")
+    assert asking.step(on_shared_blocks("always")).live == [end(7, 1, 4, 14, 80)]
+    assert taken(asking) == {NO_ROOM: 1, SQUEEZED: 1}
+
+
+def test_settings_on_an_index_that_goes(asking):
+    asking.step(on_shared_blocks("half"))
+    asking.placement.slot = None
+    assert asking.step(on_shared_blocks("half")) == NOTHING
+    asking.placement.slot = 2
+    assert asking.step(on_shared_blocks("half")).variants[0][:2] == (7, 2)
+    asking.leave_dense(asking.placement)
+    taken(asking)
+    assert asking.step(on_shared_blocks("half")) == NOTHING
+    assert taken(asking) == {GONE: 1}
+
+
 def test_the_last_token_of_a_cached_prompt_is_dense(dense_prefill):
     assert dense_prefill.step(make_step(new=[("long", blocks(10, 7), 100, 1)])) == NOTHING
     assert taken(dense_prefill) == {PREFILL: 1}
@@ -238,22 +367,22 @@ def test_the_last_token_of_a_cached_prompt_is_dense(dense_prefill):
 
 def test_a_request_still_computing_is_kept_from_a_shorter_prefix(live):
     """While another row is squeezed by the nested prefix that both begin with, the longer one's stays dense."""
-    found, num_tokens, _ = live.step(
+    found, num_tokens, *_ = live.step(
         make_step(new=[("short", blocks(20, 7), 48, 52), ("long", ([0] * 5, [20, 21, 22, 40, 41]), 48, 30)])
     )
-    assert found == [LiveBlock(DENSE_SLOT, 1, 3, 40, 48), LiveBlock(1, 1, 2, 22, 48)]
+    assert found == [own(DENSE_SLOT, 1, 3, 40), end(1, 1, 2, 22, 48)]
     assert num_tokens == 52
     assert taken(live) == {SQUEEZED: 1, NOT_COMPUTED: 1}
 
 
 def test_requests_that_share_blocks_need_one_entry(live):
     live.add(make_request("twin", LONG + [3, 4]))
-    found, num_tokens, _ = live.step(
+    found, num_tokens, *_ = live.step(
         make_step(new=[("long", blocks(10, 7), 80, 21), ("twin", (*blocks(10, 7),), 96, 6)])
     )
-    assert found == [LiveBlock(0, 1, 4, 14, 80)] and num_tokens == 27
+    assert found == [end(0, 1, 4, 14, 80)] and num_tokens == 27
     found, *_ = live.step(make_step(new=[("twin", blocks(60, 7), 96, 6)], cached=[("long", None, 101, 1)]))
-    assert found == [LiveBlock(0, 1, 4, 14, 80), LiveBlock(0, 1, 4, 64, 80)]
+    assert found == [end(0, 1, 4, 14, 80), end(0, 1, 4, 64, 80)]
 
 
 @pytest.fixture
@@ -280,26 +409,26 @@ NESTED = make_step(
         ("short", ([0] * 7, [20, 21, 22, 33, 34, 35, 36]), 99, 1),
     ]
 )
-LONG_BLOCK, SHORT_BLOCK = LiveBlock(0, 1, 4, 41, 80), LiveBlock(1, 1, 2, 22, 48)
+LONG_BLOCK, SHORT_BLOCK = end(0, 1, 4, 41, 80), end(1, 1, 2, 22, 48)
 
 
 def test_the_choice_is_for_all_rows_on_a_prefix(choosing):
-    assert choosing.step(NESTED) == ([LONG_BLOCK, SHORT_BLOCK], 8, 52)
+    assert choosing.step(NESTED) == ([LONG_BLOCK, SHORT_BLOCK], 8, 52, ())
     assert choosing.asked == {0: Work(decoding=1, prefilling=1, tokens=7), 1: Work(1, 0, 1)}
     assert taken(choosing) == {SQUEEZED: 3}
 
 
 def test_rows_that_attend_exactly(choosing):
     choosing.arms[0] = Arm.EXACT
-    assert choosing.step(NESTED) == ([LONG_BLOCK._replace(exact=True), SHORT_BLOCK], 8, 52)
+    assert choosing.step(NESTED) == ([LONG_BLOCK._replace(exact=True), SHORT_BLOCK], 8, 52, ())
     assert taken(choosing) == {EXACT: 2, SQUEEZED: 1}
 
 
 def test_rows_that_are_left_to_vllm_are_kept_from_a_shorter_prefix(choosing):
     choosing.arms[0] = Arm.STOCK
-    blocks, num_tokens, longest_suffix = choosing.step(NESTED)
+    blocks, num_tokens, longest_suffix, _ = choosing.step(NESTED)
     assert blocks == [
-        LiveBlock(STOCK_SLOT, 1, 4, 41, 80), LiveBlock(DENSE_SLOT, 1, 6, 43, 100), LiveBlock(DENSE_SLOT, 1, 6, 53, 96),
+        own(DENSE_SLOT, 1, 6, 43), own(DENSE_SLOT, 1, 6, 53), end(STOCK_SLOT, 1, 4, 41, 80),
         SHORT_BLOCK,
     ]  # fmt: skip
     assert num_tokens == 1 and longest_suffix is None
@@ -322,7 +451,7 @@ def test_preempted_and_resumed(live, sent_as):
     found, *_ = live.step(make_step(new=[again]) if sent_as == "new" else make_step(cached=[again], resumed={"long"}))
     assert found == [] and taken(live) == {NOT_COMPUTED: 1}
     found, *_ = live.step(make_step(cached=[("long", None, 102, 1)]))
-    assert found == [LiveBlock(0, 1, 4, 94, 80)] and taken(live) == {SQUEEZED: 1}
+    assert found == [end(0, 1, 4, 94, 80)] and taken(live) == {SQUEEZED: 1}
 
 
 @pytest.mark.parametrize("scheduled", [True, False], ids=["after-steps", "before-any-step"])

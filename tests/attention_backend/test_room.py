@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.attention_backend.world import OPTIONS
-from vllm_squeeze.attention_backend.room import MOST_CENTROIDS, WATCHED_SLOTS, Needs, Room
+from vllm_squeeze.attention_backend.room import MOST_CENTROIDS, VARIANT_SLOTS, WATCHED_SLOTS, Needs, Room
 from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, bytes_per_cluster
 from vllm_squeeze.prefix_index.manifest import InvalidIndex
 
@@ -90,3 +90,6 @@ def test_a_watching_server_sets_all_of_its_limit_aside():
     assert 0.99 * 2**20 < taken <= 2**20
     assert (room.num_slots, room.longest_prefix) == (WATCHED_SLOTS, 1000)
     assert room.most_centroids == math.ceil(1000 * MOST_CENTROIDS)
+    assert room.variant_slots == range(WATCHED_SLOTS, WATCHED_SLOTS + VARIANT_SLOTS)
+    options.mode = "exact"
+    assert not Room.of([], options, config).variant_slots

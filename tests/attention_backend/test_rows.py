@@ -11,11 +11,13 @@ import torch
 from tests.attention_backend.world import KVCache, Sequence, make_matcher, make_request, make_step
 from tests.kernels.conftest import ON_GPU
 from vllm_squeeze.attention_backend.matching import (
+    ASKED_FOR,
     CACHE_SALT,
     DENSE_SLOT,
     EXACT,
     FASTER,
     NO_INDEX,
+    NO_ROOM,
     NOT_COMPUTED,
     PREFILL,
     SQUEEZED,
@@ -24,12 +26,25 @@ from vllm_squeeze.attention_backend.matching import (
 )
 from vllm_squeeze.attention_backend.policy import Arm
 from vllm_squeeze.attention_backend.rows import RowGroup
+from vllm_squeeze.attention_backend.variants import Variants
 from vllm_squeeze.kernels.reference import match_rows_reference
 from vllm_squeeze.kernels.rows import match_rows
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 MAX_ROWS, MAX_BLOCKS, NUM_GROUPS = 9, 40, 3
 SHORTEST = 50
+MANY = 10**6
+NUM_VARIANTS = 2
+SETTINGS = [
+    None,
+    None,
+    {},
+    {"mode": "dense"},
+    {"mode": "exact"},
+    {"mode": "squeezed", "budget": 0.8},
+    {"budget": 0.8},
+    {"mode": "squeezed"},
+]
 
 
 class FoundRows(RowGroup):
@@ -39,6 +54,11 @@ class FoundRows(RowGroup):
 
 class FoundByKernel(FoundRows):
     _match_rows = staticmethod(match_rows)
+
+
+def columns(live):
+    """What ``match_rows`` takes of live blocks of one group."""
+    return [(b.slot, b.index, b.block, b.context, b.most, b.length) for b in live]
 
 
 def as_int32(numbers):
@@ -65,9 +85,11 @@ class Server:
         kernel_block_size: of the attention kernel, which divides the block sizes.
         caching: whether blocks are shared.
         choosing: whether each prefix gets one of the arms in each step, else all are squeezed.
+        asking: whether requests have settings of their own.
     """
 
-    def __init__(self, random, rows_class, block_sizes, kernel_block_size, caching, choosing=False):
+    def __init__(self, random, rows_class, block_sizes, kernel_block_size, caching, choosing=False, asking=False):
+        self.asking = asking
         self.random, self.block_sizes, self.kernel_block_size = random, block_sizes, kernel_block_size
         main, other = ([random.randrange(3) for _ in range(240)] for _ in range(2))
         fork = random.randrange(SHORTEST, 150)
@@ -76,9 +98,8 @@ class Server:
         self.prefixes = [text[: random.randrange(SHORTEST, 200)] for text in (main, main, main, *self.texts[1:])]
         matcher, self.placements = make_matcher(self.prefixes, block_sizes)
         self.dense_prefill = random.random() < 0.5
-        self.live = LiveRequests(
-            matcher, block_sizes, lambda placement, work: self.arms[placement.slot], self.dense_prefill
-        )
+        self.variants = Variants(range(len(self.prefixes), len(self.prefixes) + NUM_VARIANTS))
+        self.live = LiveRequests(matcher, block_sizes, self.choose, self.dense_prefill, variants=self.variants)
         self.choosing = choosing
         self.cache = KVCache(block_sizes, caching, random)
         self.sequences, self.preempted, self.num_requests, self.num_alone = [], set(), 0, 0
@@ -94,12 +115,21 @@ class Server:
             group: rows_class(size, config, SimpleNamespace(device=DEVICE)) for group, size in block_sizes.items()
         }
 
+    def choose(self, placement, work):
+        """The same for all settings on a prefix, but that none is squeezed where all keys are attended to."""
+        arm = self.arms[placement.slot]
+        return Arm.EXACT if placement.exact and arm is Arm.SQUEEZED else arm
+
     def arrive(self):
         text = self.random.choice(self.texts)
         question = [self.random.randrange(3) for _ in range(self.random.randrange(1, 20))]
         tokens = text[: self.random.randrange(1, 220)] + question
+        settings = self.random.choice(SETTINGS) if self.asking else None
         request = make_request(
-            str(self.num_requests), tokens, cache_salt=self.random.choice([None, None, None, "salt"])
+            str(self.num_requests),
+            tokens,
+            cache_salt=self.random.choice([None, None, None, "salt"]),
+            kv_transfer_params=settings and {"squeeze": settings},
         )
         self.num_requests += 1
         self.live.add(request)
@@ -142,22 +172,37 @@ class Server:
             self.arrive()
         self.arms = [self.random.choice(list(Arm)) if self.choosing else Arm.SQUEEZED for _ in self.prefixes]
         scheduled, rows = self.schedule()
-        live, num_tokens, longest_suffix = self.live.step(scheduled)
+        live, num_tokens, longest_suffix, variants = self.live.step(scheduled)
         ready = [self.expected(sequence) for sequence, _ in rows]
-        expected = [p if p is not None and self.arms[p.slot] is not Arm.STOCK else None for p in ready]
+        attention = [p and self.attention(sequence, p) for (sequence, _), p in zip(rows, ready)]
+        if not self.asking:
+            assert not variants
+        no_room = self.live.rows[NO_ROOM]
+        assert not (no_room and live) or len(variants) == NUM_VARIANTS
+        meant = {p.slot: (p.slot, p.log_threshold) for p in self.placements}
+        meant |= {variant.slot: (variant.prefix, variant.log_threshold) for variant in variants}
+        exact = {block.slot for block in live if block.exact}
+        expected = list(ready)
         for group, found in self.find_rows(rows, live, num_tokens).items():
-            wanted = [(DENSE_SLOT, 0) if p is None else (p.slot, p.prefix_lens[group]) for p in expected]
-            assert found == wanted + [(DENSE_SLOT, 0)] * (len(found) - len(wanted))
+            assert not any(facts != (DENSE_SLOT, 0) for facts in found[len(rows) :])
+            for row, ((slot, length), placement, arm) in enumerate(zip(found, ready, attention)):
+                if slot == DENSE_SLOT:
+                    may_have_no_room = no_room and self.settings_of(rows[row][0]) not in (None, {})
+                    assert length == 0 and (arm in (None, (Arm.STOCK, None)) or may_have_no_room)
+                    expected[row] = None
+                else:
+                    assert (meant[slot][0], length) == (placement.slot, placement.prefix_lens[group])
+                    assert arm == ((Arm.EXACT, None) if slot in exact else (Arm.SQUEEZED, meant[slot][1]))
         assert num_tokens == sum(count for (_, count), p in zip(rows, expected) if p is not None)
         alone = bool(rows) and None not in expected
         ends = [sequence.computed + count - p.covered for (sequence, count), p in zip(rows, expected) if alone]
         assert longest_suffix == max(ends, default=None)
         self.num_alone += alone
         assert sum(self.live.rows.values()) == len(rows)
-        chosen = Counter(self.arms[p.slot] for p in ready if p is not None)
-        for arm, outcome in ((Arm.SQUEEZED, SQUEEZED), (Arm.EXACT, EXACT), (Arm.STOCK, FASTER)):
-            assert self.live.rows[outcome] == chosen[arm]
-        assert all(block.exact == (self.arms[block.slot] is Arm.EXACT) for block in live if block.slot >= 0)
+        chosen = Counter(found and found[0] for found in attention)
+        outcomes = ((Arm.SQUEEZED, SQUEEZED), (Arm.EXACT, EXACT), (Arm.STOCK, FASTER))
+        assert sum(chosen[arm] - self.live.rows[outcome] for arm, outcome in outcomes) == no_room
+        assert no_room or all(self.live.rows[outcome] == chosen[arm] for arm, outcome in outcomes)
         self.seen = dict(+self.live.rows)
         self.live.rows.clear()
         self.go_on(rows)
@@ -174,7 +219,25 @@ class Server:
         longest = max(begun, key=lambda p: (p.covered, -p.slot), default=None)
         if longest is None:
             return None
-        return longest if sequence.computed >= (len(prompt) if self.dense_prefill else longest.covered) else None
+        settings = self.settings_of(sequence) or {}
+        if settings.get("mode") == "dense":
+            return None
+        dense_prefill = self.dense_prefill and settings.get("mode") != "exact"
+        return longest if sequence.computed >= (len(prompt) if dense_prefill else longest.covered) else None
+
+    @staticmethod
+    def settings_of(sequence):
+        return (sequence.request.kv_transfer_params or {}).get("squeeze")
+
+    def attention(self, sequence, placement):
+        """How a row on a prefix is to attend to it: the arm, and where it is squeezed the threshold."""
+        settings = self.settings_of(sequence) or {}
+        if settings.get("mode") == "exact":
+            placement = placement.attended_exactly()
+        elif "budget" in settings:
+            placement = placement.at_budget(settings["budget"])
+        arm = Arm.SQUEEZED if settings.get("mode") == "squeezed" else self.choose(placement, None)
+        return arm, placement.log_threshold if arm is Arm.SQUEEZED else None
 
     def find_rows(self, rows, live, num_tokens):
         """What the worker finds in each group, with a padded row at the end."""
@@ -208,6 +271,7 @@ class Server:
             sequence.computed += count
             if sequence.computed == len(sequence.tokens):
                 sequence.tokens.append(self.next_token(sequence))
+                sequence.request.num_tokens = len(sequence.tokens)
             if self.random.random() < 0.1 or len(sequence.tokens) > 250:
                 self.leave(sequence)
             elif self.random.random() < 0.1:
@@ -263,6 +327,42 @@ def test_no_row_left_to_vllm_is_taken_for_one_on_another_prefix(rows_class, num_
     assert outcomes.keys() >= {SQUEEZED, EXACT, FASTER, PREFILL, NOT_COMPUTED}, "the worlds are too simple"
 
 
+@FINDERS
+@GROUPS
+@pytest.mark.parametrize("choosing", [False, True], ids=["squeezed", "any-arm"])
+def test_each_row_is_attended_to_as_its_request_asked(rows_class, num_worlds, block_sizes, kernel_block_size, choosing):
+    """Whatever others on the same prefix, or on one that it begins with, have asked for in the same step."""
+    outcomes = Counter()
+    for seed in range(num_worlds):
+        server = Server(Random(seed), rows_class, block_sizes, kernel_block_size, True, choosing, asking=True)
+        for _ in range(12):
+            server.step()
+            outcomes.update(server.seen)
+    assert outcomes.keys() >= {SQUEEZED, EXACT, ASKED_FOR, PREFILL, NOT_COMPUTED}, "the worlds are too simple"
+    assert outcomes[NO_ROOM] or choosing, "there is room for all settings"
+
+
+@pytest.mark.parametrize("context", [150, 153, 159, 160, 164])
+def test_a_row_whose_drafts_were_rejected_keeps_its_settings(context):
+    """The scheduler has processed 151 tokens and reckons with 164 computed ones; the worker has kept fewer."""
+    prefix = [token % 97 for token in range(100)]
+    matcher, _ = make_matcher([prefix], {0: 16})
+    live, shared = LiveRequests(matcher, {0: 16}, variants=Variants([1, 2])), list(range(10, 15))
+    for name, settings in (("plain", {}), ("twin", {}), ("exact", {"mode": "exact"}), ("dense", {"mode": "dense"})):
+        request = make_request(name, prefix + [1], kv_transfer_params={"squeeze": settings})
+        request.num_tokens = 151
+        live.add(request)
+    blocks = {
+        name: [*shared, *range(first, first + 6)] for name, first in (("exact", 20), ("dense", 40), ("plain", 60))
+    }
+    # in whose cache the twin has found a block that the exact one is filling
+    blocks["twin"] = [*blocks["exact"][:10], 80]
+    step = live.step(make_step([(name, (held,), 164, 4) for name, held in blocks.items()]))
+    lens = [{"twin": 165}.get(name, context + 4) for name in blocks]
+    slots, _ = match(list(blocks.values()), lens, [0, 4, 8, 12, 16], columns(step.live))
+    assert slots == [1, DENSE_SLOT, 0, 0]
+
+
 def test_rows_that_grow_into_a_prefix_are_counted():
     """A prompt that stops just short of a prefix may be answered with the rest of it.
 
@@ -287,8 +387,8 @@ def test_rows_that_grow_into_a_prefix_are_counted():
     assert second.computed == placement.covered
     added = cache.extend(second, 7), cache.extend(first, 1)
     new = [("second", (second.blocks[0],), second.computed, 7)]
-    blocks, num_tokens, _ = live.step(make_step(new, cached=[("first", (added[1][0],), 144, 1)]))
-    rows = [(block.slot, block.index, block.block, block.context) for block in blocks]
+    blocks, num_tokens, *_ = live.step(make_step(new, cached=[("first", (added[1][0],), 144, 1)]))
+    rows = columns(blocks)
     slots, _ = match([first.blocks[0], second.blocks[0]], [145, 151], [0, 1, 8], rows)
     assert slots[1] == placement.slot
     assert num_tokens == sum(count for count, slot in zip((1, 7), slots) if slot >= 0)
@@ -303,10 +403,10 @@ def test_a_row_left_to_vllm_that_grows_into_a_longer_prefix_stays_there():
     for name, tokens in (("short", prefix[:80]), ("long", prefix + [1])):
         live.add(make_request(name, tokens))
     new = [("short", ([*shared, 20],), 150, 1), ("long", ([*shared, 30],), 144, 7)]
-    blocks, num_tokens, _ = live.step(make_step(new))
+    blocks, num_tokens, *_ = live.step(make_step(new))
     assert [placement.covered for placement in placements] == [64, 144]
     assert num_tokens == 7 and live.rows == {FASTER: 1, SQUEEZED: 1}
-    rows = [(block.slot, block.index, block.block, block.context) for block in blocks]
+    rows = columns(blocks)
     slots, _ = match([[*shared, 20], [*shared, 30]], [151, 151], [0, 1, 8], rows)
     assert slots == [DENSE_SLOT, 1]
 
@@ -321,7 +421,7 @@ def test_a_row_left_to_vllm_whose_drafts_were_rejected_stays_there():
         live.add(make_request(name, tokens))
     new = [("short", ([*shared, 20, 21],), 81, 1), ("long", ([*shared, *range(30, 37)],), 155, 4)]
     blocks, *_ = live.step(make_step(new))
-    rows = [(block.slot, block.index, block.block, block.context) for block in blocks]
+    rows = columns(blocks)
     table = [[*shared, 20, 21, *[0] * 5], [*shared, *range(30, 37)]]
     slots, _ = match(table, [82, 152 + 4], [0, 1, 5], rows)
     assert slots == [0, DENSE_SLOT]
@@ -330,7 +430,7 @@ def test_a_row_left_to_vllm_whose_drafts_were_rejected_stays_there():
 @pytest.mark.parametrize(("context", "slot"), [(31, -1), (32, 4), (47, 4), (48, -1), (49, 4), (64, 9), (80, 9)])
 def test_the_longest_prefix_wins_and_a_row_still_computing_its_own_is_dense(context, slot):
     """Slot 4 ends with block 7 after 32 tokens, slot 9 with block 5 after 64; a row at token 48 fills block 6."""
-    live = [[DENSE_SLOT, 2, 6, 48], [4, 1, 7, 32], [9, 3, 5, 64]]
+    live = [[DENSE_SLOT, 2, 6, 48, 48, 0], [4, 1, 7, 32, MANY, 32], [9, 3, 5, 64, MANY, 64]]
     found = match([[3, 7, 6, 5]], [context + 5], [0, 5], live)
     assert found == [[slot], [{-1: 0, 4: 32, 9: 64}[slot]]]
 
@@ -338,17 +438,20 @@ def test_the_longest_prefix_wins_and_a_row_still_computing_its_own_is_dense(cont
 @pytest.mark.parametrize(("context", "slot"), [(31, -1), (32, 4), (63, 4), (64, -1), (70, -1), (96, 9)])
 def test_rows_on_a_prefix_left_to_vllm_are_dense_from_its_end_on(context, slot):
     """Slot 4 ends with block 7, slot 9 with block 2; between them ends a prefix, with block 5, that is not squeezed."""
-    live = [[STOCK_SLOT, 3, 5, 64], [4, 1, 7, 32], [9, 5, 2, 96]]
+    live = [[STOCK_SLOT, 3, 5, 64, MANY, 64], [4, 1, 7, 32, MANY, 32], [9, 5, 2, 96, MANY, 96]]
     slots, _ = match([[3, 7, 6, 5, 8, 2]], [context + 5], [0, 5], live)
     assert slots == [slot]
 
 
 def test_a_prefix_that_is_longer_than_a_block_table_matches_no_row():
-    assert match([[3, 7]], [500], [0, 1], [[0, 2, 7, 48]]) == [[DENSE_SLOT], [0]]
+    assert match([[3, 7]], [500], [0, 1], [[0, 2, 7, 48, MANY, 48]]) == [[DENSE_SLOT], [0]]
 
 
 def test_rows_for_whose_tokens_there_is_no_room_go_dense():
     """All but the third are on a prefix, with 2, 1 and 3 tokens: room for 5 is not enough for the last."""
     table, seq_lens, starts = [[3, 7], [3, 7], [4, 5], [3, 7]], [34, 33, 60, 35], [0, 2, 3, 8, 11]
-    assert match(table, seq_lens, starts, [[1, 1, 7, 32]], 6) == [[1, 1, DENSE_SLOT, 1], [32, 32, 0, 32]]
-    assert match(table, seq_lens, starts, [[1, 1, 7, 32]], 5) == [[1, 1, DENSE_SLOT, DENSE_SLOT], [32, 32, 0, 0]]
+    assert match(table, seq_lens, starts, [[1, 1, 7, 32, MANY, 32]], 6) == [[1, 1, DENSE_SLOT, 1], [32, 32, 0, 32]]
+    assert match(table, seq_lens, starts, [[1, 1, 7, 32, MANY, 32]], 5) == [
+        [1, 1, DENSE_SLOT, DENSE_SLOT],
+        [32, 32, 0, 0],
+    ]

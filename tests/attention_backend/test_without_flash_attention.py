@@ -88,7 +88,7 @@ def rows(monkeypatch):
             max_seq_len=max(lengths),
         )
         rows.note(metadata, PAGE_SIZE)
-        rows.begin_step([LiveBlock(0, 0, 1, 7, 32)], 10 if alone else 5, alone)
+        rows.begin_step([LiveBlock(0, 0, 1, 7, 32, 32)], 10 if alone else 5, alone)
         return rows
 
     return begin

@@ -7,7 +7,8 @@ import torch
 
 from tests.kernels.conftest import ON_GPU
 from vllm_squeeze.attention_backend.matching import DENSE_SLOT, LiveBlock, Step
-from vllm_squeeze.attention_backend.worker import CounterReader, SqueezeWorker
+from vllm_squeeze.attention_backend.variants import VariantSlot
+from vllm_squeeze.attention_backend.worker import CounterReader, Kind, SqueezeWorker
 
 ROOM = 100
 
@@ -16,7 +17,7 @@ ROOM = 100
 def worker():
     """One that has loaded prefix 0, but not 1, and has room for suffixes of 100 tokens."""
     worker = object.__new__(SqueezeWorker)
-    worker._residency = SimpleNamespace(active={0: None})
+    worker._residency = SimpleNamespace(active={0: None}, room=SimpleNamespace(num_slots=2))
     worker.paused = False
     worker._groups = {0: SimpleNamespace(can_be_alone=lambda num_tokens, longest_suffix: longest_suffix <= ROOM)}
     return worker
@@ -44,18 +45,30 @@ def worker():
     ],
 )
 def test_which_steps_are_squeezed_and_which_alone(worker, slots, longest_suffix, squeezing, alone):
-    worker.expect(Step([LiveBlock(slot, 0, 3, 7, 64) for slot in slots], 1, longest_suffix))
-    assert (worker.squeezing, worker.alone) == (squeezing, alone)
+    worker.expect(Step([LiveBlock(slot, 0, 3, 7, 64, 64) for slot in slots], 1, longest_suffix))
+    assert (worker.squeezing, worker.kind.alone) == (squeezing, alone)
     worker.paused = True
-    worker.expect(Step([LiveBlock(slot, 0, 3, 7, 64) for slot in slots], 1, longest_suffix))
-    assert (worker.squeezing, worker.alone) == (False, False)
+    worker.expect(Step([LiveBlock(slot, 0, 3, 7, 64, 64) for slot in slots], 1, longest_suffix))
+    assert (worker.squeezing, worker.kind.alone) == (False, False)
+
+
+def test_steps_with_more_settings_than_prefixes_are_crowded(worker):
+    """Settings on a prefix that has not been loaded are none."""
+    live = [LiveBlock(slot, 0, 3, 7, 64, 64) for slot in (0, 2, 3)]
+    variants = (VariantSlot(2, 0, -5.0), VariantSlot(3, 0, -6.0), VariantSlot(4, 1, -6.0))
+    worker.expect(Step(live, 3, ROOM, variants))
+    assert worker.squeezing and worker.kind == Kind(alone=False, crowded=True)
+    worker.expect(Step(live[1:], 2, ROOM, variants))
+    assert worker.squeezing and worker.kind == Kind(alone=True, crowded=False)
+    worker.expect(Step([live[1]._replace(slot=4)], 2, ROOM, variants))
+    assert not worker.squeezing
 
 
 def test_a_step_without_squeezed_rows_is_not_taken_for_the_one_before(worker):
-    worker.expect(Step([LiveBlock(0, 0, 3, 7, 64)], 1, ROOM))
-    assert worker.squeezing and worker.alone
+    worker.expect(Step([LiveBlock(0, 0, 3, 7, 64, 64)], 1, ROOM))
+    assert worker.squeezing and worker.kind.alone
     worker.expect(Step([], 0, None))
-    assert not worker.squeezing and not worker.alone
+    assert not worker.squeezing and not worker.kind.alone
 
 
 def test_counters_are_read_when_they_may_have_changed():

@@ -54,6 +54,7 @@ def make_request(request_id: str, tokens: list[int] | None, **changes: Any) -> S
         **{
             "request_id": request_id,
             "prompt_token_ids": tokens,
+            "num_tokens": len(tokens or ()),
             "prompt_embeds": None,
             "lora_request": None,
             "cache_salt": None,

@@ -146,6 +146,12 @@ def grown(llm: Any, before: dict[str, int]) -> dict[str, int]:
     return {outcome: n - before.get(outcome, 0) for outcome, n in outcomes(llm).items() if n != before.get(outcome, 0)}
 
 
+def bytes_of_prefixes(llm: Any) -> list[float]:
+    """Bytes of prefixes so far: read, if each row were alone, and of a dense pass."""
+    found = {metric.name: metric.value for metric in llm.get_metrics() if "prefix_bytes" in metric.name}
+    return [found.get(f"vllm:squeeze_prefix_bytes_{kind}", 0) for kind in ("read", "alone", "dense")]
+
+
 def tokens(seed: int, count: int) -> list[int]:
     """Random token ids; ids of one seed begin alike whatever their count."""
     import numpy as np

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from tests.engine.conftest import engine, generate, grown, outcomes, tokens
+from tests.engine.conftest import bytes_of_prefixes, engine, generate, grown, outcomes, tokens
 from vllm_squeeze.attention_backend import policy
 
 CONTRACT = tokens(seed=1, count=600)
@@ -55,12 +55,6 @@ def answers(llm, prompts: list[list[int]], lengths: list[int]) -> list[list[tupl
         [(token, step[token].logprob) for token, step in zip(r.outputs[0].token_ids, r.outputs[0].logprobs)]
         for r in results
     ]
-
-
-def bytes_of_prefixes(llm) -> list[float]:
-    """Bytes of prefixes so far: read, if each row were alone, and of a dense pass."""
-    found = {metric.name: metric.value for metric in llm.get_metrics() if "prefix_bytes" in metric.name}
-    return [found.get(f"vllm:squeeze_prefix_bytes_{kind}", 0) for kind in ("read", "alone", "dense")]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -1,12 +1,16 @@
-"""Requests that ask for dense attention, on an engine that squeezes others on the same prefix in the same steps."""
+"""Requests that ask for another attention than others on the same prefix get in the same steps."""
 
 import pytest
 
-from tests.engine.conftest import engine, generate, grown, outcomes, tokens
+from tests.engine.conftest import bytes_of_prefixes, engine, generate, grown, outcomes, tokens
 
 PREFIX = tokens(seed=1, count=600)
-PROMPTS = [PREFIX + tokens(seed, 20) for seed in range(2, 6)]
-SETTINGS = [{"mode": "dense"}, {}, {"mode": "squeezed"}, None]
+# They share all blocks of the KV cache but the last, which each fills for itself.
+PROMPTS = [PREFIX + tokens(2, 20)] * 8
+SETTINGS = [
+    {"budget": 1}, {"budget": 0.3}, {"mode": "squeezed", "budget": 0.3}, {"mode": "exact"}, {"mode": "dense"},
+    {"mode": "off"}, {}, None,
+]  # fmt: skip
 
 
 def answer(llm, settings):
@@ -34,22 +38,32 @@ def test_each_request_gets_what_it_asked_for(models, indexes):
     model = models("llama")
     with engine(model) as llm:
         generate(llm, [PREFIX + [5]], num_tokens=1)
-        dense, _ = answer(llm, [None] * 4)
+        dense, _ = answer(llm, [None] * len(PROMPTS))
     index = indexes(model, PREFIX)
     with engine(model, index, 0.4, {"prefill": "dense"}) as llm:
         generate(llm, [PREFIX + [5]], num_tokens=1)
-        before = outcomes(llm)
+        before, read = outcomes(llm), bytes_of_prefixes(llm)
         ours, told = answer(llm, SETTINGS)
         rows = grown(llm, before)
-    asked, usual = {"dense: asked for": 4}, {"dense: prefill": 1, "squeezed": 3}
-    assert rows == {"dense: asked for": 8, "dense: prefill": 2, "squeezed": 6}
-    known = {"index": index.name, "budget": 0.4}
-    error = "kv_transfer_params.squeeze.mode: 'squeezed' is not one of auto, dense"
-    assert told == [
-        {"squeeze": {**known, "rows": asked}},
-        {"squeeze": {**known, "rows": usual}},
-        {"squeeze": {**known, "rows": asked, "error": error}},
-        None,
+        read = [now - then for now, then in zip(bytes_of_prefixes(llm), read)]
+    asked, usual, exact = {"dense: asked for": 4}, {"dense: prefill": 1, "squeezed": 3}, {"exact": 4}
+    assert rows == {"dense: asked for": 8, "dense: prefill": 5, "squeezed": 15, "exact": 4}
+    error = "kv_transfer_params.squeeze.mode: 'off' is not one of auto, squeezed, exact, dense"
+    expected = [
+        {"mode": "auto", "budget": 1.0, "rows": usual},
+        {"mode": "auto", "budget": 0.3, "rows": usual},
+        {"mode": "squeezed", "budget": 0.3, "rows": usual},
+        {"mode": "exact", "budget": 1.0, "rows": exact},
+        {"mode": "dense", "budget": None, "rows": asked},
+        {"mode": "dense", "budget": None, "rows": asked, "error": error},
+        {"mode": "auto", "budget": 0.4, "rows": usual},
     ]
-    for place, is_dense in enumerate([True, False, True, False]):
-        assert (ours[place] == pytest.approx(dense[place], abs=1e-5)) == is_dense
+    assert told == [*({"squeeze": {"index": index.name, **known}} for known in expected), None]
+    for place, is_dense in enumerate([True, False, False, True, True, True, False, False]):
+        assert (ours[place] == pytest.approx(dense[place], abs=1e-4)) == is_dense
+    assert ours[6] == pytest.approx(ours[7], abs=1e-4) and ours[1] != pytest.approx(ours[6], abs=1e-3)
+    # 3 layers and 2 heads, keys and values of 64 in float32: for each of 3 tokens of an answer, and of the exact one
+    # for those 12 of its prompt too that are not in the cache.
+    token = 3 * 2 * len(PREFIX) * 2 * 64 * 4
+    assert read[2] == (5 * 3 + 15) * token
+    assert read[1] == pytest.approx((3 * (1 + 2 * 0.3 + 2 * 0.4) + 15) * token, rel=0.1)

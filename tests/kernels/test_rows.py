@@ -29,10 +29,11 @@ def random_step(random, num_rows, width, num_live, num_slots):
     # of which a padded row has computed none
     seq_lens = integers([count + random.choice([0, 16, 32, 33, 48, 64, 80]) for count in counts])
     slots = [DENSE_SLOT, STOCK_SLOT, *range(num_slots)]
-    live = [
-        (random.choice(slots), random.randrange(width + 1), random.randrange(2), random.choice([16, 32, 48, 64]))
-        for _ in range(num_live + 5)
-    ]
+    live = []
+    for _ in range(num_live + 5):
+        needed = random.choice([16, 32, 48, 64])
+        most, length = random.choice([needed, needed + 15, MANY]), random.choice([needed, 16])
+        live.append((random.choice(slots), random.randrange(width + 1), random.randrange(2), needed, most, length))
     return table, seq_lens, starts, integers(live)[:num_live]
 
 

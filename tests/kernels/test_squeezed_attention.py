@@ -10,7 +10,8 @@ from tests.kernels.conftest import Scene
 from vllm_squeeze.kernels import squeezed_attention as kernels
 from vllm_squeeze.kernels import workspace as workspaces
 from vllm_squeeze.kernels.reference import attend_causal, squeezed_attention_reference
-from vllm_squeeze.kernels.tiles import MAX_BLOCK, MAX_TILE_ROWS, PART_KEYS, tokens_per_tile
+from vllm_squeeze.kernels.tables import Prefixes
+from vllm_squeeze.kernels.tiles import MAX_BLOCK, MAX_TILE_ROWS, PART_KEYS, most_tiles, tokens_per_tile
 from vllm_squeeze.kernels.workspace import MAX_PROGRAMS_PER_MULTIPROCESSOR, MAX_SPLITS, Workspace
 
 UNEVEN = ((1, 70, 3, 11, 1, 1, 40, 6, 29) * 2,)
@@ -234,6 +235,26 @@ def test_tokens_see_no_further_than_themselves(make_scene, assert_close):
     assert listed.queries.tokens[:2, :4].tolist() == [tokens[:4], tokens[4:]]
     assert_close(run(listed)[tokens], expected[tokens])
     assert run(listed)[[3, 4]].isnan().all()
+
+
+def test_slots_that_share_a_prefix(make_scene, assert_close):
+    """Its rows at one threshold, at another, and exact, among slots that nobody is on and for which no tiles are made."""
+    scene = make_scene(num_kv_heads=1, sizes=(UNEVEN[0],), slot_of=(0,) * 9, num_sinks=28)
+    scene.set_threshold(0.5)
+    facts = scene.prefixes.slots.repeat(12, 1)
+    facts[7, 1:3] = torch.tensor([0, scene.keys[0].shape[1]])
+    thresholds = scene.prefixes.log_threshold.repeat(12)
+    thresholds[3] = torch.inf
+    prefixes = Prefixes(facts, thresholds, scene.prefixes.counters.repeat(12, 1))
+    several = dataclasses.replace(scene, prefixes=prefixes, keys=scene.keys * 12).tile((3, 0, 7, 0, 3, 7, 0, 0, 0))
+    tiles = most_tiles(9, 12, several.group)
+    several = dataclasses.replace(several, queries=several.queries.first(9, 3))
+    assert most_tiles(9, 3, several.group) < tiles, "no tiles are spared"
+    check_against_reference(several, True, assert_close)
+    at_once = scene.apply(squeezed_attention_reference, True)
+    output = run(several)
+    assert_close(output[[1, 3, 6, 7, 8]], at_once[[1, 3, 6, 7, 8]])
+    assert (several.prefixes.counters[[0, 3, 7]] > 0).any(1).all() and not several.prefixes.counters[[1, 2, 4]].any()
 
 
 def test_other_tokens_stay_untouched(make_scene, assert_close):

@@ -67,6 +67,7 @@ class Catalogue:
 
     Attributes:
         matcher: of the prefixes of all of them.
+        variant_slots: beyond those of prefixes.
         changed: whether any came to another state since ``states`` was last asked for.
     """
 
@@ -81,6 +82,7 @@ class Catalogue:
         admission = Admission(options, vllm_config)
         indexes = admission.open_all(on_refusal)
         room = Room.of((index.manifest for index in indexes), options, vllm_config)
+        self.variant_slots = room.variant_slots
         self._room, settled = settle(indexes, room, options, kv_cache_config, on_refusal)
         for index, placement, span in settled:
             try:

@@ -122,10 +122,9 @@ def prepare_cuda_graphs() -> None:
 
 
 def graphs_of_squeezed_steps() -> bool:
-    """Gives vLLM's V2 model runner two more sets of full CUDA graphs, for steps with squeezed rows.
+    """Gives vLLM's V2 model runner more sets of full CUDA graphs, one for each kind of step with squeezed rows.
 
-    One is for steps that have no other rows. A step without squeezed rows replays vLLM's own graphs. The sets are
-    captured only in an engine that serves an index.
+    A step without squeezed rows replays vLLM's own graphs. The sets are captured only in an engine that serves an index.
 
     Returns:
         Whether this vLLM has the V2 runner's graph manager in a form we know.
@@ -153,11 +152,11 @@ def graphs_of_squeezed_steps() -> bool:
         dense_graphs, descriptions = self.graphs, self._capture_descs
         self._capture_descs, self.squeezed_graphs = {CUDAGraphMode.FULL: full}, {}
         try:
-            for alone in (False, True):
+            for kind in worker.kinds_of_steps():
                 self.graphs = {}
-                with worker.capturing(alone):
+                with worker.capturing(kind):
                     capture(self, *args, **kwargs)
-                self.squeezed_graphs[alone] = self.graphs
+                self.squeezed_graphs[kind] = self.graphs
         finally:
             self.graphs, self._capture_descs = dense_graphs, descriptions
         return result
@@ -169,7 +168,7 @@ def graphs_of_squeezed_steps() -> bool:
         squeezed_graphs = getattr(self, "squeezed_graphs", None)
         if squeezed_graphs is None or not (worker := worker_of(self.vllm_config)).squeezing:
             return run_fullgraph(self, description)
-        dense_graphs, self.graphs = self.graphs, squeezed_graphs[worker.alone]
+        dense_graphs, self.graphs = self.graphs, squeezed_graphs[worker.kind]
         try:
             return run_fullgraph(self, description)
         finally:

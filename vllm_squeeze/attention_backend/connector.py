@@ -18,6 +18,7 @@ from vllm_squeeze.attention_backend.pins import Pins
 from vllm_squeeze.attention_backend.placement import Options, full_attention_groups
 from vllm_squeeze.attention_backend.policy import arms_of
 from vllm_squeeze.attention_backend.stats import SqueezePromMetrics, SqueezeStats
+from vllm_squeeze.attention_backend.variants import Variants
 from vllm_squeeze.attention_backend.wiring import SERVE, options_of
 
 
@@ -77,7 +78,10 @@ class SqueezeConnector(PassiveConnector):
             num_layers = sum(len(kv_cache_config.kv_cache_groups[group].layer_names) for group in groups)
             choose = arms_of(options, vllm_config, num_layers)
             dense_prefill = options.prefill == "dense"
-            self._requests = LiveRequests(self._catalogue.matcher, groups, choose, dense_prefill, self._pins.pin)
+            variants = Variants(self._catalogue.variant_slots)
+            self._requests = LiveRequests(
+                self._catalogue.matcher, groups, choose, dense_prefill, self._pins.pin, variants
+            )
 
     # scheduler's side
 

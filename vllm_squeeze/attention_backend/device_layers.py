@@ -49,6 +49,11 @@ class DeviceRows(RowGroup):
             self._max_tokens, slots, self._residency.room.longest_prefix, group, self._device
         )
 
+    @property
+    def num_slots(self) -> int:
+        """Of how many prefixes squeezed rows may be in this step. Fewer make fewer tiles."""
+        return len(self._residency.prefixes.slots) if self.crowded else self._residency.room.num_slots
+
     def warm_up(self, page_size: int) -> None:
         """Compiles the kernels that find a step's rows, by a step that has none."""
         nothing = torch.zeros(2, dtype=torch.int32, device=self._device)
@@ -57,7 +62,7 @@ class DeviceRows(RowGroup):
         )
         self.note(metadata, page_size)
         for alone in (False, True):
-            self.begin_step([LiveBlock(DENSE_SLOT, 0, 0, 0, 0)], 1, alone)
+            self.begin_step([LiveBlock(DENSE_SLOT, 0, 0, 0, 0, 0)], 1, alone)
         self.end_step()
         self.queries.clear()
 
@@ -68,11 +73,12 @@ class DeviceRows(RowGroup):
             self.num_queries = metadata.num_actual_tokens
 
     def can_be_alone(self, num_tokens: int, longest_suffix: int) -> bool:
-        return self.queries.can_list_suffixes(num_tokens, longest_suffix, self._group)
+        tiles = self.queries.first(num_tokens, self._residency.room.num_slots)
+        return tiles.can_list_suffixes(num_tokens, longest_suffix, self._group)
 
-    def begin_capture(self, alone: bool) -> None:
+    def begin_capture(self, alone: bool, crowded: bool) -> None:
         self._capturing = self.squeezing = True
-        self.alone = alone
+        self.alone, self.crowded = alone, crowded
         self.queries.clear()
 
     def end_step(self) -> None:
@@ -84,7 +90,8 @@ class DeviceRows(RowGroup):
         sizes = num_tokens, self._group, self._kernel_block_size
         self.queries.fill(self.row_slot, *step, self._residency.prefixes, *sizes)
         if self.alone:
-            self.queries.list_suffixes(self.prefix_len, self.seq_lens, *step, *sizes)
+            tiles = self.queries.first(num_tokens, self.num_slots)
+            tiles.list_suffixes(self.prefix_len, self.seq_lens, *step, *sizes)
         self.num_queries = num_tokens
 
 
@@ -116,13 +123,14 @@ class DeviceLayer(SqueezeLayer):
     def warm_up(self, layer: Any, kv_cache: torch.Tensor) -> None:
         caches = self.caches_of(layer, kv_cache)
         self.rows.warm_up(caches[0].shape[1])
-        for num_tokens in kinds_of_tiles(len(self.residency.prefixes.slots), self.num_heads // self.num_kv_heads):
-            shape = num_tokens, self.num_heads, self.head_size
-            query = torch.zeros(shape, dtype=self.dtype, device=kv_cache.device)
-            suffix_lse = torch.zeros(self.num_heads, num_tokens, device=kv_cache.device)
-            self.rows.num_queries = num_tokens
-            for lse in (None, suffix_lse):
-                self.attend_prefixes(query, torch.empty_like(query), lse, *caches, **self.kernel_options(layer))
+        for self.rows.crowded in (True, False):
+            for num_tokens in kinds_of_tiles(self.rows.num_slots, self.num_heads // self.num_kv_heads):
+                shape = num_tokens, self.num_heads, self.head_size
+                query = torch.zeros(shape, dtype=self.dtype, device=kv_cache.device)
+                suffix_lse = torch.zeros(self.num_heads, num_tokens, device=kv_cache.device)
+                self.rows.num_queries = num_tokens
+                for lse in (None, suffix_lse):
+                    self.attend_prefixes(query, torch.empty_like(query), lse, *caches, **self.kernel_options(layer))
 
     def attend_prefixes(
         self,
@@ -145,7 +153,7 @@ class DeviceLayer(SqueezeLayer):
             key_cache,
             value_cache,
             rows.block_table,
-            rows.queries.first(rows.num_queries),
+            rows.queries.first(rows.num_queries, rows.num_slots),
             self.table,
             self.residency.prefixes,
             self.scale,

@@ -27,7 +27,7 @@ class Loader:
         self._on_gpu = residency.device.type == "cuda"
         self._stream = torch.cuda.Stream(residency.device) if self._on_gpu else None
         self._thread = ThreadPoolExecutor(1, "squeeze-loader")
-        self._running: dict[int, tuple[Load, Future[tuple[PrefixIndex, float]]]] = {}
+        self._running: dict[int, tuple[Load, Future[float]]] = {}
         self._ended = threading.Event()
 
     def follow(self, order: Order) -> None:
@@ -50,13 +50,13 @@ class Loader:
                 continue
             del self._running[slot]
             try:
-                index, report.seconds[order.number] = future.result()
+                report.seconds[order.number] = future.result()
             except Exception as error:  # noqa: BLE001 (whatever it is, the prefix is served densely)
                 if not isinstance(error, InvalidIndex):
                     logger.error("squeeze: loading %s failed", order.folder, exc_info=error)
                 report.failed[order.number] = f"{order.placement.name}: {error}"
             else:
-                self._residency.activate(index.manifest, order.placement, order.span)
+                self._residency.activate(order.placement, order.span)
                 report.loaded[order.number] = 1
         return report if report.loaded or report.failed else None
 
@@ -65,8 +65,8 @@ class Loader:
         self._ended.set()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _load(self, order: Load, launched: torch.cuda.Event | None) -> tuple[PrefixIndex, float]:
-        """Loads an index; returns it, and the seconds that it took.
+    def _load(self, order: Load, launched: torch.cuda.Event | None) -> float:
+        """Loads an index; returns the seconds that it took.
 
         Args:
             order: what, and where to.
@@ -82,4 +82,4 @@ class Loader:
             self._residency.load(index, order.placement, order.span, self._ended.is_set)
         if self._stream is not None:
             self._stream.synchronize()
-        return index, time.monotonic() - start
+        return time.monotonic() - start

@@ -1,13 +1,14 @@
 """The scheduler's side: which requests begin with an indexed prefix, and where it lies in the KV cache."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, KeysView
+from collections.abc import Callable, Iterable, Iterator, KeysView
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from vllm_squeeze.attention_backend.placement import Placement
 from vllm_squeeze.attention_backend.policy import Arm, ChooseArm, Work, always_squeezed
-from vllm_squeeze.attention_backend.request_settings import RequestReport
+from vllm_squeeze.attention_backend.request_settings import RequestReport, RequestSettings
+from vllm_squeeze.attention_backend.variants import Variants, VariantSlot
 from vllm_squeeze.kernels.tables import DENSE_SLOT, STOCK_SLOT
 
 SQUEEZED = "squeezed"
@@ -16,6 +17,7 @@ FASTER = "dense: faster"
 NO_INDEX = "dense: no index"
 PREFILL = "dense: prefill"
 ASKED_FOR = "dense: asked for"
+NO_ROOM = "dense: no room for its settings"
 NOT_LOADED = "dense: index not on the device yet"
 GONE = "dense: index no longer served"
 NOT_COMPUTED = "dense: prefix not in the KV cache yet"
@@ -27,20 +29,22 @@ MULTIMODAL = "dense: multimodal item in the prefix"
 OUTCOMES = {Arm.SQUEEZED: SQUEEZED, Arm.EXACT: EXACT, Arm.STOCK: FASTER}
 
 _FIRST = 16
+_ANY_NUMBER = 2**31 - 1
 
 
 class LiveBlock(NamedTuple):
     """Tells the worker what a row is: one whose block table holds ``block`` at ``index``.
 
     Attributes:
-        slot: the row's prefix. STOCK_SLOT for rows on a prefix that vLLM's own attention serves in this step, and
-            DENSE_SLOT for a row that must stay dense.
+        slot: the row's prefix and settings. STOCK_SLOT for rows on a prefix that vLLM's own attention serves in this
+            step, and DENSE_SLOT for a row that must stay dense.
         group: KV cache group.
         index: position in the block table.
         block: physical block id.
-        context: tokens that a row must have computed for this to hold of it; for DENSE_SLOT, so many and no more. Of
-            several, the most wins.
-        exact: whether rows on the prefix attend to all of its keys in this step.
+        context: tokens that a row must have computed for this to hold of it. Of several, the most wins.
+        length: tokens of the prefix, 0 for DENSE_SLOT.
+        most: tokens that the row may have computed.
+        exact: whether rows of the slot attend to all keys of the prefix in this step.
     """
 
     slot: int
@@ -48,6 +52,8 @@ class LiveBlock(NamedTuple):
     index: int
     block: int
     context: int
+    length: int
+    most: int = _ANY_NUMBER
     exact: bool = False
 
 
@@ -55,15 +61,17 @@ class Step(NamedTuple):
     """What the worker has to know of a step.
 
     Attributes:
-        live: the live blocks, sorted, none if our kernels have no rows.
+        live: the live blocks, first those of single rows, none if our kernels have no rows.
         num_tokens: query tokens of the rows that they have.
         longest_suffix: tokens that follow the prefix in the longest of these rows, at most; None if the step has other
             rows too.
+        variants: how the slots beyond those of prefixes are set.
     """
 
     live: list[LiveBlock]
     num_tokens: int
     longest_suffix: int | None
+    variants: tuple[VariantSlot, ...] = ()
 
 
 _NOTHING = Step([], 0, None)
@@ -131,23 +139,30 @@ class _Live:
     """What is known of a request.
 
     Attributes:
+        request: vLLM's.
         placement: of the prefix that it begins with, or is the start of.
+        settings: by which its rows attend to the prefix, as ``RequestSettings.on`` has them.
+        variant: the prefix as its rows attend to it.
         begins_with_prefix: whether it is the former.
         ready_from: tokens that must have been computed before its row is more than dense: the prefix, or the prompt.
         never: why its rows are to be dense all the same; None if they are not.
         block_sizes: by KV cache group.
         blocks: that vLLM has told of, by KV cache group.
         prefix_ends: the last block of the request's prefix, in each group: it stands for all before it. As LiveBlock's
-            group, index, block and context. None until vLLM has told of all blocks of the prefix; the row goes dense.
+            group, index, block, context and length. None until vLLM has told of all blocks of the prefix; the row goes
+            dense.
     """
 
+    request: Any
     placement: Placement
+    settings: RequestSettings
+    variant: Placement
     begins_with_prefix: bool
     ready_from: int
     never: str | None
     block_sizes: dict[int, int]
     blocks: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
-    prefix_ends: tuple[tuple[int, int, int, int], ...] | None = None
+    prefix_ends: tuple[tuple[int, ...], ...] | None = None
 
     def why_dense(self, computed: int) -> str:
         """What becomes of a row that has computed so many tokens, and is not ready for more."""
@@ -173,13 +188,26 @@ class _Live:
         lens = self.placement.prefix_lens.items()
         return [block for group, len in lens for block in self.blocks[group][: len // self.block_sizes[group]]]
 
-    def _find_ends(self) -> tuple[tuple[int, int, int, int], ...] | None:
+    def own_blocks(self, slot: int, computed: int, length: int, exact: bool = False) -> Iterator[LiveBlock]:
+        """Tells the request's row from all others, whatever prefixes they share, by the block that it is filling.
+
+        Others find a block in the cache once it is full, if only in this very step: they have computed all of it. The
+        scheduler may reckon with drafts that the worker has not kept: then it is an earlier block, of tokens beyond
+        those that are known.
+        """
+        for group in self.placement.prefix_lens:
+            size, blocks = self.block_sizes[group], self.blocks[group]
+            for index in range(min(computed, self.request.num_tokens - 1) // size, computed // size + 1):
+                for block in blocks[index : index + 1]:
+                    yield LiveBlock(slot, group, index, block, index * size, length, (index + 1) * size - 1, exact)
+
+    def _find_ends(self) -> tuple[tuple[int, ...], ...] | None:
         ends = []
         for group, prefix_len in self.placement.prefix_lens.items():
             last = prefix_len // self.block_sizes[group] - 1
             if last >= len(self.blocks[group]):
                 return None
-            ends.append((group, last, self.blocks[group][last], prefix_len))
+            ends.append((group, last, self.blocks[group][last], prefix_len, prefix_len))
         return tuple(ends)
 
 
@@ -189,9 +217,10 @@ class LiveRequests:
     Args:
         matcher: of the indexed prefixes.
         block_sizes: by KV cache group.
-        choose: how the rows of a step on one prefix attend to it.
+        choose: how the rows of a step on one prefix, with the same settings, attend to it.
         dense_prefill: whether a prompt's tokens are dense where attention to the prefix would not be exact.
         pin: told, in each step of a row, of a computed prefix that is to stay in the KV cache, and asked for, its blocks.
+        variants: the slots for settings of requests.
 
     Attributes:
         running: the requests that have arrived and not ended, by id.
@@ -205,6 +234,7 @@ class LiveRequests:
         choose: ChooseArm = always_squeezed,
         dense_prefill: bool = False,
         pin: Callable[[Placement, Callable[[], list[int]]], None] = lambda placement, block_ids: None,
+        variants: Variants | None = None,
     ):
         self.running: dict[str, Any] = {}
         self.rows: Counter[str] = Counter()
@@ -213,6 +243,7 @@ class LiveRequests:
         self._block_sizes = block_sizes
         self._dense_prefill = dense_prefill
         self._pin = pin
+        self._variants = variants or Variants()
         self._live: dict[str, _Live] = {}
         self._refused: dict[str, str] = {}
         self._reports: dict[str, RequestReport] = {}
@@ -224,17 +255,32 @@ class LiveRequests:
         report = RequestReport.of(request.kv_transfer_params)
         if report is not None:
             self._reports[request.request_id] = report
-            if reason == SQUEEZED:
-                report.index, report.budget = placement.name, placement.budget
         if placement is None:
             if reason != NO_INDEX:
                 self._refused[request.request_id] = reason
             return None
-        dense_prompt = self._dense_prefill and not placement.exact
+        settings, variant, never = RequestSettings(), placement, None
+        if report is not None and reason == SQUEEZED:
+            settings, variant, never = self._as_asked(placement, report)
+        dense_prompt = self._dense_prefill and not variant.exact
         ready_from = len(request.prompt_token_ids) if dense_prompt else placement.covered
-        never = ASKED_FOR if report is not None and report.mode == "dense" else None
-        self._live[request.request_id] = _Live(placement, reason == SQUEEZED, ready_from, never, self._block_sizes)
+        self._live[request.request_id] = _Live(
+            request, placement, settings, variant, reason == SQUEEZED, ready_from, never, self._block_sizes
+        )
         return placement if reason == SQUEEZED and never is None else None
+
+    def _as_asked(self, placement: Placement, report: RequestReport) -> tuple[RequestSettings, Placement, str | None]:
+        """How a request that has settings attends to its prefix, as in ``_Live``; the report is told too."""
+        report.index = placement.name
+        if report.settings.mode != "dense":
+            try:
+                settings, variant = report.settings.on(placement)
+            except ValueError as error:
+                report.refuse(error)
+            else:
+                report.budget = variant.budget
+                return settings, variant, None
+        return RequestSettings(), placement, ASKED_FOR
 
     def on(self, prefix: list[int]) -> set[str]:
         """The running requests whose prompts begin with these tokens, or are the start of them."""
@@ -265,45 +311,62 @@ class LiveRequests:
             self._count({}, counts.keys())
             return _NOTHING
         outcomes = {request_id: self._refused[request_id] for request_id in self._refused.keys() & counts.keys()}
-        ready, dense = defaultdict(list), []
+        self._variants.give_back((live.placement, live.settings) for live in self._live.values() if not live.never)
+        ready, dense = defaultdict(lambda: defaultdict(list)), []
         for request_id, live, computed in self._update(scheduled):
             placement = live.placement
             if placement.pinned and live.prefix_ends is not None and computed >= placement.covered:
                 self._pin(placement, live.prefix_blocks)
             waits = placement.slot is None or live.never is not None
             if live.prefix_ends is not None and computed >= live.ready_from and not waits:
-                ready[placement.slot].append((request_id, live, computed))
+                ready[placement][live.settings].append((request_id, live, computed))
                 continue
             dense.append((live, computed))
             if live.begins_with_prefix:
                 outcomes[request_id] = live.why_dense(computed)
 
-        blocks, stock, num_tokens, num_rows, suffixes = set(), set(), 0, 0, []
-        for slot, rows in ready.items():
-            placement = rows[0][1].placement
-            work = Work.of([counts[request_id] for request_id, _, _ in rows])
-            arm = self._choose(placement, work)
-            outcomes.update(dict.fromkeys((request_id for request_id, _, _ in rows), OUTCOMES[arm]))
-            ends = {end for prefix_ends in {live.prefix_ends for _, live, _ in rows} for end in prefix_ends}
-            if arm is Arm.STOCK:
-                stock |= {LiveBlock(STOCK_SLOT, *end) for end in ends}
-                dense += [(live, computed) for _, live, computed in rows]
-            else:
-                blocks |= {LiveBlock(slot, *end, arm is Arm.EXACT) for end in ends}
+        ends, own, num_tokens, num_rows, suffixes = set(), set(), 0, 0, []
+        for placement, settings, rows, most_rows in _grouped(ready):
+            request_ids = [request_id for request_id, _, _ in rows]
+            work = Work.of([counts[request_id] for request_id in request_ids])
+            slot, arm = self._attention(placement, settings, rows[0][1].variant, work)
+            outcomes.update(dict.fromkeys(request_ids, NO_ROOM if slot is None else OUTCOMES[arm]))
+            squeezed = slot is not None and arm is not Arm.STOCK
+            exact = squeezed and arm is Arm.EXACT
+            if most_rows:
+                prefix_ends = {end for ends_of_one in {live.prefix_ends for _, live, _ in rows} for end in ends_of_one}
+                ends |= {LiveBlock(slot if squeezed else STOCK_SLOT, *end, exact=exact) for end in prefix_ends}
+            elif squeezed:
+                for _, live, computed in rows:
+                    own |= set(live.own_blocks(slot, computed, placement.covered, exact))
+            if squeezed:
                 num_tokens += work.tokens
                 num_rows += len(rows)
                 longest = max(computed + counts[request_id] for request_id, _, computed in rows)
                 suffixes.append(longest - placement.covered)
+            else:
+                dense += [(live, computed) for _, live, computed in rows]
         self._count(outcomes, counts.keys())
-        if not blocks:
+        if not num_rows:
             return _NOTHING
 
-        shortest = min(block.context for block in blocks)
-        blocks |= stock
+        # not taken for rows on another prefix that they have computed too: a shorter one, while their own is being
+        # computed, or a longer one that an answer goes on with
+        shortest = min(block.length for block in ends | own if block.slot >= 0)
         for live, computed in dense:
             if computed >= shortest:
-                blocks |= set(self._dense_blocks(live, computed))
-        return Step(sorted(blocks), num_tokens, max(suffixes) if num_rows == len(counts) else None)
+                own |= set(live.own_blocks(DENSE_SLOT, computed, length=0))
+        longest_suffix = max(suffixes) if num_rows == len(counts) else None
+        return Step([*sorted(own), *sorted(ends)], num_tokens, longest_suffix, self._variants.in_use())
+
+    def _attention(
+        self, placement: Placement, settings: RequestSettings, variant: Placement, work: Work
+    ) -> tuple[int | None, Arm]:
+        """The slot of rows on a prefix with the same settings, None if there is none left, and how they attend to it."""
+        arm = Arm.SQUEEZED if settings.mode == "squeezed" else self._choose(variant, work)
+        if arm is Arm.STOCK or settings == RequestSettings():
+            return placement.slot, arm
+        return self._variants.take(placement, settings, variant.log_threshold), arm
 
     def _count(self, outcomes: dict[str, str], scheduled: KeysView[str]) -> None:
         """Counts what became of the scheduled requests' rows; those that have no outcome are on no index."""
@@ -332,13 +395,19 @@ class LiveRequests:
                 computed.append((request_id, live, cached.num_computed_tokens[row]))
         return computed
 
-    def _dense_blocks(self, live: _Live, computed: int) -> Iterable[LiveBlock]:
-        """Keeps a request from being taken for one on another indexed prefix that it has computed too.
 
-        That may be a shorter one, while it is still computing its own, or a longer one that its answer goes on with.
-        Of the rows that hold the block which it is about to fill, only its own has computed as many tokens.
-        """
-        for group in live.placement.prefix_lens:
-            index = computed // self._block_sizes[group]
-            for block in live.blocks[group][index : index + 1]:
-                yield LiveBlock(DENSE_SLOT, group, index, block, computed)
+_Rows = list[tuple[str, _Live, int]]
+"""Requests in a step: their ids, what is known of them, and the tokens that each has computed."""
+
+
+def _grouped(
+    ready: dict[Placement, dict[RequestSettings, _Rows]],
+) -> Iterator[tuple[Placement, RequestSettings, _Rows, bool]]:
+    """Rows by prefix and settings, and whether they are most of those on the prefix.
+
+    These are told by the prefix's last block, in one mark for all of them; others each by a block of its own.
+    """
+    for placement, groups in ready.items():
+        most = max(groups, key=lambda settings: len(groups[settings]))
+        for settings, rows in groups.items():
+            yield placement, settings, rows, settings is most

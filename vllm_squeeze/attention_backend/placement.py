@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from vllm_squeeze.attention_backend.compat import logger
 from vllm_squeeze.attention_backend.model_identity import model_identity
 from vllm_squeeze.config import AUTO
 from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, ReadCost, bytes_per_cluster
-from vllm_squeeze.prefix_index.calibration import log_threshold
+from vllm_squeeze.prefix_index.calibration import Curve, log_threshold
 from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
 from vllm_squeeze.prefix_index.manifest import InvalidIndex, Manifest
@@ -58,6 +58,7 @@ class Placement:
         log_threshold: of the choice of clusters, for the budget; infinite where attention is exact.
         cost: what reading the prefix costs.
         join: how query heads are joined in the choice, one of JOINS.
+        thresholds: of shares of kept keys, as in the manifest.
         slot: that the index has on the devices; None while it does not lie there.
         pinned: whether the prefix's KV is to stay once it is computed.
     """
@@ -69,6 +70,7 @@ class Placement:
     log_threshold: float
     cost: ReadCost
     join: str = "max"
+    thresholds: Curve = ()
     slot: int | None = None
     pinned: bool = False
 
@@ -81,6 +83,19 @@ class Placement:
     def covered(self) -> int:
         """Tokens of the prefix that a request must share."""
         return max(self.prefix_lens.values())
+
+    def at_budget(self, budget: float) -> "Placement":
+        """The same prefix, of an index with clusters, at another budget.
+
+        Raises:
+            ValueError: centroids and always attended tokens alone read more.
+        """
+        threshold = log_threshold(self.thresholds, self.cost.kept_share(budget))
+        return replace(self, budget=budget, log_threshold=threshold)
+
+    def attended_exactly(self) -> "Placement":
+        """The same prefix, where all of its keys are attended to."""
+        return replace(self, num_sinks=self.covered, budget=1.0, log_threshold=math.inf)
 
 
 class Admission:
@@ -225,15 +240,16 @@ def place(index: PrefixIndex, options: Options, block_sizes: dict[int, int]) -> 
         element_size=manifest.model.cache_element_size,
         rest=options.rest == "value_centroids",
     )
-    budget, threshold = 1.0, math.inf
-    if not exact:
-        budget = budget_of(index, options)
-        try:
-            threshold = threshold_of(manifest, cost, budget)
-        except ValueError as error:
-            raise InvalidIndex(f"{index.folder.name}: squeeze.{error}") from None
     join = "max" if manifest.exact else parameters.join
-    return Placement(index.folder.name, dict.fromkeys(block_sizes, covered), num_sinks, budget, threshold, cost, join)
+    lens = dict.fromkeys(block_sizes, covered)
+    placement = Placement(index.folder.name, lens, num_sinks, 1.0, math.inf, cost, join, manifest.thresholds)
+    if exact:
+        return placement
+    budget = budget_of(index, options)
+    try:
+        return placement.at_budget(budget)
+    except ValueError as error:
+        raise InvalidIndex(f"{index.folder.name}: squeeze.{error}") from None
 
 
 def budget_of(index: PrefixIndex, options: Options) -> float:
@@ -257,12 +273,3 @@ def budget_of(index: PrefixIndex, options: Options) -> float:
             f"KL of {most.kl:.3g}"
         )
     return budget
-
-
-def threshold_of(manifest: Manifest, cost: ReadCost, budget: float) -> float:
-    """The log threshold of the choice for a budget.
-
-    Raises:
-        ValueError: centroids and always attended tokens alone read more.
-    """
-    return log_threshold(manifest.thresholds, cost.kept_share(budget))

@@ -13,9 +13,9 @@ from vllm_squeeze.attention_backend.placement import (
     Placement,
     attends_exactly,
     local_kv_heads,
-    threshold_of,
 )
 from vllm_squeeze.attention_backend.room import Room, Span, settle
+from vllm_squeeze.attention_backend.variants import VariantSlot
 from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes
 from vllm_squeeze.prefix_index.budget import ReadCost
 from vllm_squeeze.prefix_index.index_folder import LayerClusters, PrefixIndex
@@ -26,7 +26,8 @@ class Residency:
     """The tables of the prefixes on this rank.
 
     Attributes:
-        prefixes: what the kernels read of all slots, which are empty until something is loaded into them.
+        prefixes: what the kernels read of all slots, which are empty until something is loaded into them. After those
+            of the prefixes come those of requests with settings of their own.
         room: that there is. What is taken of it is the scheduler's side to know, once it serves.
         active: placements of the prefixes whose rows may be squeezed, by slot.
         costs: what reading the prefix costs that lies in each slot, or lay there last: what was counted is told late.
@@ -40,12 +41,13 @@ class Residency:
         self.room = Room.of((index.manifest for index in self._indexes), options, vllm_config)
         self.active: dict[int, Placement] = {}
         self.costs: dict[int, ReadCost] = {}
-        self._loaded: dict[int, tuple[Manifest, Span]] = {}
+        self._spans: dict[int, Span] = {}
         self._exact: frozenset[int] = frozenset()
+        self._variants: tuple[VariantSlot, ...] = ()
         self._tables: dict[str, ClusterTable] = {}
         self._shared: Any = None
 
-        slots = self.room.num_slots
+        slots = self.room.num_slots + self.room.num_variants
         self.prefixes = Prefixes(
             slots=torch.zeros(slots, 4, dtype=torch.int32, device=self.device),
             log_threshold=torch.full((slots,), torch.inf, device=self.device),
@@ -96,7 +98,7 @@ class Residency:
                     # The scheduler's side has read the same files, and warned.
                     logger.info("squeeze: %s", error)
                 else:
-                    self.activate(index.manifest, placement, span)
+                    self.activate(placement, span)
         self._indexes = []
         return bool(settled) or self.options.watch > 0
 
@@ -120,10 +122,9 @@ class Residency:
                     return
                 self._load_layer(index, name, min(placement.prefix_lens.values()), span, table)
 
-    def activate(self, manifest: Manifest, placement: Placement, span: Span) -> None:
+    def activate(self, placement: Placement, span: Span) -> None:
         """Allows rows to attend to what was loaded. The device gets it in stream order."""
-        self.active[span.slot], self.costs[span.slot] = placement, placement.cost
-        self._loaded[span.slot] = manifest, span
+        self.active[span.slot], self._spans[span.slot] = placement, span
         self.prefixes.log_threshold[span.slot] = placement.log_threshold
         self._write_slots()
 
@@ -172,21 +173,29 @@ class Residency:
             ValueError: centroids and always attended tokens alone read more.
         """
         for slot, place in self.active.items():
-            self.prefixes.log_threshold[slot] = threshold_of(self._loaded[slot][0], place.cost, budget)
+            self.prefixes.log_threshold[slot] = place.at_budget(budget).log_threshold
 
-    def attend_exactly(self, slots: frozenset[int]) -> None:
-        """Says to which prefixes rows attend exactly from here on. The device gets it in stream order, without a wait.
+    def set_step(self, exact: frozenset[int], variants: tuple[VariantSlot, ...]) -> None:
+        """Says how rows attend from here on. The device gets it in stream order, without a wait.
 
-        Prefixes that were placed to be exact are so always.
+        Args:
+            exact: slots whose rows attend to all keys. Those of prefixes that were placed to be exact always do.
+            variants: how the slots beyond those of prefixes are set.
         """
-        if slots != self._exact:
-            self._exact = slots
-            self._write_slots()
+        if (exact, variants) == (self._exact, self._variants):
+            return
+        for variant in variants:
+            self.prefixes.log_threshold[variant.slot] = variant.log_threshold
+        self._exact, self._variants = exact, variants
+        self._write_slots()
 
     def _write_slots(self) -> None:
         facts = torch.zeros(self.prefixes.slots.shape, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        for slot, place in self.active.items():
-            _, span = self._loaded[slot]
+        prefixes = {slot: slot for slot in self.active}
+        prefixes |= {variant.slot: variant.prefix for variant in self._variants if variant.prefix in self.active}
+        for slot, prefix in prefixes.items():
+            place, span = self.active[prefix], self._spans[prefix]
+            self.costs[slot] = place.cost
             exact = place.exact or slot in self._exact
             count, num_always = (0, place.covered) if exact else (span.num_centroids, place.num_sinks)
             facts[slot] = torch.tensor([span.first_centroid, count, num_always, JOINS.index(place.join)])

@@ -21,6 +21,8 @@ from vllm_squeeze.prefix_index.manifest import IndexParameters, InvalidIndex, Ma
 
 WATCHED_SLOTS = 8
 """Prefixes that a server which watches folders has room for at a time, at the least."""
+VARIANT_SLOTS = 8
+"""Settings of requests, beside the server's own, that there is room for at a time: each takes a slot for a prefix."""
 MOST_CENTROIDS = 1.5 * IndexParameters.centroids
 """Per token of a prefix, in such a server: clusters that are too large were split."""
 
@@ -64,6 +66,8 @@ class Room:
         num_centroids, num_members: of a KV head in each layer's tables.
         longest_prefix: tokens of the longest prefix that our kernels take.
         most_centroids: of one prefix, at most.
+        num_variants: slots that follow those of prefixes, for requests with settings of their own; none where all
+            attention is exact.
         taken: by the indexes that lie there.
     """
 
@@ -72,6 +76,7 @@ class Room:
     num_members: int
     longest_prefix: int
     most_centroids: int
+    num_variants: int = 0
     taken: frozenset[Span] = frozenset()
 
     @classmethod
@@ -92,7 +97,13 @@ class Room:
             most, slots = min(math.ceil(longest * share), centroids), max(slots, WATCHED_SLOTS)
         elif (needed := sum(device_bytes(manifest, options, vllm_config) for manifest in manifests)) > limit:
             centroids, members = (math.ceil(count * limit / needed) for count in (centroids, members))
-        return cls(slots, centroids, members, longest, most)
+        variants = VARIANT_SLOTS if options.mode != "exact" and (options.watch or most) else 0
+        return cls(slots, centroids, members, longest, most, variants)
+
+    @property
+    def variant_slots(self) -> range:
+        """The slots that follow those of prefixes."""
+        return range(self.num_slots, self.num_slots + self.num_variants)
 
     def check(self, name: str, num_tokens: int, needs: Needs) -> None:
         """Raises InvalidIndex if there would be no room for an index even if it were the only one."""

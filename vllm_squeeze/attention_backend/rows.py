@@ -14,6 +14,7 @@ class RowGroup:
     Attributes:
         squeezing: whether layers have to squeeze rows now.
         alone: whether they do without vLLM's attention then, as all rows are squeezed.
+        crowded: whether rows are on more slots than there are for prefixes, as some have settings of their own.
         block_table, seq_lens, query_start_loc: as in vLLM's metadata, of the step built last.
         row_slot, prefix_len: [B] int32, the slot of each row's prefix, negative where it has none, and its tokens.
         worker: the rank's serving state that these rows belong to.
@@ -23,7 +24,7 @@ class RowGroup:
     _match_rows = staticmethod(match_rows_reference)
 
     def __init__(self, block_size: int, vllm_config: Any, residency: Any):
-        self.squeezing = self.alone = False
+        self.squeezing = self.alone = self.crowded = False
         self._block_size = block_size
         self._blocks_per_page = 1
         self._residency = residency
@@ -56,7 +57,7 @@ class RowGroup:
         """
         return False
 
-    def begin_step(self, live: list[LiveBlock], num_tokens: int, alone: bool = False) -> None:
+    def begin_step(self, live: list[LiveBlock], num_tokens: int, alone: bool = False, crowded: bool = False) -> None:
         """Matches the noted step's rows.
 
         Args:
@@ -64,8 +65,9 @@ class RowGroup:
             num_tokens: query tokens of squeezed rows. Should the scheduler ever have reckoned with fewer, the last
                 rows go dense: the kernels' work list is no longer than that.
             alone: whether layers do without vLLM's attention in this step.
+            crowded: whether the rows are on more slots than there are for prefixes.
         """
-        self.alone = alone
+        self.alone, self.crowded = alone, crowded
         if len(self.row_slot) != (num_rows := len(self.seq_lens)):
             self.row_slot, self.prefix_len = self._found[:, :num_rows]
         self._match_rows(
@@ -81,9 +83,11 @@ class RowGroup:
         self.squeezing = True
 
     def _on_device(self, live: list[LiveBlock]) -> torch.Tensor:
-        """Live blocks as ``match_rows`` takes them, [A, 4] int32. In most steps they are those of the step before."""
+        """Live blocks as ``match_rows`` takes them, [A, 6] int32. In most steps they are those of the step before."""
         pages = self._blocks_per_page
-        table = [(b.slot, (b.index + 1) * pages - 1, (b.block + 1) * pages - 1, b.context) for b in live]
+        table = [
+            (b.slot, (b.index + 1) * pages - 1, (b.block + 1) * pages - 1, b.context, b.most, b.length) for b in live
+        ]
         if table != self._live:
             on_host = torch.tensor(table, dtype=torch.int32, pin_memory=self._device.type == "cuda")
             self._live, self._live_on_device = table, on_host.to(self._device, non_blocking=True)
@@ -94,4 +98,4 @@ class RowGroup:
         raise NotImplementedError
 
     def end_step(self) -> None:
-        self.squeezing = self.alone = False
+        self.squeezing = self.alone = self.crowded = False

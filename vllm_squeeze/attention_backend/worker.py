@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,17 +34,30 @@ def worker_of(vllm_config: Any) -> "SqueezeWorker | None":
     return None
 
 
+class Kind(NamedTuple):
+    """Of a step with squeezed rows.
+
+    Attributes:
+        alone: whether it has no others, and our kernels attend to what follows their prefixes too.
+        crowded: whether they are on more slots than there are for prefixes, as some have settings of their own.
+    """
+
+    alone: bool = False
+    crowded: bool = False
+
+
 class SqueezeWorker:
     """Serving state of one engine on one rank.
 
     Attributes:
         squeezing: whether the current step has squeezed rows.
-        alone: whether it has no others, and our kernels attend to what follows their prefixes too.
+        kind: of the step, if it has.
         paused: whether vLLM's own attention serves all rows, whatever the scheduler's side says.
     """
 
     def __init__(self, vllm_config: Any, residency: Residency, kv_cache_config: Any, kv_caches: dict[str, Any]):
-        self.squeezing = self.alone = self.paused = False
+        self.squeezing = self.paused = False
+        self.kind = Kind()
         self._residency = residency
         serving = residency.load_all(kv_cache_config)
         self._loader = Loader(residency)
@@ -71,17 +84,20 @@ class SqueezeWorker:
 
     def expect(self, step: Step) -> None:
         """Takes note, as early as a step's metadata are known, of whether and how the step has squeezed rows."""
-        self.squeezing = self.alone = False
+        self.squeezing, self.kind = False, Kind()
         if not step.live:
             return
-        slots, active = {block.slot for block in step.live if block.slot >= 0}, self._residency.active.keys()
-        self.squeezing = bool(self._groups) and not self.paused and not slots.isdisjoint(active)
-        self.alone = (
+        slots, there = {block.slot for block in step.live if block.slot >= 0}, self._slots_there(step)
+        self.squeezing = bool(self._groups) and not self.paused and not slots.isdisjoint(there)
+        crowded = self.squeezing and len(slots) > self._residency.room.num_slots
+        alone = (
             self.squeezing
+            and not crowded
             and step.longest_suffix is not None
-            and slots <= active
+            and slots <= there
             and all(rows.can_be_alone(step.num_tokens, step.longest_suffix) for rows in self._groups.values())
         )
+        self.kind = Kind(alone, crowded)
 
     def begin_step(self, step: Step) -> None:
         """Matches the rows of a step that vLLM has built."""
@@ -89,22 +105,28 @@ class SqueezeWorker:
         if not self.squeezing:
             return
         self._counted.expect_change()
-        self._residency.attend_exactly(frozenset(block.slot for block in step.live if block.exact))
+        self._residency.set_step(frozenset(block.slot for block in step.live if block.exact), step.variants)
+        there = self._slots_there(step)
         for group, rows in self._groups.items():
-            live = [b for b in step.live if b.group == group and (b.slot < 0 or b.slot in self._residency.active)]
+            live = [b for b in step.live if b.group == group and (b.slot < 0 or b.slot in there)]
             if live:
-                rows.begin_step(live, step.num_tokens, self.alone)
+                rows.begin_step(live, step.num_tokens, *self.kind)
 
     def end_step(self) -> None:
-        self.squeezing = self.alone = False
+        self.squeezing, self.kind = False, Kind()
         for rows in self._groups.values():
             rows.end_step()
 
+    def kinds_of_steps(self) -> list[Kind]:
+        """Those that there may be."""
+        crowded = [Kind(crowded=True)] if self._residency.room.num_variants else []
+        return [Kind(), Kind(alone=True), *crowded]
+
     @contextmanager
-    def capturing(self, alone: bool) -> Iterator[None]:
-        """While CUDA graphs of squeezed steps are captured: of those whose rows are all squeezed, or of others."""
+    def capturing(self, kind: Kind) -> Iterator[None]:
+        """While CUDA graphs of squeezed steps of a kind are captured."""
         for rows in self._groups.values():
-            rows.begin_capture(alone)
+            rows.begin_capture(*kind)
         try:
             yield
         finally:
@@ -113,6 +135,11 @@ class SqueezeWorker:
     def end(self) -> None:
         """Stops loading indexes."""
         self._loader.end()
+
+    def _slots_there(self, step: Step) -> set[int]:
+        """The slots whose prefixes have been loaded."""
+        active = self._residency.active
+        return active.keys() | {variant.slot for variant in step.variants if variant.prefix in active}
 
     def take_report(self) -> LoadReport | None:
         """Which orders to load have been carried out since the last call, if any."""

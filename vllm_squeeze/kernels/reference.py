@@ -280,9 +280,9 @@ def match_rows_reference(
         block_table: [at least B, max blocks] int32.
         seq_lens: [B] int32, tokens of each row, this step's queries among them.
         query_start_loc: [at least B + 1] int32, the first token of each row.
-        live: [A, 4] int32, what is known of rows that hold a block: slot, place in the block table, block, and the
-            tokens that a row must have computed for this to hold of it; with DENSE_SLOT, so many and no more. Of
-            several that a row matches, the one with the most tokens wins, and of equals the first.
+        live: [A, 6] int32, what is known of rows that hold a block: slot, place in the block table, block, the tokens
+            that a row must have computed for this to hold of it, the most that it may have, and those of its prefix.
+            Of several that a row matches, the one which needs the most tokens wins, and of equals the first.
         num_tokens: query tokens of squeezed rows that there is room for. Rows beyond it go dense.
         row_slot: [B] int32, written: the slot of each row's prefix, or DENSE_SLOT.
         prefix_len: [B] int32, written: tokens of its prefix, 0 without one.
@@ -290,16 +290,14 @@ def match_rows_reference(
     num_rows, width = len(seq_lens), block_table.shape[1]
     counts = query_start_loc[: num_rows + 1].diff()
     context = (seq_lens - counts)[:, None]
-    slot, index, block, needed = live.unbind(1)
+    slot, index, block, needed, most, length = live.unbind(1)
     found = block_table[:num_rows, index.clamp(max=width - 1)] == block  # [B, A]
-    # Rows that hit the block which a dense row is filling in this very step have computed more than that row.
-    enough = torch.where(slot == DENSE_SLOT, context == needed, context >= needed)
-    found &= enough & (index < width)
-    length, best = torch.where(found, needed, -1).max(1)
-    squeezed = (length >= 0) & (slot[best] >= 0)
+    found &= (context >= needed) & (context <= most) & (index < width)
+    computed, best = torch.where(found, needed, -1).max(1)
+    squeezed = (computed >= 0) & (slot[best] >= 0)
     squeezed &= torch.where(squeezed, counts, 0).cumsum(0) <= num_tokens
     row_slot.copy_(torch.where(squeezed, slot[best], DENSE_SLOT))
-    prefix_len.copy_(torch.where(squeezed, length, 0))
+    prefix_len.copy_(torch.where(squeezed, length[best], 0))
 
 
 def skip_prefixes_reference(

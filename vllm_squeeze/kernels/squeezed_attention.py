@@ -115,7 +115,7 @@ def squeezed_attention(
     # launched ahead of time, while the kernel before still runs
     early = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0)
     launch = {"PDL": True, "launch_pdl": True} if early else {"PDL": False}
-    num_tiles = most_tiles(num_tokens, len(prefixes.slots), group)
+    num_tiles = most_tiles(num_tokens, queries.num_slots, group)
     splits = workspace.num_splits
     max_keys, max_centroids = workspace.list_places.shape[-1], workspace.logits.shape[-1]
     for first_tile in range(0, num_tiles, workspace.max_tiles):

@@ -172,6 +172,7 @@ class QueryTiles:
 
     Attributes:
         num_tokens: how many tokens there may be.
+        num_slots: of how many prefixes they may be.
         tiles: [most tiles, 8] int32, per tile: slot of the prefix or -1 where there is no tile, its number of tokens,
             a row of the block table that begins with the prefix, of the prefix what Prefixes.slots says, and how many
             keys of suffixes are listed.
@@ -185,6 +186,7 @@ class QueryTiles:
     """
 
     num_tokens: int
+    num_slots: int
     tiles: torch.Tensor
     tokens: torch.Tensor
     token_rows: torch.Tensor
@@ -209,6 +211,7 @@ class QueryTiles:
         suffixes = min(most, MAX_SUFFIX_TILES), MAX_SUFFIX_KEYS + MAX_BLOCK
         return cls(
             num_tokens=max_tokens,
+            num_slots=num_slots,
             tiles=tiles,
             tokens=full(most, MAX_TILE_TOKENS),
             token_rows=full(most, MAX_TILE_TOKENS),
@@ -218,9 +221,9 @@ class QueryTiles:
             suffix_bits=full(*suffixes),
         )
 
-    def first(self, num_tokens: int) -> "QueryTiles":
-        """The same, of a step whose tiles have no more than ``num_tokens`` tokens."""
-        return replace(self, num_tokens=num_tokens)
+    def first(self, num_tokens: int, num_slots: int) -> "QueryTiles":
+        """The same, of a step whose tiles have no more than ``num_tokens`` tokens, of ``num_slots`` prefixes."""
+        return replace(self, num_tokens=num_tokens, num_slots=num_slots)
 
     def clear(self) -> None:
         """Leaves no tiles."""
@@ -275,7 +278,7 @@ class QueryTiles:
             seq_lens: [B] integer, tokens of each row, this step's queries among them.
             query_start_loc, block_table, num_tokens, group, page_size: as in ``fill``.
         """
-        num_tiles = min(most_tiles(num_tokens, len(self.slot_rows), group), len(self.suffix_places))
+        num_tiles = min(most_tiles(num_tokens, self.num_slots, group), len(self.suffix_places))
         _list_suffixes_kernel[(num_tiles, tokens_per_tile(num_tokens, group))](
             self.tiles, self.tokens, self.token_rows, seq_lens, prefix_lens, query_start_loc, block_table,
             self.suffix_places, self.suffix_bits, block_table.stride(0), self.suffix_places.stride(0),
@@ -291,5 +294,5 @@ class QueryTiles:
             group: query heads per KV head.
         """
         rows_per_tile = min(num_tokens, tokens_per_tile(num_tokens, group))
-        num_tiles = most_tiles(num_tokens, len(self.slot_rows), group)
+        num_tiles = most_tiles(num_tokens, self.num_slots, group)
         return rows_per_tile * longest <= MAX_SUFFIX_KEYS and num_tiles <= MAX_SUFFIX_TILES
