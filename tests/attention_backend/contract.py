@@ -170,9 +170,10 @@ def check_scheduler_output() -> None:
     used = attributes(source_of("vllm.v1.request")["Request"])
     needed = {
         "request_id", "prompt_token_ids", "prompt_embeds", "lora_request", "cache_salt", "mm_features",
-        "kv_transfer_params", "num_tokens",
+        "kv_transfer_params", "num_tokens", "block_hashes", "_block_hasher",
     }  # fmt: skip
     assert needed <= used, needed - used
+    assert "hash_block_size" in attributes(source_of("vllm.v1.core.block_pool")["BlockPool"])
 
 
 def check_attention() -> None:

@@ -323,6 +323,24 @@ def test_settings_on_one_prefix(asking):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("dense_prefill", [True, False])
+def test_whose_blocks_are_kept_apart(dense_prefill):
+    """Those of requests that may be squeezed, from the first token on that may be."""
+    matcher, _ = make_matcher(PREFIXES, {1: SIZE})
+    told = []
+    requests = LiveRequests(
+        matcher, {1: SIZE}, dense_prefill=dense_prefill, keep_apart=lambda request, *how: told.append(how)
+    )
+    asked = [None, {}, {"mode": "dense"}, {"mode": "exact"}, {"budget": 2}, {"budget": 0.5}, {"mode": "squeezed"}]
+    for number, settings in enumerate(asked):
+        for tokens in (LONG + [1], LONG[:40], [1, 2, 3]):
+            params = {"squeeze": settings} if settings is not None else None
+            requests.add(make_request(f"{number}-{len(tokens)}", tokens, kv_transfer_params=params))
+    requests.add(make_request("salted", LONG + [1], cache_salt="salt"))
+    first = 101 if dense_prefill else 80
+    assert told == [(first, f"index {how}") for how in ("auto 1.0", "auto 1.0", "auto 0.5", "squeezed 1.0")]
+
+
 def test_settings_that_are_left_to_vllm(asking):
     """But not those that say always."""
     asking.arm = Arm.STOCK

@@ -5,6 +5,7 @@ Features are detected, never concluded from a version number.
 
 import functools
 from collections.abc import Callable
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -108,6 +109,48 @@ def before_reset(pool: Any, release: Callable[[], None]) -> None:
         return reset()
 
     pool.reset_prefix_cache = release_and_reset
+
+
+def salt_block_hashes(request: Any, pool: Any, first: int, salt: bytes) -> bool:
+    """Has only requests of the same salt find the blocks of a new request that hold tokens from ``first`` on.
+
+    Args:
+        request: vLLM's, whose prompt has been hashed.
+        pool: vLLM's block pool.
+        first: the first token that makes a block differ.
+        salt: up to 64 bytes.
+
+    Returns:
+        Whether this vLLM hashes blocks in a way we know.
+    """
+    size = getattr(pool, "hash_block_size", None)
+    if size is None or not all(hasattr(request, name) for name in ("block_hashes", "_block_hasher")):
+        return False
+    if (hasher := request._block_hasher) is None:
+        return True
+    plain = list(request.block_hashes)
+
+    def salted(hashes: list[bytes], start: int) -> list[bytes]:
+        return [
+            block_hash if index < first // size else blake2b(block_hash, key=salt, digest_size=len(block_hash)).digest()
+            for index, block_hash in enumerate(hashes, start)
+        ]
+
+    def hash_and_salt(request: Any) -> list[bytes]:
+        # vLLM chains hashes: without salt, so that they do not depend on which tokens came together
+        shown, start = request.block_hashes, len(request.block_hashes)
+        del plain[start:]
+        request.block_hashes = plain
+        try:
+            new = hasher(request)
+        finally:
+            request.block_hashes = shown
+        plain.extend(new)
+        return salted(new, start)
+
+    request.block_hashes[:] = salted(plain, 0)
+    request._block_hasher = hash_and_salt
+    return True
 
 
 def prepare_cuda_graphs() -> None:

@@ -1,6 +1,8 @@
 """The KV connector that serves indexes: it moves no KV, it tells the worker which rows begin with which prefix."""
 
+import os
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -80,18 +82,30 @@ class SqueezeConnector(PassiveConnector):
             dense_prefill = options.prefill == "dense"
             variants = Variants(self._catalogue.variant_slots)
             self._requests = LiveRequests(
-                self._catalogue.matcher, groups, choose, dense_prefill, self._pins.pin, variants
+                self._catalogue.matcher, groups, choose, dense_prefill, self._pins.pin, variants, self._keep_apart
             )
+            self._pool: Any = None
+            # other engines may squeeze in other ways, and share what connectors store
+            self._salt = os.urandom(16)
 
     # scheduler's side
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        self._pool = gpu_block_pool
         self._pins.bind(gpu_block_pool)
 
     def on_new_request(self, request: Any) -> None:
         placement = self._requests.add(request)
         if placement is not None:
             self._catalogue.want(placement)
+
+    def _keep_apart(self, request: Any, first: int, how: str) -> None:
+        salt = sha256(self._salt + how.encode()).digest()
+        if not compat.salt_block_hashes(request, self._pool, first, salt):
+            compat.logger.warning_once(
+                "squeeze: how this vLLM hashes blocks of the KV cache is not known here; prompts that repeat a squeezed "
+                "answer may read its keys, also those of exact and dense requests."
+            )
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         report = self._requests.remove(request.request_id)

@@ -221,6 +221,8 @@ class LiveRequests:
         dense_prefill: whether a prompt's tokens are dense where attention to the prefix would not be exact.
         pin: told, in each step of a row, of a computed prefix that is to stay in the KV cache, and asked for, its blocks.
         variants: the slots for settings of requests.
+        keep_apart: told of a request that may be squeezed, its first token that may be, and how: blocks of the KV cache
+            that hold such tokens are for requests that are squeezed alike.
 
     Attributes:
         running: the requests that have arrived and not ended, by id.
@@ -235,6 +237,7 @@ class LiveRequests:
         dense_prefill: bool = False,
         pin: Callable[[Placement, Callable[[], list[int]]], None] = lambda placement, block_ids: None,
         variants: Variants | None = None,
+        keep_apart: Callable[[Any, int, str], None] = lambda request, first, how: None,
     ):
         self.running: dict[str, Any] = {}
         self.rows: Counter[str] = Counter()
@@ -244,6 +247,7 @@ class LiveRequests:
         self._dense_prefill = dense_prefill
         self._pin = pin
         self._variants = variants or Variants()
+        self._keep_apart = keep_apart
         self._live: dict[str, _Live] = {}
         self._refused: dict[str, str] = {}
         self._reports: dict[str, RequestReport] = {}
@@ -267,7 +271,11 @@ class LiveRequests:
         self._live[request.request_id] = _Live(
             request, placement, settings, variant, reason == SQUEEZED, ready_from, never, self._block_sizes
         )
-        return placement if reason == SQUEEZED and never is None else None
+        if reason != SQUEEZED or never is not None:
+            return None
+        if not variant.exact:
+            self._keep_apart(request, ready_from, f"{placement.name} {settings.mode} {variant.budget}")
+        return placement
 
     def _as_asked(self, placement: Placement, report: RequestReport) -> tuple[RequestSettings, Placement, str | None]:
         """How a request that has settings attends to its prefix, as in ``_Live``; the report is told too."""
