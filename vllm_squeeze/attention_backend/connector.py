@@ -170,6 +170,9 @@ class SqueezeConnector(PassiveConnector):
         if self._requests.rows:
             stats.add_rows(self._requests.rows)
             self._requests.rows.clear()
+        if self._requests.misses.counts:
+            stats.add_misses(self._requests.misses.counts)
+            self._requests.misses.counts.clear()
         if self._catalogue.changed or self._pins.changed:
             stats.set_indexes(self._catalogue.states(), self._pins.num_blocks())
             stats.add_loads(*self._catalogue.take_loads())

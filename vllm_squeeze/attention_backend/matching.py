@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, KeysView
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from vllm_squeeze.attention_backend.misses import Misses
 from vllm_squeeze.attention_backend.placement import Placement
 from vllm_squeeze.attention_backend.policy import Arm, ChooseArm, Work, always_squeezed
 from vllm_squeeze.attention_backend.request_settings import RequestReport, RequestSettings
@@ -127,6 +128,28 @@ class PrefixMatcher:
             return placement, SQUEEZED
         return start_of, NO_INDEX
 
+    def nearest(self, tokens: list[int]) -> tuple[Placement, int] | None:
+        """Of the prefixes that begin with the same 16 tokens, that with which most agree, and how many; None without."""
+        alike = self._by_start.get(tuple(tokens[:_FIRST]), ())
+        agreed = [(_agreement(tokens, covered), placement) for placement, covered in alike]
+        if not agreed:
+            return None
+        most, placement = max(agreed, key=lambda found: found[0])
+        return placement, most
+
+
+def _agreement(tokens: list[int], others: list[int]) -> int:
+    """How many leading tokens are the same, of which the first 16 are."""
+    agreed, step, end = _FIRST, _FIRST, min(len(tokens), len(others))
+    while agreed < end and step:
+        step = min(step, end - agreed)
+        if tokens[agreed : agreed + step] == others[agreed : agreed + step]:
+            agreed += step
+            step *= 2
+        else:
+            step //= 2
+    return agreed
+
 
 def _begins_with(tokens: list[int], start: list[int]) -> bool:
     """Whether the first of at least as many tokens are ``start``, which is not empty."""
@@ -227,6 +250,7 @@ class LiveRequests:
     Attributes:
         running: the requests that have arrived and not ended, by id.
         rows: rows scheduled since they were last taken, by what became of them.
+        misses: requests whose prompts begin as a prefix does, but not with the whole of it.
     """
 
     def __init__(
@@ -241,6 +265,7 @@ class LiveRequests:
     ):
         self.running: dict[str, Any] = {}
         self.rows: Counter[str] = Counter()
+        self.misses = Misses()
         self._choose = choose
         self._matcher = matcher
         self._block_sizes = block_sizes
@@ -256,6 +281,8 @@ class LiveRequests:
         """Follows a request that has arrived; returns the placement of its prefix if that could be squeezed for it."""
         self.running[request.request_id] = request
         placement, reason = self._matcher.match(request)
+        if reason == NO_INDEX and (nearest := self._matcher.nearest(request.prompt_token_ids)) is not None:
+            self.misses.add(*nearest, len(request.prompt_token_ids))
         report = RequestReport.of(request.kv_transfer_params)
         if report is not None:
             self._reports[request.request_id] = report

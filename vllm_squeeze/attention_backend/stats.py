@@ -8,6 +8,7 @@ ROWS, BYTES_READ, BYTES_ALONE, BYTES_DENSE = "rows", "bytes_read", "bytes_alone"
 ON_DEVICES, LOADING, WAITING = "on the devices", "loading", "waiting"
 STATES = (ON_DEVICES, LOADING, WAITING)
 """What an index that is served may be."""
+MISSES = "misses"
 INDEXES, PINNED, LOADS, LOAD_SECONDS = "indexes", "pinned", "loads", "load_seconds"
 
 
@@ -23,6 +24,13 @@ class SqueezeStats(KVConnectorStats):
         counts = self.data.setdefault(ROWS, {})
         for reason, count in rows.items():
             counts[reason] = counts.get(reason, 0) + count
+
+    def add_misses(self, misses: dict[tuple[str, str], int]) -> None:
+        """Requests that missed an index, by its name and cause."""
+        counts = self.data.setdefault(MISSES, {})
+        for (index, cause), count in misses.items():
+            by_cause = counts.setdefault(index, {})
+            by_cause[cause] = by_cause.get(cause, 0) + count
 
     def add_bytes(self, read: float, alone: float, dense: float) -> None:
         for name, count in ((BYTES_READ, read), (BYTES_ALONE, alone), (BYTES_DENSE, dense)):
@@ -42,6 +50,9 @@ class SqueezeStats(KVConnectorStats):
 
     def aggregate(self, other: KVConnectorStats) -> "SqueezeStats":
         self.add_rows(other.data.get(ROWS, {}))
+        if MISSES in other.data:
+            by_index = other.data[MISSES].items()
+            self.add_misses({(index, cause): n for index, causes in by_index for cause, n in causes.items()})
         if other.data.get(BYTES_DENSE):
             self.add_bytes(*(other.data[name] for name in (BYTES_READ, BYTES_ALONE, BYTES_DENSE)))
         if INDEXES in other.data:
@@ -54,6 +65,8 @@ class SqueezeStats(KVConnectorStats):
         if self.data.get(BYTES_DENSE):
             summary["budget used"] = round(self.data[BYTES_ALONE] / self.data[BYTES_DENSE], 4)
             summary["bytes read"] = round(self.data[BYTES_READ] / self.data[BYTES_DENSE], 4)
+        if MISSES in self.data:
+            summary["requests that missed an index"] = sum(sum(n.values()) for n in self.data[MISSES].values())
         if INDEXES in self.data:
             summary["indexes on the devices"] = list(self.data[INDEXES].values()).count(ON_DEVICES)
         return summary
@@ -72,6 +85,11 @@ class SqueezePromMetrics(KVConnectorPromMetrics):
             name="vllm:squeeze_rows",
             documentation="Rows (requests in a step) by what became of them: squeezed, exact, or dense and why.",
             labelnames=[*labelnames, "outcome"],
+        )
+        self._misses = self._counter_cls(
+            name="vllm:squeeze_misses",
+            documentation="Requests that begin as a prefix does, but not with the whole of it: too short, or differs.",
+            labelnames=[*labelnames, "index", "cause"],
         )
         self._read = self._counter_cls(
             name="vllm:squeeze_prefix_bytes_read",
@@ -116,6 +134,9 @@ class SqueezePromMetrics(KVConnectorPromMetrics):
         labels = self._labels[engine_idx]
         for outcome, count in transfer_stats_data.get(ROWS, {}).items():
             self._rows.labels(*labels, outcome).inc(count)
+        for index, causes in transfer_stats_data.get(MISSES, {}).items():
+            for cause, count in causes.items():
+                self._misses.labels(*labels, index, cause).inc(count)
         if transfer_stats_data.get(BYTES_DENSE):
             self._read.labels(*labels).inc(transfer_stats_data[BYTES_READ])
             self._alone.labels(*labels).inc(transfer_stats_data[BYTES_ALONE])
