@@ -1,10 +1,12 @@
 """Other features of vLLM on an engine that squeezes: at a budget of 1, answers are those of vLLM's own backend."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -91,3 +93,34 @@ def test_a_prefix_that_another_connector_loads(models, indexes, dense_answers, t
             before = outcomes(llm)
             assert generate(llm, [prompt]) == [answer]
             assert grown(llm, before) == {"squeezed": 8}, "the prefix was computed again"
+
+
+TENSOR, PIPELINE = (
+    {"tensor_parallel_size": 2},
+    # vLLM's CPU build runs a pipeline only where it compiles the model.
+    {"pipeline_parallel_size": 2, "enforce_eager": False},
+)
+
+
+@pytest.mark.skipif("SQUEEZE_TEST_RANKS" not in os.environ, reason="takes minutes; SQUEEZE_TEST_RANKS=1 runs it")
+@pytest.mark.parametrize(
+    ("ranks", "budget"), [(TENSOR, 1.0), (TENSOR, 0.4), (PIPELINE, 1.0)], ids=["tensor", "tensor-0.4", "pipeline"]
+)
+def test_one_index_fits_two_ranks(models, indexes, dense_answers, monkeypatch, ranks, budget):
+    """Answers are those of one rank; below a budget of 1, where each rank must have the clusters of its own heads."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # vLLM would else want a NUMA node for each
+    model = models("llama")
+    index = indexes(model, PREFIX)
+    prompts = [PREFIX + tokens(seed, 20) for seed in range(4)]
+
+    def ask(**arguments: Any) -> list[tuple[int, ...]]:
+        with engine(model, index, budget, **arguments) as llm:
+            generate(llm, [PREFIX + [5]], num_tokens=1)
+            before = outcomes(llm)
+            answers = generate(llm, prompts)
+            assert grown(llm, before) == {"squeezed": 32}
+        return answers
+
+    expected = ask()
+    assert (expected == dense_answers(model, prompts)) == (budget == 1)
+    assert ask(**ranks) == expected
