@@ -4,10 +4,10 @@
 
 At a budget of 1 an answer has to be, token for token, that of vLLM's own backend, whatever became of its rows. In 16
 bits, where the same sums in another order give other last bits, it may first differ where the dense run's two best
-tokens are within --tie nats of each other; what follows there is not compared. The KV
-cache is too small for all requests at once, so that some are preempted; some are aborted. Indexes are added to the
-watched folder, replaced, cut short, removed and pinned. Prints what happened, and memory at the start and at the end.
-The exit code is 1 if any answer was another.
+tokens are within --tie nats of each other; what follows there is not compared. The KV cache is too small for all
+requests at once, so that some are preempted; some are aborted. Indexes are added to the watched folder, replaced, cut
+short, removed and pinned. Prints what happened, and memory at the start and at the end. The exit code is 1 if any answer
+was another.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from vllm_squeeze.cli import add_engine_args
+from vllm_squeeze.offline_tools.fidelity import first_difference
 from vllm_squeeze.offline_tools.store import add_to_store, pin_in_store, remove_from_store
 from vllm_squeeze.prefix_index.index_folder import IndexWriter, PrefixIndex, find_indexes, holds_index, layer_file
 
@@ -184,7 +185,7 @@ class Soak:
     def _compare(self, number: int, answer: list[int]) -> None:
         self.counts["answered"] += 1
         dense = self._answers[number]
-        differs = next((i for i, (ours, theirs) in enumerate(zip(answer, dense.tokens)) if ours != theirs), None)
+        differs = first_difference(dense.tokens, answer)
         if differs is None:
             return
         if dense.leads[differs] < self._tie:

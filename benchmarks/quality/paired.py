@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vllm_squeeze.offline_tools.fidelity import first_difference
+
 LEVEL = 0.95
 RESAMPLES = 10_000
 
@@ -76,6 +78,5 @@ def interval(values: np.ndarray, seed: int) -> tuple[float, float]:
 
 def share_before_difference(dense: Sequence[int], other: Sequence[int]) -> float:
     """Tokens before the first that differs, as a share of the longer answer; 1 if there is none."""
-    longer = max(len(dense), len(other))
-    first = next((i for i, pair in enumerate(zip(dense, other)) if pair[0] != pair[1]), min(len(dense), len(other)))
-    return first / longer if longer else 1.0
+    first = first_difference(dense, other)
+    return 1.0 if first is None else first / max(len(dense), len(other))

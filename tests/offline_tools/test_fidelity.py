@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vllm_squeeze.offline_tools.fidelity import divergence, mean_and_error
+from vllm_squeeze.offline_tools.fidelity import divergence, first_difference, mean_and_error
 
 
 def test_divergence_of_known_distributions():

@@ -184,7 +184,7 @@ class Residency:
         """
         if (exact, variants) == (self._exact, self._variants):
             return
-        for variant in variants:
+        for variant in set(variants).difference(self._variants):
             self.prefixes.log_threshold[variant.slot] = variant.log_threshold
         self._exact, self._variants = exact, variants
         self._write_slots()

@@ -1,4 +1,4 @@
-"""How far next-token distributions are from dense ones on the same text."""
+"""How far answers are from dense ones, and next-token distributions on the same text."""
 
 import math
 from collections.abc import Sequence
@@ -32,3 +32,11 @@ def mean_and_error(values: Sequence[Sequence[float]]) -> tuple[float, float]:
         return mean, math.nan
     squares = sum((sum(one) - mean * len(one)) ** 2 for one in values)
     return mean, math.sqrt(squares * len(values) / (len(values) - 1)) / count
+
+
+def first_difference(dense: Sequence[int], ours: Sequence[int]) -> int | None:
+    """Tokens before the first that differs; None if there is none."""
+    if list(dense) == list(ours):
+        return None
+    differing = (i for i, pair in enumerate(zip(dense, ours)) if pair[0] != pair[1])
+    return next(differing, min(len(dense), len(ours)))

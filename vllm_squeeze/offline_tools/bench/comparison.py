@@ -9,6 +9,7 @@ from typing import Any
 from vllm_squeeze.attention_backend.matching import EXACT as EXACT_ROWS
 from vllm_squeeze.attention_backend.matching import FASTER, PREFILL, SQUEEZED
 from vllm_squeeze.offline_tools.bench.plan import AGREEMENT, DENSE, Plan
+from vllm_squeeze.offline_tools.fidelity import first_difference
 
 TIMES = {"ttft_ms": "time to first token, ms", "tpot_ms": "time between tokens, ms"}
 RATE = {"tokens_per_s": "tokens per second"}
@@ -171,11 +172,3 @@ def agreement(answers: Sequence[Sequence[dict[str, Any]]], distance: dict[str, f
     first = [first_difference(*(answer["tokens"] for answer in pair)) for pair in zip(*answers, strict=True)]
     measured = {name: distance[name] for name in ("kl", "kl_error", "same_top")} if distance else {}
     return Agreement(first.count(None), first, **measured, complete=distance is not None)
-
-
-def first_difference(dense: Sequence[int], ours: Sequence[int]) -> int | None:
-    """Tokens before the first that differs; None if there is none."""
-    if list(dense) == list(ours):
-        return None
-    differing = (i for i, pair in enumerate(zip(dense, ours)) if pair[0] != pair[1])
-    return next(differing, min(len(dense), len(ours)))
