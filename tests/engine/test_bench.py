@@ -14,10 +14,9 @@ from tests.offline_tools.test_report import Page
 from vllm_squeeze.cli import main
 from vllm_squeeze.offline_tools.bench import part as process
 from vllm_squeeze.offline_tools.bench.command import as_lines, bench
-from vllm_squeeze.offline_tools.bench.comparison import compare, first_difference, wrong_rows
+from vllm_squeeze.offline_tools.bench.comparison import compare, wrong_rows
 from vllm_squeeze.offline_tools.bench.part import run_part
 from vllm_squeeze.offline_tools.bench.plan import AGREEMENT, DENSE, EXACT, Asked, make_plan
-from vllm_squeeze.offline_tools.fidelity import mean_and_error
 
 PREFIX = tokens(seed=1, count=1000)
 QUESTIONS = [tokens(seed, count=5 + seed) for seed in range(4)]
@@ -137,13 +136,6 @@ def test_rows_that_were_not_squeezed():
     assert "NOTHING WAS SQUEEZED (rows: none was counted)" in wrong_rows({})[0]
     assert "--mode squeezed" in wrong_rows({"dense: faster": 3})[0]
     assert "some rows were dense: no index" in wrong_rows({"squeezed": 5, "dense: no index": 1})[0]
-
-
-def test_first_difference():
-    assert first_difference([1, 2], [1, 2]) is None
-    assert first_difference([1, 2, 3], [1, 5, 3]) == 1
-    assert first_difference([1, 2, 3], [1, 2]) == 2
-    assert mean_and_error([[1.0, 2.0], [3.0]])[0] == 2
 
 
 def test_a_process_that_fails_says_why(plan, tmp_path, monkeypatch):

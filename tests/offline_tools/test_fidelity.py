@@ -30,4 +30,11 @@ def test_the_error_is_that_of_a_mean_where_answers_are_equally_long():
 
 def test_longer_answers_weigh_more():
     assert mean_and_error([[1, 1, 1], [5]])[0] == 2
+    assert mean_and_error([[1.0, 2.0], [3.0]])[0] == 2
     assert math.isnan(mean_and_error([[1, 2]])[1])
+
+
+def test_first_difference():
+    assert first_difference([1, 2], [1, 2]) is None
+    assert first_difference([1, 2, 3], [1, 5, 3]) == 1
+    assert first_difference([1, 2, 3], [1, 2]) == 2
