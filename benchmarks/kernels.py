@@ -77,7 +77,8 @@ def make_layer(shape: Shape, kept: float, likeness: float, beside: bool) -> Laye
     """
     import torch
 
-    from vllm_squeeze.kernels.tables import ClusterTable, Prefixes, quantised, unquantised
+    from vllm_squeeze.kernels.reference import log_mass
+    from vllm_squeeze.kernels.tables import ClusterTable, Prefixes, group_means, quantised, unquantised
 
     heads, group, size, page = shape.kv_heads, shape.group, shape.head_size, shape.page_size
     device, dtype = "cuda", torch.bfloat16
@@ -105,14 +106,15 @@ def make_layer(shape: Shape, kept: float, likeness: float, beside: bool) -> Laye
         starts=starts,
         sizes=sizes,
         members=torch.stack([torch.randperm(num_members, device=device) for _ in range(heads)]).int() + NUM_SINKS,
+        **dict(zip(("group_centroids", "group_scales", "group_sizes"), group_means(means[0], sizes))),
     )
     common, own = torch.randn(2, shape.batch, heads * group, size, device=device)
     query = (common[:1] * likeness**0.5 + own * (1 - likeness) ** 0.5).to(dtype)
-    log_p, as_read = [], unquantised(centroids, centroid_scales)
+    log_p = []
     for row in query[:4]:
-        scores = row.float().view(heads, group, size) @ as_read.mT * size**-0.5
-        mass = (scores + sizes.log()[:, None]).logsumexp(-1, keepdim=True)
-        log_p.append((scores - mass).amax(1))
+        as_read = unquantised(centroids, centroid_scales), unquantised(table.group_centroids, table.group_scales)
+        scores, groups = (row.float().view(heads, group, size) @ keys.mT * size**-0.5 for keys in as_read)
+        log_p.append((scores - log_mass(groups, table.group_sizes)).amax(1))
     prefixes = Prefixes(
         slots=torch.tensor([[0, num_centroids, NUM_SINKS, 0]], dtype=torch.int32, device=device),
         log_threshold=threshold(torch.stack(log_p), kept).view(1),

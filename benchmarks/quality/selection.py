@@ -24,6 +24,7 @@ Options follow a plus: ``ours+mean+drop``.
     plain              without weights
     wide               centroids in 16 bits, not in 8
     tile               one choice for all tokens of a tile of the kernels
+    each               probabilities held against what all clusters attract, not what groups of them do
 
 R counts query tokens, H KV heads, G query heads of each, D the head size, T tokens of the prefix, of which K are in
 units, U units.
@@ -34,8 +35,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vllm_squeeze.kernels.reference import capped, joined, raises, softmax_weighted
-from vllm_squeeze.kernels.tables import MOST_RAISE, ClusterTable, unquantised
+from vllm_squeeze.kernels.reference import capped, joined, log_mass, raises, softmax_weighted
+from vllm_squeeze.kernels.tables import MOST_RAISE, ClusterTable, group_means, unquantised
 from vllm_squeeze.kernels.tiles import tokens_per_tile
 from vllm_squeeze.prefix_index.budget import (
     BYTES_PER_MEMBER,
@@ -43,6 +44,7 @@ from vllm_squeeze.prefix_index.budget import (
     BYTES_PER_VARIANCE,
     BYTES_PER_WEIGHT,
     ReadCost,
+    bytes_of_groups,
 )
 
 PAGE = 16
@@ -62,6 +64,12 @@ class Arm:
     plain: bool = False
     wide: bool = False
     tile: bool = False
+    each: bool = False
+
+    @property
+    def grouped(self) -> bool:
+        """Whether probabilities are held against what groups of clusters attract."""
+        return self.units == "clusters" and self.join == "max" and self.spread != "variance" and not self.each
 
 
 RULES = {
@@ -83,6 +91,7 @@ OPTIONS = {
     "plain": {"plain": True},
     "wide": {"wide": True},
     "tile": {"tile": True},
+    "each": {"each": True},
 }
 
 
@@ -144,6 +153,8 @@ def cost_of(arm: Arm, cost: ReadCost) -> Cost:
         if arm.wide:
             more += (cost.head_size - BYTES_PER_SCALE) * (2 if arm.rest else 1)
         fixed, per_key = replace(cost, rest=arm.rest).fixed_bytes + cost.num_centroids * more, cost.bytes_per_key
+        if not arm.grouped:
+            fixed -= bytes_of_groups(cost.num_centroids, cost.head_size)
     else:
         fixed = replace(cost, num_centroids=0).fixed_bytes
         per_key = cost.bytes_per_key - BYTES_PER_MEMBER
@@ -183,6 +194,7 @@ class Units:
         values: [H, U, D] float32, its mean value; None where what is not chosen contributes nothing.
         variances: [H, U] float32, as in ``ClusterTable``; None where the arm needs none.
         log_weights: [H, U] float32, log of what probabilities are multiplied by; None for 1.
+        groups, group_sizes: mean keys and numbers of keys of groups of clusters, as in ``ClusterTable``.
     """
 
     of_key: torch.Tensor
@@ -192,6 +204,8 @@ class Units:
     values: torch.Tensor | None = None
     variances: torch.Tensor | None = None
     log_weights: torch.Tensor | None = None
+    groups: torch.Tensor | None = None
+    group_sizes: torch.Tensor | None = None
 
 
 def units_of(arm: Arm, prefix: Prefix) -> Units:
@@ -214,7 +228,9 @@ def units_of(arm: Arm, prefix: Prefix) -> Units:
             means = unquantised(table.value_centroids, table.value_scales)
         variances = table.variances if arm.spread else None
         log_weights = None if arm.plain else table.log_weights
-        return Units(of_key, sizes, centroids, centroids, means if arm.rest else None, variances, log_weights)
+        *groups, group_sizes = group_means(centroids, table.sizes)
+        of_units = centroids, centroids, means if arm.rest else None, variances, log_weights
+        return Units(of_key, sizes, *of_units, unquantised(*groups), group_sizes)
     of_key = torch.arange(count, device=keys.device).expand(heads, -1)
     if arm.units == "keys":
         return Units(of_key, torch.ones_like(keys[..., 0]), keys, keys, values if arm.rest else None)
@@ -276,7 +292,10 @@ def rank(
         raised = raises(query, units.variances, prefix.scale, math.inf if arm.spread == "variance" else MOST_RAISE)
     if arm.spread == "variance":
         scores, raised = scores + raised, 0.0
-    mass = (scores + units.sizes.log()[:, None]).logsumexp(-1, keepdim=True)
+    mass = log_mass(scores, units.sizes)
+    if arm.grouped:
+        products = torch.einsum("rhgd,hud->rhgu", query, units.groups)
+        mass = log_mass(capped(products * prefix.scale, prefix.soft_cap), units.group_sizes)
     log_p = joined((scores - mass + raised).masked_fill((units.sizes == 0)[:, None], -torch.inf), arm.join)
     if units.log_weights is not None:
         log_p = log_p + units.log_weights[None]

@@ -98,9 +98,9 @@ def test_alone_it_has_empty_tables_of_every_layer(exact, reside):
 def test_beside_clusters_it_has_none(exact, clustered, reside):
     residency = reside(clustered, exact, clustered)
     for name in LAYER_NAMES:
-        assert residency.make_table(name, NUM_HEADS, HEAD_SIZE).centroids.shape[1] == 2 * 7
+        assert residency.make_table(name, NUM_HEADS, HEAD_SIZE).centroids.shape[1] == 2 * 8
     residency.load_all(kv_cache(8))
-    assert residency.prefixes.slots[:3].tolist() == [[0, 7, 4, 0], [0, 0, 40, 0], [7, 7, 4, 0]]
+    assert residency.prefixes.slots[:3].tolist() == [[0, 8, 4, 0], [0, 0, 40, 0], [8, 8, 4, 0]]
     assert not residency.prefixes.slots[3:].any() and len(residency.prefixes.slots) == 3 + VARIANT_SLOTS
 
 
@@ -109,7 +109,7 @@ def test_a_clustered_prefix_is_attended_to_exactly_for_a_while(exact, clustered,
     residency.make_table(LAYER_NAMES[0], NUM_HEADS, HEAD_SIZE)
     residency.load_all(kv_cache(8))
     residency.drop(2)
-    choosing = [[0, 7, 4, 0], [0, 0, 40, 0], [0, 0, 0, 0]]
+    choosing = [[0, 8, 4, 0], [0, 0, 40, 0], [0, 0, 0, 0]]
     exactly = [[0, 0, 40, 0], [0, 0, 40, 0], [0, 0, 0, 0]]
     for slots, written in (({0}, exactly), ({0, 1, 2}, exactly), ({1}, choosing), ({0}, exactly), (set(), choosing)):
         residency.set_step(frozenset(slots), ())
@@ -124,14 +124,14 @@ def test_slots_for_settings_of_requests(exact, clustered, reside):
     first, third = VariantSlot(3, 0, -5.0), VariantSlot(5, 2, -math.inf)
     nothing = [0, 0, 0, 0]
     residency.set_step(frozenset({5}), (first, third))
-    assert residency.prefixes.slots[3:6].tolist() == [[0, 7, 4, 0], nothing, [7, 0, 40, 0]]
+    assert residency.prefixes.slots[3:6].tolist() == [[0, 8, 4, 0], nothing, [8, 0, 40, 0]]
     assert residency.prefixes.log_threshold[[3, 5]].tolist() == [-5.0, -math.inf]
     assert residency.costs[5] is residency.active[2].cost
     residency.set_step(frozenset(), (first._replace(prefix=2, log_threshold=-6.0), third))
-    assert residency.prefixes.slots[3:6].tolist() == [[7, 7, 4, 0], nothing, [7, 7, 4, 0]]
+    assert residency.prefixes.slots[3:6].tolist() == [[8, 8, 4, 0], nothing, [8, 8, 4, 0]]
     assert residency.prefixes.log_threshold[3] == -6.0 and residency.costs[3] is residency.active[2].cost
     residency.drop(2)
-    assert residency.prefixes.slots.tolist() == [[0, 7, 4, 0], [0, 0, 40, 0], *[nothing] * (1 + VARIANT_SLOTS)]
+    assert residency.prefixes.slots.tolist() == [[0, 8, 4, 0], [0, 0, 40, 0], *[nothing] * (1 + VARIANT_SLOTS)]
 
 
 def test_clusters_are_not_loaded_where_all_attention_is_exact(clustered, reside):

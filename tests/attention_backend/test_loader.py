@@ -59,7 +59,7 @@ def test_an_index_is_loaded_and_dropped(residency, order):
     loader.follow(order)
     assert residency.active == {}, "before anyone asked whether it is there"
     assert report(loader).loaded == {1: 1}
-    assert residency.active == {0: order.placement} and residency.prefixes.slots[0, 1] == 7
+    assert residency.active == {0: order.placement} and residency.prefixes.slots[0, 1] == 8
     assert loader.take_report() is None
     loader.follow(Drop(0))
     assert residency.active == {} and not residency.prefixes.slots.any()
@@ -90,11 +90,12 @@ def test_what_cannot_be_loaded_is_told(residency, order, changes, reason):
 def test_a_place_is_used_again(residency, order, tmp_path):
     """A smaller index after a larger one leaves nothing of that to choose."""
     loader = Loader(residency)
-    loader.follow(order._replace(span=order.span._replace(num_centroids=9)))
+    loader.follow(order._replace(span=order.span._replace(num_centroids=12)))
     assert report(loader).loaded == {1: 1}
     for name in LAYER_NAMES:
         table = residency._tables[name]
-        assert table.sizes[:, 7:9].sum() == 0 and (table.starts[:, 1:9] >= table.starts[:, :8]).all()
+        assert table.sizes[:, 7:12].sum() == 0 and (table.starts[:, 1:12] >= table.starts[:, :11]).all()
+        assert table.group_sizes[:, 2:].sum() == 0 and table.group_sizes[:, :2].all()
 
 
 def test_nothing_is_begun_after_the_end(residency, order, monkeypatch):

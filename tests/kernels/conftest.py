@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from vllm_squeeze.kernels.reference import attend_causal
-from vllm_squeeze.kernels.tables import JOINS, MOST_RAISE, ClusterTable, Prefixes, quantised, unquantised
+from vllm_squeeze.kernels.tables import (
+    JOINS,
+    MOST_RAISE,
+    NEIGHBOURS,
+    ClusterTable,
+    Prefixes,
+    group_means,
+    quantised,
+    unquantised,
+)
 from vllm_squeeze.kernels.tiles import QueryTiles
 
 ON_GPU = torch.cuda.is_available()
@@ -87,8 +96,12 @@ class Scene:
         table = self.table.prefix(first, count)
         query = self.query[token].view(self.num_kv_heads, self.group, -1).double()
         scores = query @ unquantised(table.centroids, table.centroid_scales).double().mT * self.scale
-        mass = (table.sizes[:, None] * scores.exp()).sum(-1, keepdim=True).log()
-        log_p = scores - mass
+        if JOINS[join] == "mean":
+            mass = (table.sizes[:, None] * scores.exp()).sum(-1, keepdim=True)
+        else:
+            groups = query @ unquantised(table.group_centroids, table.group_scales).double().mT * self.scale
+            mass = (table.group_sizes[:, None] * groups.exp()).sum(-1, keepdim=True)
+        log_p = scores - mass.log()
         if raised:
             squares = (query * self.scale).square().sum(-1, keepdim=True)
             log_p += (squares * table.variances[:, None].double() / 2).clamp(max=MOST_RAISE)
@@ -243,15 +256,17 @@ def build_scene(
         stored_rows = torch.cat([stored(prefix_keys, key_scale), stored(prefix_values, value_scale)], -1)
         prefix_keys, prefix_values = stored_rows.split(head_size, -1)
         prefix_keys, prefix_values = prefix_keys * key_scale, prefix_values * value_scale
+        # three clusters at least that belong to nobody, before the next prefix, which begins with a group
+        others = 3 + (-len(count) - 3) % NEIGHBOURS
         for source, means in ((prefix_keys, centroids), (prefix_values, value_centroids)):
             in_order = torch.stack([source[head, head_members[head]] for head in range(num_kv_heads)])
             total = torch.zeros_like(centres).index_add_(1, cluster_of, in_order)
-            means += [total / count.clamp(min=1)[:, None], torch.full((num_kv_heads, 3, head_size), torch.nan)]
+            means += [total / count.clamp(min=1)[:, None], torch.full((num_kv_heads, others, head_size), torch.nan)]
         first = sum(len(part) for part in all_sizes)
         slots.append((first, len(prefix_sizes), num_sinks, JOINS.index(join)))
-        # three clusters and two members that belong to nobody, before the next prefix
-        starts += [num_members + count.cumsum(0) - count, torch.full((3,), num_members + int(count.sum()))]
-        all_sizes += [count, torch.full((3,), 2)]
+        starts += [num_members + count.cumsum(0) - count, torch.full((others,), num_members + int(count.sum()))]
+        all_sizes += [count, torch.full((others,), 2)]
+        # and two members
         members += [torch.stack(head_members), torch.full((num_kv_heads, 2), 10**6)]
         num_members += int(count.sum()) + 2
         keys.append(prefix_keys)
@@ -285,6 +300,13 @@ def build_scene(
     scales = {"key_scale": key_scale, "value_scale": value_scale} if cache_dtype else {}
     wide_query = torch.full((num_tokens, num_heads, head_size + 8), torch.nan)
     wide_query[..., :head_size] = query
+    groups = []
+    for of_prefix, others, count in zip(centroids[::2], centroids[1::2], all_sizes[::2], strict=True):
+        of_prefix, *facts = group_means(of_prefix, count.expand(num_kv_heads, -1))
+        left = (len(count) + others.shape[1]) // NEIGHBOURS - of_prefix.shape[1]  # that belong to nobody
+        traps = (torch.nn.functional.pad(fact, (0, left), value=trap) for fact, trap in zip(facts, (torch.nan, 2)))
+        groups.append((torch.nn.functional.pad(of_prefix, (0, 0, 0, left)), *traps))
+    group_centroids, group_scales, group_sizes = (torch.cat(parts, 1).to(device) for parts in zip(*groups))
     of_keys, of_values = (quantised(torch.cat(means, 1).to(device)) for means in (centroids, value_centroids))
     table = ClusterTable(
         centroids=of_keys[0],
@@ -297,6 +319,9 @@ def build_scene(
         starts=starts_per_head.to(device),
         sizes=sizes_per_head.to(device),
         members=torch.cat(members, 1).int().to(device),
+        group_centroids=group_centroids,
+        group_scales=group_scales,
+        group_sizes=group_sizes,
     )
     prefixes = Prefixes(
         slots=torch.tensor(slots, dtype=torch.int32, device=device),

@@ -44,7 +44,7 @@ from small_quality import make_quality
 
 import vllm_squeeze
 from vllm_squeeze.kernels.reference import attend_prefix
-from vllm_squeeze.kernels.tables import ClusterTable
+from vllm_squeeze.kernels.tables import ClusterTable, group_means, unquantised
 from vllm_squeeze.offline_tools.inspect import inspect, inspect_index
 from vllm_squeeze.prefix_index.calibration import log_threshold
 from vllm_squeeze.prefix_index.index_folder import (
@@ -546,8 +546,9 @@ def assert_attention_is_finite(clusters: LayerClusters, num_sinks: int) -> None:
     keys = torch.randn(NUM_TOKENS, HEAD_SIZE, generator=torch.Generator().manual_seed(0))
     starts = clusters.sizes.cumsum(1, dtype=torch.int32) - clusters.sizes
     facts = (clusters.log_weights, clusters.variances, starts, clusters.sizes, clusters.members)
+    groups = group_means(unquantised(clusters.centroids, clusters.centroid_scales), clusters.sizes)
     table = ClusterTable(
-        clusters.centroids, clusters.centroid_scales, clusters.value_centroids, clusters.value_scales, *facts
+        clusters.centroids, clusters.centroid_scales, clusters.value_centroids, clusters.value_scales, *facts, *groups
     )
     query = torch.tensor([1.0, -60000.0])[:, None, None, None].expand(2, NUM_HEADS, 1, HEAD_SIZE)
     for threshold in (-math.inf, -5.0, math.inf):

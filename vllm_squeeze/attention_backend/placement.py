@@ -10,7 +10,8 @@ from typing import Any
 from vllm_squeeze.attention_backend.compat import logger
 from vllm_squeeze.attention_backend.model_identity import model_identity
 from vllm_squeeze.config import AUTO
-from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, ReadCost, bytes_per_cluster
+from vllm_squeeze.kernels.tables import NEIGHBOURS
+from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, ReadCost, bytes_of_groups, bytes_per_cluster
 from vllm_squeeze.prefix_index.calibration import Curve, log_threshold
 from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
@@ -170,8 +171,13 @@ def attends_exactly(manifest: Manifest, options: Options) -> bool:
 
 
 def num_centroids(manifest: Manifest) -> int:
-    """Clusters that a head has room for, in any layer; none in an exact index."""
+    """Clusters of a head, the most of any layer; none in an exact index."""
     return max((layer.num_centroids for layer in manifest.layers), default=0)
+
+
+def num_rows(manifest: Manifest) -> int:
+    """Rows of a table that the clusters of a head have room in: whole groups."""
+    return -(-num_centroids(manifest) // NEIGHBOURS) * NEIGHBOURS
 
 
 def device_bytes(manifest: Manifest, options: Options, vllm_config: Any) -> int:
@@ -179,7 +185,8 @@ def device_bytes(manifest: Manifest, options: Options, vllm_config: Any) -> int:
     if attends_exactly(manifest, options):
         return 0
     heads = local_kv_heads(manifest, vllm_config.parallel_config.tensor_parallel_size)
-    clusters = num_centroids(manifest) * bytes_per_cluster(manifest.model.head_size, rest=True)
+    count, head_size = num_rows(manifest), manifest.model.head_size
+    clusters = count * bytes_per_cluster(head_size, rest=True) + bytes_of_groups(count, head_size)
     return len(manifest.layers) * heads * (clusters + manifest.num_members * BYTES_PER_MEMBER)
 
 
@@ -187,7 +194,9 @@ def token_bytes(centroids: float, vllm_config: Any) -> float:
     """Bytes that a token of a prefix takes on one rank's device, of an index with so many centroids for each."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     layers = math.ceil(model.hf_text_config.num_hidden_layers / parallel.pipeline_parallel_size)
-    of_head = centroids * bytes_per_cluster(model.get_head_size(), rest=True) + BYTES_PER_MEMBER
+    of_cluster = bytes_per_cluster(model.get_head_size(), rest=True)
+    of_group = bytes_of_groups(NEIGHBOURS, model.get_head_size())
+    of_head = centroids * (of_cluster + of_group / NEIGHBOURS) + BYTES_PER_MEMBER
     return layers * model.get_num_kv_heads(parallel) * of_head
 
 

@@ -30,6 +30,7 @@ from vllm_squeeze.prefix_index.clustering import Clusters, cluster_keys, mean_co
 from vllm_squeeze.prefix_index.extension import known_labels
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
 from vllm_squeeze.prefix_index.manifest import IndexParameters
+from vllm_squeeze.prefix_index.neighbours import in_groups
 from vllm_squeeze.prefix_index.stored_clusters import stored
 
 # Bytes of keys and values clustered at once: several layers of a small model, one of a large one.
@@ -325,7 +326,7 @@ class SqueezeRecorder(PassiveConnector):
     ) -> Iterator[tuple[dict, float]]:
         num_heads = len(keys[0])
         all_keys = torch.cat(keys).float()
-        clusters = cluster_keys(all_keys, torch.cat(values).float(), self._parameters, known=known)
+        clusters = in_groups(cluster_keys(all_keys, torch.cat(values).float(), self._parameters, known=known))
         for layer, query in enumerate(queries):
             heads = slice(layer * num_heads, (layer + 1) * num_heads)
             of_layer = Clusters(*(getattr(clusters, field.name)[heads] for field in fields(Clusters)))

@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from vllm_squeeze.attention_backend.compat import logger
 from vllm_squeeze.attention_backend.placement import (
@@ -16,7 +17,7 @@ from vllm_squeeze.attention_backend.placement import (
 )
 from vllm_squeeze.attention_backend.room import Room, Span, settle
 from vllm_squeeze.attention_backend.variants import VariantSlot
-from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes
+from vllm_squeeze.kernels.tables import JOINS, NEIGHBOURS, ClusterTable, Prefixes, group_means, unquantised
 from vllm_squeeze.prefix_index.budget import ReadCost
 from vllm_squeeze.prefix_index.index_folder import LayerClusters, PrefixIndex
 from vllm_squeeze.prefix_index.manifest import InvalidIndex, Manifest
@@ -67,6 +68,8 @@ class Residency:
         if not has_all_layers and all(_layer_number(manifest, name) is None for manifest in manifests):
             return None
 
+        num_groups = -(-self.room.num_centroids // NEIGHBOURS)
+
         def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(num_kv_heads, *shape, dtype=dtype, device=self.device)
 
@@ -80,6 +83,9 @@ class Residency:
             starts=empty(self.room.num_centroids, dtype=torch.int32),
             sizes=empty(self.room.num_centroids, dtype=torch.int32),
             members=empty(self.room.num_members, dtype=torch.int32),
+            group_centroids=empty(num_groups, head_size, dtype=torch.int8),
+            group_scales=empty(num_groups, dtype=torch.float32),
+            group_sizes=empty(num_groups, dtype=torch.int32),
         )
         return self._tables[name]
 
@@ -149,10 +155,16 @@ class Residency:
         sizes[:, :count] = clusters.sizes[heads]
         ends = sizes.cumsum(1)
         starts = ends - sizes
-        before = torch.nn.functional.pad((members < covered).cumsum(1), (1, 0))
+        before = pad((members < covered).cumsum(1), (1, 0))
         table.members[:, span.members] = members.to(self.device)
         table.starts[:, span.centroids] = (span.first_member + starts).int().to(self.device)
-        table.sizes[:, span.centroids] = (before.gather(1, ends) - before.gather(1, starts)).int().to(self.device)
+        sizes = (before.gather(1, ends) - before.gather(1, starts)).int()
+        table.sizes[:, span.centroids] = sizes.to(self.device)
+        centroids = unquantised(clusters.centroids[heads], clusters.centroid_scales[heads])
+        groups = pad(centroids, (0, 0, 0, span.num_centroids - count))
+        of_groups = table.group_centroids, table.group_scales, table.group_sizes
+        for of_group, means in zip(of_groups, group_means(groups, sizes), strict=True):
+            of_group[:, span.groups] = means.to(self.device)
 
     def _local_heads(self, index: PrefixIndex, name: str, table: ClusterTable) -> slice:
         from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size

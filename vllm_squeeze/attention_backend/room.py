@@ -12,10 +12,11 @@ from vllm_squeeze.attention_backend.placement import (
     attends_exactly,
     device_bytes,
     full_attention_groups,
-    num_centroids,
+    num_rows,
     place,
     token_bytes,
 )
+from vllm_squeeze.kernels.tables import NEIGHBOURS
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
 from vllm_squeeze.prefix_index.manifest import IndexParameters, InvalidIndex, Manifest
 
@@ -28,7 +29,7 @@ MOST_CENTROIDS = 1.5 * IndexParameters.centroids
 
 
 class Needs(NamedTuple):
-    """What an index takes in each layer's tables, of a KV head."""
+    """What an index takes in each layer's tables, of a KV head; centroids in whole groups."""
 
     centroids: int
     members: int
@@ -36,7 +37,7 @@ class Needs(NamedTuple):
     @classmethod
     def of(cls, manifest: Manifest, options: Options) -> "Needs":
         exact = attends_exactly(manifest, options)
-        return cls(0, 0) if exact else cls(num_centroids(manifest), manifest.num_members)
+        return cls(0, 0) if exact else cls(num_rows(manifest), manifest.num_members)
 
 
 class Span(NamedTuple):
@@ -51,6 +52,11 @@ class Span(NamedTuple):
     @property
     def centroids(self) -> slice:
         return slice(self.first_centroid, self.first_centroid + self.num_centroids)
+
+    @property
+    def groups(self) -> slice:
+        """Clusters come in whole groups."""
+        return slice(self.first_centroid // NEIGHBOURS, (self.first_centroid + self.num_centroids) // NEIGHBOURS)
 
     @property
     def members(self) -> slice:

@@ -1,7 +1,7 @@
 """Centroid look-up in Triton: which clusters each tile of queries needs, and the list of their keys.
 
-    score    grid (splits, H, tiles)  scores of one share of a prefix's clusters, and their log-sum-exp
-    choose   grid (splits, H, tiles)  the choice among that share, and the list of its keys
+    score    grid (splits, H, tiles)  scores of one share of a prefix's clusters, or the log-sum-exp of one of its groups
+    choose   grid (splits, H, tiles)  the choice among a share of the clusters, and the list of its keys
 
 A tile holds up to ROWS query tokens of one prefix; with the G query heads of a KV head, padded to GP, they are the M
 rows of a matrix product. Each token chooses for itself. The list has every key that any of them chose, once, with a
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from vllm_squeeze.kernels.softmax import LOG2_E, finite_or_zero, logits_of
-from vllm_squeeze.kernels.tables import JOINS, MOST_RAISE
+from vllm_squeeze.kernels.tables import JOINS, MOST_RAISE, NEIGHBOURS
 from vllm_squeeze.kernels.tiles import MAX_TILE_TOKENS, PART_KEYS, TILE_FACTS
 
 FACTS = tl.constexpr(TILE_FACTS)
@@ -22,6 +22,7 @@ TOKENS = tl.constexpr(MAX_TILE_TOKENS)
 MEAN = tl.constexpr(JOINS.index("mean"))
 PART = tl.constexpr(PART_KEYS)
 RAISE = tl.constexpr(MOST_RAISE)
+OF_GROUP = tl.constexpr(NEIGHBOURS)
 
 
 @triton.jit
@@ -49,6 +50,21 @@ def log_of_size(b_size):
 
 
 @triton.jit
+def _logits_of_rows(
+    b_q, p_centroids, p_scales, p_sizes, o_row, end, scale, soft_cap, stride_centroid,
+    D: tl.constexpr, DP: tl.constexpr, SOFT_CAP: tl.constexpr,
+):  # fmt: skip
+    """s q.c + log N [M, N] of rows ``o_row`` [N] of clusters or groups, minus infinity from ``end`` on."""
+    o_d, m_c = tl.arange(0, DP), o_row < end
+    p_c = p_centroids + o_row[:, None].to(tl.int64) * stride_centroid + o_d[None, :]
+    b_c = tl.load(p_c, mask=m_c[:, None] & (o_d < D)[None, :], other=0)  # [N, DP]
+    b_scale = tl.load(p_scales + o_row, mask=m_c, other=0.0)
+    b_size = tl.load(p_sizes + o_row, mask=m_c, other=0)
+    b_s, unit = logits_of(b_q, b_c.to(b_q.dtype), scale * b_scale[None, :], soft_cap, SOFT_CAP)
+    return b_s * unit + log_of_size(b_size)[None, :]
+
+
+@triton.jit
 def token_of_row(tokens, i_tile, GP: tl.constexpr, ROWS: tl.constexpr):
     """The query token [M] of each row of a tile; anything where padded."""
     return tl.load(tokens + i_tile * TOKENS + tl.arange(0, ROWS * GP) // GP).to(tl.int64)
@@ -68,59 +84,78 @@ def load_queries(
 
 @triton.jit(do_not_specialize=["first_tile"])
 def score_kernel(
-    query, tokens, tiles, centroids, centroid_scales, sizes,
+    query, tokens, tiles, centroids, centroid_scales, sizes, group_centroids, group_scales, group_sizes,
     logits, masses, squares, kept,
     first_tile, scale, soft_cap,
-    stride_query_token, stride_query_head, stride_centroid_head, stride_centroid, stride_size_head, max_centroids,
+    stride_query_token, stride_query_head, stride_centroid_head, stride_centroid, stride_size_head, stride_group_head,
+    stride_group_size_head, max_centroids,
     GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SOFT_CAP: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, MASSES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SOFT_CAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = ROWS * GP
     i_s, i_h, i_t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     # what is the same in all layers is loaded while the kernel before still runs
-    i_slot, num_tokens, _, first_centroid, _, begin, end = _share_of_tile(tiles, first_tile + i_t, i_s, SPLITS)
+    i_slot, num_tokens, _, first_centroid, count, begin, end = _share_of_tile(tiles, first_tile + i_t, i_s, SPLITS)
+    join = tl.load(tiles + (first_tile + i_t) * FACTS + 6)
     b_token = token_of_row(tokens, first_tile + i_t, GP, ROWS)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if i_slot < 0:
         return
     i_th = (i_t * tl.num_programs(1) + i_h).to(tl.int64)
-    # not known yet: `choose` will wait for it
-    tl.store(kept + i_th * SPLITS + i_s, -1)
+    o_m, o_c = tl.arange(0, M), tl.arange(0, BLOCK)
+    p_centroids = centroids + i_h.to(tl.int64) * stride_centroid_head + first_centroid * stride_centroid
+    p_scales = centroid_scales + i_h.to(tl.int64) * stride_size_head + first_centroid
+    p_sizes = sizes + i_h.to(tl.int64) * stride_size_head + first_centroid
+    if i_s < SPLITS:
+        # not known yet: `choose` will wait for it
+        tl.store(kept + i_th * SPLITS + i_s, -1)
+        if begin < end:
+            m_m = (o_m // GP < num_tokens) & (o_m % GP < GROUP)
+            b_q = load_queries(
+                query, b_token, num_tokens, i_h, stride_query_token, stride_query_head, GROUP, GP, ROWS, D, DP
+            )
+            if i_s == 0:
+                b_square = tl.sum(b_q.to(tl.float32) * b_q.to(tl.float32), 1)
+                tl.store(squares + i_th * M + o_m, b_square * (scale * scale * LOG2_E / 2))
+            p_logits = logits + (i_th * M + o_m[:, None]) * max_centroids
+            for i_c in tl.range(begin, end, BLOCK, num_stages=STAGES):
+                o_row = i_c + o_c
+                b_logits = _logits_of_rows(
+                    b_q, p_centroids, p_scales, p_sizes, o_row, end, scale, soft_cap, stride_centroid, D, DP, SOFT_CAP
+                )
+                tl.store(p_logits + o_row[None, :], b_logits, mask=m_m[:, None] & (o_row < end)[None, :])
+        return
 
-    o_m, o_c, o_d = tl.arange(0, M), tl.arange(0, BLOCK), tl.arange(0, DP)
-    m_m = (o_m // GP < num_tokens) & (o_m % GP < GROUP)
+    i_m = i_s - SPLITS
+    num_rows = count
+    if join != MEAN:
+        first_group = first_centroid // OF_GROUP
+        num_rows = tl.cdiv(count, OF_GROUP)
+        p_centroids = group_centroids + i_h.to(tl.int64) * stride_group_head + first_group * stride_centroid
+        p_scales = group_scales + i_h.to(tl.int64) * stride_group_size_head + first_group
+        p_sizes = group_sizes + i_h.to(tl.int64) * stride_group_size_head + first_group
+    begin = i_m * share_of(num_rows, MASSES)
+    end = tl.minimum(begin + share_of(num_rows, MASSES), num_rows)
     b_max = tl.full([M], float("-inf"), tl.float32)
     b_sum = tl.zeros([M], tl.float32)
     if begin < end:
         b_q = load_queries(
             query, b_token, num_tokens, i_h, stride_query_token, stride_query_head, GROUP, GP, ROWS, D, DP
         )
-        if i_s == 0:
-            b_square = tl.sum(b_q.to(tl.float32) * b_q.to(tl.float32), 1)
-            tl.store(squares + i_th * M + o_m, b_square * (scale * scale * LOG2_E / 2))
-        p_centroids = centroids + i_h.to(tl.int64) * stride_centroid_head + first_centroid * stride_centroid
-        p_scales = centroid_scales + i_h.to(tl.int64) * stride_size_head + first_centroid
-        p_sizes = sizes + i_h.to(tl.int64) * stride_size_head + first_centroid
-        p_logits = logits + (i_th * M + o_m[:, None]) * max_centroids
         for i_c in tl.range(begin, end, BLOCK, num_stages=STAGES):
-            o_row = i_c + o_c
-            m_c = o_row < end
-            p_c = p_centroids + o_row[:, None].to(tl.int64) * stride_centroid + o_d[None, :]
-            b_c = tl.load(p_c, mask=m_c[:, None] & (o_d < D)[None, :], other=0)  # [BLOCK, DP]
-            b_scale = tl.load(p_scales + o_row, mask=m_c, other=0.0)
-            b_size = tl.load(p_sizes + o_row, mask=m_c, other=0)
-            b_s, unit = logits_of(b_q, b_c.to(b_q.dtype), scale * b_scale[None, :], soft_cap, SOFT_CAP)
-            b_logits = b_s * unit + log_of_size(b_size)[None, :]  # [M, BLOCK]
-            tl.store(p_logits + o_row[None, :], b_logits, mask=m_m[:, None] & m_c[None, :])
+            b_logits = _logits_of_rows(
+                b_q, p_centroids, p_scales, p_sizes, i_c + o_c, end, scale, soft_cap, stride_centroid, D, DP, SOFT_CAP
+            )
             b_next = tl.maximum(b_max, tl.max(b_logits, 1))
             b_shift = finite_or_zero(b_next)
             b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_logits - b_shift[:, None]), 1)
             b_max = b_next
     b_mass = tl.where(b_sum > 0, b_max + tl.log2(tl.where(b_sum > 0, b_sum, 1.0)), float("-inf"))
-    tl.store(masses + (i_th * SPLITS + i_s) * M + o_m, b_mass)
+    tl.store(masses + (i_th * MASSES + i_m) * M + o_m, b_mass)
 
 
 @triton.jit
@@ -141,8 +176,8 @@ def choose_kernel(
     tiles, log_threshold, log_weights, variances, starts, sizes, members, block_table, always_places,
     logits, masses, squares, chosen, picked, list_places, list_bits, listed, kept, kept_pairs,
     first_tile, stride_size_head, stride_member_head, stride_row, stride_always, max_centroids, max_parts, max_keys,
-    GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    PARTS_BLOCK: tl.constexpr, S: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, MASSES: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS_BLOCK: tl.constexpr, S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = ROWS * GP
     i_s, i_h, i_t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -168,11 +203,11 @@ def choose_kernel(
     before = begin + (tl.load(p_starts + begin) - tl.load(p_starts)) // PART
     p_picked = picked + 4 * (i_th * max_parts + before)
 
-    o_m, o_c, o_s = tl.arange(0, M), tl.arange(0, BLOCK), tl.arange(0, SPLITS)
+    o_m, o_c, o_s = tl.arange(0, M), tl.arange(0, BLOCK), tl.arange(0, MASSES)
     o_r, o_g = tl.arange(0, ROWS), tl.arange(0, GP)
     m_r, m_g = (o_r < num_tokens)[:, None, None], (o_g < GROUP)[None, :, None]
     p_logits = logits + (i_th * M + o_r[:, None, None] * GP + o_g[None, :, None]) * max_centroids
-    b_masses = tl.load(masses + (i_th * SPLITS + o_s[:, None]) * M + o_m[None, :])  # [SPLITS, M]
+    b_masses = tl.load(masses + (i_th * MASSES + o_s[:, None]) * M + o_m[None, :])  # [MASSES, M]
     b_largest = finite_or_zero(tl.max(b_masses, 0))
     b_total = tl.sum(tl.exp2(b_masses - b_largest[None, :]), 0)
     # if all clusters are empty the sum is 0, and any number will do

@@ -2,12 +2,14 @@
 
 For one KV head with G query heads and a prefix in clusters i of N_i keys, centroid c_i and mean value v_i:
 
-    p_i = exp(s q.c_i) / sum_j N_j exp(s q.c_j)      predicted attention probability of each key of cluster i
+    p_i = exp(s q.c_i) / sum_g N_g exp(s q.c_g)      predicted attention probability of each key of cluster i
     r_i = min(|s q|^2 u_i / 2, MOST_RAISE)           for the keys that lie nearer to the query than their centroid
     cluster i is chosen  <=>  w_i times the max (or mean) over the G query heads of p_i exp(r_i) > threshold
 
 with a weight w_i and a variance u_i for each cluster, from the index. Of logits that are spread normally the mean
-exponential is that of their mean and half their variance.
+exponential is that of their mean and half their variance. The sum is over groups g of some clusters that are alike, of
+N_g keys together with the mean key c_g. It is smaller than over clusters, the more so where a query tells clusters apart
+that are alike: there a wrong choice costs most, and more is chosen. With the mean, as in the paper, it is over clusters.
 
 The keys of chosen clusters and the first tokens (attention sinks) are attended to exactly. A cluster that was not
 chosen contributes N_i exp(s q.c_i) times v_i, or nothing where ``rest`` is off.
@@ -52,10 +54,24 @@ def choose_clusters(
     centroids = unquantised(table.centroids, table.centroid_scales)
     scores = capped(torch.einsum("rhgd,hcd->rhgc", query, centroids) * scale, soft_cap)
     occupied = (table.sizes > 0)[:, None]  # [H, 1, C]
-    mass = (scores + table.sizes.float().log()[:, None]).logsumexp(-1, keepdim=True)
+    if join == "max":
+        groups = unquantised(table.group_centroids, table.group_scales)
+        mass = log_mass(capped(torch.einsum("rhgd,hcd->rhgc", query, groups) * scale, soft_cap), table.group_sizes)
+    else:
+        mass = log_mass(scores, table.sizes)
     log_p = (scores - mass).masked_fill(~occupied, -torch.inf)
     log_p = log_p + raises(query, table.variances, scale)
     return scores, (joined(log_p, join) + table.log_weights > log_threshold) & occupied[:, 0]
+
+
+def log_mass(scores: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Log of the sum of N exp(s q.c) over clusters or groups, [..., H, G, 1].
+
+    Args:
+        scores: [..., H, G, C], s q.c.
+        sizes: [H, C], or anything that it is broadcast with.
+    """
+    return (scores + sizes.float().log()[..., None, :]).logsumexp(-1, keepdim=True)
 
 
 def raises(query: torch.Tensor, variances: torch.Tensor, scale: float, most: float = MOST_RAISE) -> torch.Tensor:

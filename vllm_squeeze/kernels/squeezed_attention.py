@@ -101,9 +101,11 @@ def squeezed_attention(
     per_cluster = (table.starts, table.centroid_scales, table.value_scales, table.log_weights, table.variances)
     assert all(tensor.stride() == table.sizes.stride() for tensor in per_cluster)
     assert table.centroids.stride() == table.value_centroids.stride()
+    assert table.group_centroids.stride()[1:] == table.centroids.stride()[1:]
+    assert table.group_scales.stride() == table.group_sizes.stride()
     contiguous = (queries.tokens, queries.tiles, prefixes.log_threshold, prefixes.counters)
     assert all(tensor.is_contiguous() for tensor in contiguous)
-    rows = (query, output, key_cache, block_table, table.centroids, table.sizes, table.members)
+    rows = (query, output, key_cache, block_table, table.centroids, table.sizes, table.members, table.group_sizes)
     assert all(tensor.stride(-1) == 1 for tensor in rows)
     assert group <= MAX_GROUP
 
@@ -116,7 +118,7 @@ def squeezed_attention(
     early = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0)
     launch = {"PDL": True, "launch_pdl": True} if early else {"PDL": False}
     num_tiles = most_tiles(num_tokens, queries.num_slots, group)
-    splits = workspace.num_splits
+    splits, masses = workspace.num_splits, workspace.masses.shape[2]
     max_keys, max_centroids = workspace.list_places.shape[-1], workspace.logits.shape[-1]
     for first_tile in range(0, num_tiles, workspace.max_tiles):
         tiles_now = min(num_tiles - first_tile, workspace.max_tiles)
@@ -127,12 +129,14 @@ def squeezed_attention(
         plan = {"TILES": plan_tiles, "HP": padded(num_kv_heads), "REST": rest}
         if table.sizes.shape[1]:  # else all prefixes are exact, and there is nothing to look up
             block, warps, stages = tuned.score
-            score_kernel[(splits, num_kv_heads, tiles_now)](
+            score_kernel[(splits + masses, num_kv_heads, tiles_now)](
                 query, queries.tokens, queries.tiles, table.centroids, table.centroid_scales, table.sizes,
+                table.group_centroids, table.group_scales, table.group_sizes,
                 workspace.logits, workspace.masses, workspace.squares, workspace.kept,
                 first_tile, scale, soft_cap,
-                *query.stride()[:2], *table.centroids.stride()[:2], table.sizes.stride(0), max_centroids,
-                SPLITS=splits, BLOCK=block, STAGES=stages, SOFT_CAP=soft_cap > 0, num_warps=warps,
+                *query.stride()[:2], *table.centroids.stride()[:2], table.sizes.stride(0),
+                table.group_centroids.stride(0), table.group_sizes.stride(0), max_centroids,
+                SPLITS=splits, MASSES=masses, BLOCK=block, STAGES=stages, SOFT_CAP=soft_cap > 0, num_warps=warps,
                 **tile, **head, **launch,
             )  # fmt: skip
             block, parts_block, warps = tuned.choose
@@ -143,7 +147,7 @@ def squeezed_attention(
                 workspace.list_places, workspace.list_bits, workspace.listed, workspace.kept, workspace.kept_pairs,
                 first_tile, table.sizes.stride(0), table.members.stride(0), block_table.stride(0),
                 queries.always_places.stride(0), max_centroids, workspace.picked.shape[2], max_keys,
-                SPLITS=splits, BLOCK=block, PARTS_BLOCK=parts_block, S=page_size,
+                SPLITS=splits, MASSES=masses, BLOCK=block, PARTS_BLOCK=parts_block, S=page_size,
                 num_warps=warps, **tile, **launch,
             )  # fmt: skip
         attend_kernel[(programs,)](

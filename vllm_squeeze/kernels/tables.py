@@ -3,9 +3,15 @@
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 JOINS = ("max", "mean")
-"""How the predicted attention probabilities of a cluster are joined over the query heads of a KV head."""
+"""How the predicted attention probabilities of a cluster are joined over the query heads of a KV head. With their mean,
+the paper's way, they are held against what all clusters attract, else against what groups of them do."""
+
+NEIGHBOURS = 4
+"""Clusters of a group, side by side from a prefix's first on. It counts as one cluster of all their keys where it is
+summed up what all attract."""
 
 MAX_GROUP = 16
 """Query heads of a KV head that the kernels take, at most."""
@@ -32,11 +38,29 @@ def unquantised(vectors: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return vectors.float() * scales[..., None]
 
 
+def group_means(centroids: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The mean keys of groups of NEIGHBOURS clusters, in 8 bits.
+
+    Args:
+        centroids: [..., C, D] float32.
+        sizes: [..., C] integer.
+
+    Returns:
+        int8 [..., G, D], what to multiply each with [..., G] float32, and keys of each group [..., G] int32; of G = C /
+        NEIGHBOURS groups, rounded up. Zero where a group has no keys.
+    """
+    padding = -centroids.shape[-2] % NEIGHBOURS
+    sums = pad(centroids * sizes[..., None], (0, 0, 0, padding)).unflatten(-2, (-1, NEIGHBOURS)).sum(-2)
+    together = pad(sizes, (0, padding)).unflatten(-1, (-1, NEIGHBOURS)).sum(-1)
+    return *quantised(sums / together.clamp(min=1)[..., None]), together.int()
+
+
 @dataclass(frozen=True)
 class ClusterTable:
     """Clusters of prefix keys in one layer, of one prefix or of several laid one after the other.
 
-    H counts the KV heads of this rank, C clusters, M members, D the head size.
+    H counts the KV heads of this rank, C clusters, M members, D the head size, G groups of NEIGHBOURS clusters. A
+    prefix's first cluster is the first of a group.
 
     Attributes:
         centroids: [H, C, D] int8, the mean key of each cluster, over its scale.
@@ -49,6 +73,9 @@ class ClusterTable:
         sizes: [H, C] int32, how many members a cluster has. 0 marks an empty cluster, which is
             never chosen; its scales, weight and variance must be finite all the same.
         members: [H, M] int32, positions of tokens in the prefix, ascending inside a cluster.
+        group_centroids: [H, G, D] int8, the mean key of each group, over its scale.
+        group_scales: [H, G] float32.
+        group_sizes: [H, G] int32, keys of each group. 0 marks one without any; its scale must be finite all the same.
     """
 
     centroids: torch.Tensor
@@ -60,10 +87,14 @@ class ClusterTable:
     starts: torch.Tensor
     sizes: torch.Tensor
     members: torch.Tensor
+    group_centroids: torch.Tensor
+    group_scales: torch.Tensor
+    group_sizes: torch.Tensor
 
     def prefix(self, first_centroid: int, num_centroids: int) -> "ClusterTable":
         """The table of the one prefix whose clusters begin at ``first_centroid``, as views."""
         clusters = slice(first_centroid, first_centroid + num_centroids)
+        groups = slice(first_centroid // NEIGHBOURS, -(-clusters.stop // NEIGHBOURS))
         return ClusterTable(
             self.centroids[:, clusters],
             self.centroid_scales[:, clusters],
@@ -74,6 +105,9 @@ class ClusterTable:
             self.starts[:, clusters],
             self.sizes[:, clusters],
             self.members if num_centroids else self.members[:, :0],
+            self.group_centroids[:, groups],
+            self.group_scales[:, groups],
+            self.group_sizes[:, groups],
         )
 
 

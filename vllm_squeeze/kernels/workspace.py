@@ -10,7 +10,9 @@ from vllm_squeeze.kernels.tiles import MAX_BLOCK, MAX_TILE_ROWS, MAX_TILES_AT_ON
 MAX_PROGRAMS_PER_MULTIPROCESSOR = 4
 """Of programs that attend: small tiles need more of them at a time to hide their waits, and large ones have no room."""
 
-MAX_SPLITS = 64
+MAX_SPLITS, MASS_SHARE = 64, 4
+"""Programs that look up the clusters of one tile and KV head, and how many of them there are for one that sums up groups:
+so that they take about as long."""
 
 INTERPRETED_MULTIPROCESSORS = 2
 """Stands for the device's number under Triton's interpreter, which runs one program after the other."""
@@ -26,7 +28,7 @@ class Workspace:
         num_splits: programs that look up the clusters of one tile and KV head.
         multiprocessors: of the device.
         logits: [N, H, M, C] float32, s q.c_i + log N_i, of all keys of a cluster together.
-        masses: [N, H, SPLITS, M] float32, log-sum-exp of one split's logits.
+        masses: [N, H, SPLITS / MASS_SHARE, M] float32, log-sum-exp of the logits of one share of the groups.
         squares: [N, H, M] float32, |s q|^2 / 2 to the base 2: what a cluster's variance is multiplied by for its raise.
         chosen: [N, H, C] int32, a bit for each token of the tile that chose the cluster.
         picked: [N, H, parts, 4] int32, the chosen clusters in parts of up to PART_KEYS keys, those of a split together:
@@ -106,7 +108,7 @@ class Workspace:
             num_splits=num_splits,
             multiprocessors=multiprocessors,
             logits=empty(*heads, MAX_TILE_ROWS, max_centroids),
-            masses=empty(*heads, num_splits, MAX_TILE_ROWS),
+            masses=empty(*heads, max(num_splits // MASS_SHARE, 1), MAX_TILE_ROWS),
             squares=empty(*heads, MAX_TILE_ROWS),
             chosen=empty(*heads, max_centroids, dtype=torch.int32),
             picked=empty(*heads, max_centroids + max_keys // PART_KEYS, 4, dtype=torch.int32),

@@ -12,7 +12,7 @@ from vllm_squeeze.kernels.reference import (
     choose_clusters,
     squeezed_attention_reference,
 )
-from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes, quantised
+from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes, group_means, quantised
 
 KV_HEADS, GROUP, HEAD_SIZE, PAGE_SIZE = 2, 4, 128, 16
 NUM_CENTROIDS, LARGEST_CLUSTER, NUM_SINKS, NUM_ROWS = 24, 50, 16, 2
@@ -71,7 +71,9 @@ class RandomPrefix:
         # by cluster, and ascending inside a cluster
         members = torch.stack([order[(cluster * len(cluster) + order).argsort()] for order in shuffled]) + NUM_SINKS
         sizes = sizes.int().expand(KV_HEADS, -1).contiguous()
-        centroids, centroid_scales = quantised(randn(KV_HEADS, NUM_CENTROIDS, HEAD_SIZE))
+        means = randn(KV_HEADS, NUM_CENTROIDS, HEAD_SIZE)
+        centroids, centroid_scales = quantised(means)
+        group_centroids, group_scales, group_sizes = group_means(means, sizes)
         value_centroids, value_scales = quantised(randn(KV_HEADS, NUM_CENTROIDS, HEAD_SIZE))
         table = ClusterTable(
             centroids=centroids,
@@ -83,6 +85,9 @@ class RandomPrefix:
             starts=sizes.cumsum(1, dtype=torch.int32) - sizes,
             sizes=sizes,
             members=members.int(),
+            group_centroids=group_centroids,
+            group_scales=group_scales,
+            group_sizes=group_sizes,
         )
         keys, values = randn(2, KV_HEADS, NUM_SINKS + len(cluster), HEAD_SIZE).to(device, dtype)
         query = randn(NUM_ROWS, KV_HEADS * GROUP, HEAD_SIZE).to(device, dtype)

@@ -1,12 +1,14 @@
 """What a byte budget means: the bytes that attention over a prefix reads, divided by those that a dense pass reads.
 
 Read are the keys and values of kept and of always attended tokens, the centroids with their scales and the place, size,
-weight and variance of their clusters, and the member list of kept clusters.
+weight and variance of their clusters, those of groups of clusters, and the member list of kept clusters.
 """
 
 import functools
 import math
 from dataclasses import dataclass
+
+from vllm_squeeze.kernels.tables import NEIGHBOURS
 
 BYTES_PER_SCALE = 4
 """What a centroid's elements, of one byte each, are multiplied by: float32."""
@@ -27,6 +29,11 @@ def bytes_per_cluster(head_size: int, rest: bool) -> int:
     centroid = head_size + BYTES_PER_SCALE
     facts = BYTES_PER_PLACE + BYTES_PER_SIZE + BYTES_PER_WEIGHT + BYTES_PER_VARIANCE
     return centroid * (2 if rest else 1) + facts
+
+
+def bytes_of_groups(num_centroids: int, head_size: int) -> int:
+    """Bytes that are read of the groups of so many clusters, or held of them: mean keys with their scales, and sizes."""
+    return -(-num_centroids // NEIGHBOURS) * (head_size + BYTES_PER_SCALE + BYTES_PER_SIZE)
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,8 @@ class ReadCost:
     def fixed_bytes(self) -> int:
         """Bytes read even if no cluster is kept."""
         clusters = self.num_centroids * bytes_per_cluster(self.head_size, self.rest)
-        return self.num_always * 2 * self._vector_bytes + clusters
+        groups = bytes_of_groups(self.num_centroids, self.head_size)
+        return self.num_always * 2 * self._vector_bytes + clusters + groups
 
     @functools.cached_property
     def bytes_per_key(self) -> int:

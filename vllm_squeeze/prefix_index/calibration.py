@@ -13,10 +13,11 @@ import math
 import numpy as np
 import torch
 
-from vllm_squeeze.kernels.reference import capped, joined, raises
+from vllm_squeeze.kernels.reference import capped, joined, log_mass, raises
+from vllm_squeeze.kernels.tables import group_means, unquantised
 
 NUM_BINS = 4096
-LOWEST, HIGHEST = -40.0, 8.0
+LOWEST, HIGHEST = -34.0, 14.0
 BIN_WIDTH = (HIGHEST - LOWEST) / NUM_BINS
 LEVEL, LEVEL_SHARE = -12.0, 0.1
 """Every layer's weights are such that this threshold keeps this share of its clustered keys."""
@@ -81,7 +82,12 @@ def _bins(
     """The bin of each cluster for each query token, [B, W, C]; arguments as in ``score_histogram``."""
     logits = torch.einsum("bwgd,bcd->bwgc", query.float(), centroids.float()) * scale
     scores = capped(logits, soft_cap)
-    mass = (scores + sizes.log()[:, None, None]).logsumexp(-1, keepdim=True)
+    if join == "max":
+        groups, group_scales, group_sizes = group_means(centroids.float(), sizes)
+        logits = torch.einsum("bwgd,bcd->bwgc", query.float(), unquantised(groups, group_scales)) * scale
+        mass = log_mass(capped(logits, soft_cap), group_sizes[:, None])
+    else:
+        mass = log_mass(scores, sizes[:, None])
     raised = scores - mass + raises(query.float(), variances[:, None], scale)
     log_p = joined(raised, join) + log_weights[:, None]  # [B, W, C]
     return ((log_p - LOWEST) / BIN_WIDTH).clamp(0, NUM_BINS - 1).long()

@@ -1,0 +1,36 @@
+"""What lies on the device of two prefixes is what their indexes hold."""
+
+import torch
+
+from benchmarks.quality.arms import residency_in, squeezed_impls
+from tests.engine.conftest import engine, tokens
+from vllm_squeeze.kernels.tables import NEIGHBOURS, group_means, unquantised
+from vllm_squeeze.prefix_index.index_folder import PrefixIndex
+
+
+def test_tables_of_two_prefixes(models, indexes):
+    model = models("llama")
+    folders = [indexes(model, tokens(seed, count)) for seed, count in ((1, 600), (2, 410))]
+    with engine(model, folders, 0.5) as llm:
+        spans, impls = residency_in(llm)._spans, squeezed_impls(llm)
+        assert len(spans) == 2
+        for slot, place in residency_in(llm).active.items():
+            index = PrefixIndex.open(next(folder for folder in folders if folder.name == place.name))
+            for number, impl in enumerate(impls.values()):
+                check_layer(impl.table, spans[slot], index.layer(number), place.covered)
+
+
+def check_layer(table, span, held, covered):
+    count = held.sizes.shape[1]
+    assert span.first_centroid % NEIGHBOURS == 0 and count <= span.num_centroids < count + NEIGHBOURS
+    of_prefix = table.prefix(span.first_centroid, span.num_centroids)
+    for name in ("centroids", "centroid_scales", "value_centroids", "value_scales", "log_weights", "variances"):
+        assert torch.equal(getattr(of_prefix, name)[:, :count], getattr(held, name)), name
+    assert not of_prefix.sizes[:, count:].any()
+    for head, sizes in enumerate(held.sizes.tolist()):
+        for cluster, members in enumerate(held.members[head].split(sizes)):
+            start, size = of_prefix.starts[head, cluster], of_prefix.sizes[head, cluster]
+            assert torch.equal(table.members[head, start : start + size], members[members < covered])
+    groups = group_means(unquantised(of_prefix.centroids, of_prefix.centroid_scales), of_prefix.sizes)
+    for name, means in zip(("group_centroids", "group_scales", "group_sizes"), groups, strict=True):
+        assert torch.equal(getattr(of_prefix, name), means), name
