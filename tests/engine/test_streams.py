@@ -1,0 +1,76 @@
+"""What a streamed answer says of its request, as the server's own clients get it."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality.served import flags, server
+from tests.engine.conftest import ENGINE_ARGS, tokens
+
+PREFIX = tokens(seed=1, count=600)
+TOKENS = 4
+# The tiny models have no template: messages as they stand, one after the other.
+TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
+WRONG = "kv_transfer_params.squeeze.mode: 'off' is not one of auto, squeezed, exact, dense"
+
+
+@pytest.fixture(scope="module")
+def client(models, indexes, tmp_path_factory):
+    """An OpenAI client of a server that has the prefix in its KV cache."""
+    from openai import OpenAI
+
+    model = models("llama")
+    arguments = [*flags({**ENGINE_ARGS, "enforce_eager": True}), "--chat-template", TEMPLATE]
+    settings = f'{{"squeeze": {{"index": "{indexes(model, PREFIX)}", "budget": 0.4}}}}'
+    arguments += ["--attention-backend", "squeeze", "--additional-config", settings]
+    with server(str(model), arguments, tmp_path_factory.mktemp("log") / "server.log") as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="unused")
+        client.completions.create(model=str(model), prompt=text(PREFIX), max_tokens=1)
+        yield client
+
+
+def text(ids: list[int]) -> str:
+    return " ".join(f"t{id}" for id in ids)
+
+
+def asked(model: Path, squeeze: dict) -> dict:
+    extra = {"kv_transfer_params": {"squeeze": squeeze}, "ignore_eos": True}
+    return {"model": str(model), "temperature": 0, "stream": True, "extra_body": extra}
+
+
+def told(index: Path, mode: str, budget: float | None, rows: dict[str, int], **error: str) -> dict:
+    return {"squeeze": {"index": index.name, "mode": mode, "budget": budget, "rows": rows, **error}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ("auto", 0.4, {"dense: prefill": 1, "squeezed": TOKENS - 1})),
+        ({"mode": "off"}, ("dense", None, {"dense: asked for": TOKENS})),
+    ],
+)
+def test_the_last_event_of_a_streamed_response_tells(client, models, indexes, settings, expected):
+    model, question = models("llama"), text(tokens(seed=2, count=20))
+    stream = client.responses.create(
+        instructions=text(PREFIX), input=question, max_output_tokens=TOKENS, **asked(model, settings)
+    )
+    events = list(stream)
+    assert [event.type for event in events].count("response.output_text.delta") > 1
+    error = {"error": WRONG} if settings else {}
+    assert events[-1].type == "response.completed"
+    assert events[-1].response.kv_transfer_params == told(indexes(model, PREFIX), *expected, **error)
+
+
+def test_chunks_of_chats_and_completions_tell_if_they_have_a_field_for_it(client, models, indexes):
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionStreamResponse
+    from vllm.entrypoints.openai.completion.protocol import CompletionStreamResponse
+
+    model, question = models("llama"), text(tokens(seed=3, count=20))
+    arguments = {**asked(model, {}), "max_tokens": TOKENS, "stream_options": {"include_usage": True}}
+    messages = [{"role": "system", "content": text(PREFIX)}, {"role": "user", "content": question}]
+    chat = client.chat.completions.create(messages=messages, **arguments)
+    completion = client.completions.create(prompt=f"{text(PREFIX)} {question}", **arguments)
+    expected = told(indexes(model, PREFIX), "auto", 0.4, {"dense: prefill": 1, "squeezed": TOKENS - 1})
+    for stream, chunk in ((chat, ChatCompletionStreamResponse), (completion, CompletionStreamResponse)):
+        known = [params for chunk in stream if (params := getattr(chunk, "kv_transfer_params", None))]
+        assert known == ([expected] if "kv_transfer_params" in chunk.model_fields else [])
