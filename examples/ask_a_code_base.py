@@ -8,7 +8,7 @@ new text would be dense.
 import argparse
 from pathlib import Path
 
-from openai_client import ask, connect
+from openai_client import ask, connect, text_in
 
 
 def main() -> None:
@@ -18,7 +18,12 @@ def main() -> None:
     parser.add_argument("--pattern", default="*.py", help="of the files' names (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=64, help="most of an answer")
     arguments = parser.parse_args()
-    document = joined(arguments.folder, arguments.pattern)
+    try:
+        document = joined(arguments.folder, arguments.pattern)
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"--pattern: {error}")
+    if not document:
+        parser.error(f"folder: there are no files {arguments.pattern} in {arguments.folder}")
     if not arguments.questions:
         print(document, end="")
         return
@@ -33,7 +38,7 @@ def main() -> None:
 def joined(folder: Path, pattern: str) -> str:
     """The files of a folder and those below it, each after its path."""
     files = sorted(path for path in folder.rglob(pattern) if path.is_file())
-    return "".join(f"# {path.relative_to(folder)}\n\n{path.read_text(encoding='utf-8')}\n" for path in files)
+    return "".join(f"# {path.relative_to(folder)}\n\n{text_in(path)}\n" for path in files)
 
 
 if __name__ == "__main__":

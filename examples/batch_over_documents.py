@@ -8,12 +8,14 @@ import argparse
 import json
 from pathlib import Path
 
+from openai_client import text_in
+
 QUESTIONS = ("What is this text about?", "Name something that is not supported.", "What should a reader do first?")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("documents", nargs="+", type=Path, help="text files, as they were indexed")
+    parser.add_argument("documents", nargs="+", type=named_text, help="text files, as they were indexed")
     parser.add_argument("--model", required=True)
     parser.add_argument("--index", type=Path, required=True, help="folder with an index of each document")
     parser.add_argument("--budget", type=float, default=0.33, help="bytes read of a prefix over those of a dense pass")
@@ -31,15 +33,20 @@ def main() -> None:
     )
     told = {"kv_transfer_params": {"squeeze": {}}}
     sampling = SamplingParams(temperature=0, max_tokens=arguments.tokens, extra_args=told)
-    for document in arguments.documents:
-        system = {"role": "system", "content": document.read_text(encoding="utf-8")}
+    for name, text in arguments.documents:
+        system = {"role": "system", "content": text}
         conversations = [[system, {"role": "user", "content": question}] for question in QUESTIONS]
         # The first brings the prefix into the KV cache.
         outputs = llm.chat(conversations[:1], sampling, use_tqdm=False)
         outputs += llm.chat(conversations[1:], sampling, use_tqdm=False)
         for question, output in zip(QUESTIONS, outputs, strict=True):
-            answer = {"document": document.name, "question": question, "answer": output.outputs[0].text}
+            answer = {"document": name, "question": question, "answer": output.outputs[0].text}
             print(json.dumps(answer | output.kv_transfer_params), flush=True)
+
+
+def named_text(path: str) -> tuple[str, str]:
+    """The name of a file and the text in it."""
+    return Path(path).name, text_in(path)
 
 
 if __name__ == "__main__":

@@ -5,17 +5,16 @@ The book is the system message, so all conversations on it, and all turns of eac
 """
 
 import argparse
-from pathlib import Path
 
-from openai_client import connect, go_on
+from openai_client import connect, go_on, text_in
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("book", type=Path, help="text file, as it was indexed")
+    parser.add_argument("book", type=text_in, help="text file, as it was indexed")
     parser.add_argument("--tokens", type=int, default=64, help="most of an answer")
     arguments = parser.parse_args()
-    messages = [{"role": "system", "content": arguments.book.read_text(encoding="utf-8")}]
+    messages = [{"role": "system", "content": arguments.book}]
     client = connect()
     while question := read_line():
         messages.append({"role": "user", "content": question})

@@ -6,33 +6,32 @@ the server tells of a request LangChain does not hand on; the plain client does 
 """
 
 import argparse
-import os
-from pathlib import Path
+
+from openai_client import connect, text_in
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("document", type=Path, help="text file, as it was indexed")
+    parser.add_argument("document", type=text_in, help="text file, as it was indexed")
     parser.add_argument("question")
     parser.add_argument("--mode", choices=("auto", "dense"), default="auto", help="of this request")
     parser.add_argument("--model", help="as the server calls it (default: its first)")
     arguments = parser.parse_args()
     from langchain_core.prompts import ChatPromptTemplate
     from langchain_openai import ChatOpenAI
-    from openai_client import connect
 
+    client = connect()
     model = ChatOpenAI(
-        model=arguments.model or connect().models.list().data[0].id,
-        base_url=os.environ.get("OPENAI_BASE_URL", "http://localhost:8000/v1"),
-        api_key=os.environ.get("OPENAI_API_KEY", "unused"),
+        model=arguments.model or client.models.list().data[0].id,
+        base_url=str(client.base_url),
+        api_key=client.api_key,
         temperature=0,
         max_tokens=64,
         extra_body={"kv_transfer_params": {"squeeze": {"mode": arguments.mode}}},
     )
     # The document is a variable of the prompt: braces in it are text.
     prompt = ChatPromptTemplate([("system", "{document}"), ("user", "{question}")])
-    document = arguments.document.read_text(encoding="utf-8")
-    print((prompt | model).invoke({"document": document, "question": arguments.question}).content)
+    print((prompt | model).invoke({"document": arguments.document, "question": arguments.question}).content)
 
 
 if __name__ == "__main__":

@@ -103,3 +103,32 @@ def test_help(name, monkeypatch, capsys):
         run(monkeypatch, name, "--help")
     printed = capsys.readouterr().out
     assert ended.value.code == 0 and f"python examples/{name}" in printed
+
+
+def test_no_server(document, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    with pytest.raises(SystemExit, match="http://127.0.0.1:9/v1/: Connection error.\nOPENAI_BASE_URL must name"):
+        run(monkeypatch, "openai_client.py", str(document), "Who may?")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["openai_client.py", "FOLDER/none", "Who may?"], "argument document: 'FOLDER/none' cannot be read as text"),
+        (["chat_over_a_book.py", "FOLDER"], "argument book: 'FOLDER' cannot be read as text"),
+        (["langchain_chat.py", "FOLDER/b.bin", "Who?"], "argument document: 'FOLDER/b.bin' cannot be read as text"),
+        (["ask_a_code_base.py", "FOLDER/none"], "folder: there are no files *.py in FOLDER/none"),
+        (["ask_a_code_base.py", "FOLDER", "--pattern", "*"], "--pattern: 'FOLDER/b.bin' cannot be read as text"),
+        (
+            ["batch_over_documents.py", "--model", "M", "--index", "I", "FOLDER/b.bin"],
+            "argument documents: 'FOLDER/b.bin' cannot be read as text",
+        ),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    (tmp_path / "b.bin").write_bytes(b"\xbb\xff")
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, *(argument.replace("FOLDER", str(tmp_path)) for argument in arguments))
+    assert ended.value.code == 2 and said.replace("FOLDER", str(tmp_path)) in capsys.readouterr().err
