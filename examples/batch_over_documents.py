@@ -2,6 +2,8 @@
 ``python examples/batch_over_documents.py --model M --index index/ docs/limits.md docs/operating.md``: JSON lines.
 
 All requests of a document stand together, so that they find its prefix in the KV cache, and share what is read of it.
+On the CPU: ``--engine-args '{"dtype": "float32", "enforce_eager": true, "gpu_memory_utilization": 0.5}'``, and indexes
+that were made with this dtype.
 """
 
 import argparse
