@@ -7,6 +7,7 @@ Takes SmolLM2-135M-Instruct, the first chapter of Jane Austen's Persuasion and a
 otherwise; runs on the CPU where there is no GPU. So small a model knows little: what counts is how the answers compare.
 """
 
+import argparse
 import os
 import re
 import socket
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from fetch_model import fetch_model
 from openai import OpenAI
-from openai_client import ask
+from openai_client import ask, text_in
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".demo"
@@ -32,13 +33,17 @@ QUESTIONS = [
     "What is the title of this book, and who wrote it?",
 ]
 START_TIMEOUT_S = 600
+LOG_LINES = 10
 
 
 def main() -> None:
-    model = os.environ.get("MODEL") or str(fetch_model(WORK / "smollm2"))
+    budget = read_budget()
     prefix = Path(os.environ.get("PREFIX") or ROOT / "examples" / "data" / "persuasion.txt")
-    budget = os.environ.get("BUDGET") or "0.33"
-    document = prefix.read_text(encoding="utf-8")
+    try:
+        document = text_in(prefix)
+    except argparse.ArgumentTypeError as error:
+        sys.exit(f"PREFIX: {error}")
+    model = os.environ.get("MODEL") or str(fetch_model(WORK / "smollm2"))
     # Answers are compared, so both servers compute in the same dtype; the CPU is at its best in float32.
     dtype = "auto" if on_gpu() else "float32"
     index = WORK / "index"
@@ -61,6 +66,17 @@ def main() -> None:
     say(f"{same} of {len(QUESTIONS)} answers are the same")
     for question, ours, theirs in zip(QUESTIONS, squeezed, dense, strict=True):
         print(f"  {question}\n    squeezed: {' '.join(ours.split())}\n    dense:    {' '.join(theirs.split())}")
+
+
+def read_budget() -> float:
+    """The budget that is asked for, in (0, 1]. Ends the program if there is none such."""
+    budget = os.environ.get("BUDGET") or "0.33"
+    try:
+        if 0 < float(budget) <= 1:
+            return float(budget)
+    except ValueError:
+        pass
+    sys.exit(f"BUDGET: {budget!r} is not a number above 0, at most 1")
 
 
 def say(text: str) -> None:
@@ -92,7 +108,8 @@ def server(model: str, *arguments: str) -> Iterator[str]:
             started = time.monotonic()
             while not answers_at(f"{url}/health"):
                 if process.poll() is not None or time.monotonic() - started > START_TIMEOUT_S:
-                    sys.exit(f"the server did not start; its log is {log.name}")
+                    ending = "".join(Path(log.name).read_text().splitlines(keepends=True)[-LOG_LINES:])
+                    sys.exit(f"{ending}the server did not start; its log, which ends so, is {log.name}")
                 time.sleep(1)
             print(f"the server was ready after {time.monotonic() - started:.0f} s", flush=True)
             yield url

@@ -132,3 +132,15 @@ def test_files_that_cannot_be_read_are_named(arguments, said, tmp_path, monkeypa
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, *(argument.replace("FOLDER", str(tmp_path)) for argument in arguments))
     assert ended.value.code == 2 and said.replace("FOLDER", str(tmp_path)) in capsys.readouterr().err
+
+
+def test_the_demo_refuses_a_budget_before_it_indexes(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    read_budget = runpy.run_path(str(EXAMPLES / "demo.py"), run_name="demo")["read_budget"]
+    for budget, allowed in (("0.1", True), ("", True), ("1", True), ("0", False), ("7", False), ("a third", False)):
+        monkeypatch.setenv("BUDGET", budget)
+        if allowed:
+            assert read_budget() == float(budget or 0.33)
+        else:
+            with pytest.raises(SystemExit, match=f"BUDGET: '{budget}' is not a number above 0, at most 1"):
+                read_budget()
