@@ -375,7 +375,9 @@ def test_workspace_counts_its_bytes():
     splits, programs = workspace.num_splits, workspace.num_programs(MAX_PROGRAMS_PER_MULTIPROCESSOR)
     centroids, keys = 16 + MAX_BLOCK, 32 + MAX_BLOCK
     assert workspace.logits.shape[-1] == centroids and workspace.list_places.shape[-1] == keys
-    per_split = 2 * splits * (MAX_TILE_ROWS + 1 + 1) + 2 * MAX_TILE_ROWS
+    masses = workspace.masses.shape[2]
+    assert masses == max(splits // MASS_SHARE, 1)
+    per_split = 2 * (masses * MAX_TILE_ROWS + splits * (1 + 1)) + 2 * MAX_TILE_ROWS
     per_centroid = 2 * centroids * (MAX_TILE_ROWS + 1)
     parts = 2 * (centroids + keys // PART_KEYS) * 4
     assert workspace.nbytes == 4 * (per_centroid + per_split + parts + 2 * 2 * keys + 2 + programs * MAX_TILE_ROWS * 65)
