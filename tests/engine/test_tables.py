@@ -20,6 +20,20 @@ def test_tables_of_two_prefixes(models, indexes):
                 check_layer(impl.table, spans[slot], index.layer(number), place.covered)
 
 
+def test_clusters_of_a_group_are_alike(models, indexes):
+    """Of keys of random weights, more than clusters of different groups are."""
+    index = PrefixIndex.open(indexes(models("llama"), tokens(1, 600)))
+    for number in range(len(index.manifest.layers)):
+        held = index.layer(number)
+        whole = held.sizes.shape[1] // NEIGHBOURS * NEIGHBOURS
+        centroids = unquantised(held.centroids, held.centroid_scales)[:, :whole]
+        directions = torch.nn.functional.normalize(centroids - centroids.mean(1, keepdim=True), dim=-1)
+        likeness = directions @ directions.mT
+        of_group = torch.arange(whole) // NEIGHBOURS
+        same = (of_group == of_group[:, None]) & ~torch.eye(whole, dtype=torch.bool)
+        assert likeness[:, same].mean() > likeness[:, of_group != of_group[:, None]].mean() + 0.1
+
+
 def check_layer(table, span, held, covered):
     count = held.sizes.shape[1]
     assert span.first_centroid % NEIGHBOURS == 0 and count <= span.num_centroids < count + NEIGHBOURS

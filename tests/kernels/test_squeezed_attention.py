@@ -12,7 +12,7 @@ from vllm_squeeze.kernels import workspace as workspaces
 from vllm_squeeze.kernels.reference import attend_causal, squeezed_attention_reference
 from vllm_squeeze.kernels.tables import Prefixes
 from vllm_squeeze.kernels.tiles import MAX_BLOCK, MAX_TILE_ROWS, PART_KEYS, most_tiles, tokens_per_tile
-from vllm_squeeze.kernels.workspace import MAX_PROGRAMS_PER_MULTIPROCESSOR, MAX_SPLITS, Workspace
+from vllm_squeeze.kernels.workspace import MASS_SHARE, MAX_PROGRAMS_PER_MULTIPROCESSOR, MAX_SPLITS, Workspace
 
 UNEVEN = ((1, 70, 3, 11, 1, 1, 40, 6, 29) * 2,)
 SIZES = {
