@@ -175,8 +175,8 @@ def num_centroids(manifest: Manifest) -> int:
     return max((layer.num_centroids for layer in manifest.layers), default=0)
 
 
-def num_rows(manifest: Manifest) -> int:
-    """Rows of a table that the clusters of a head have room in: whole groups."""
+def room_for_centroids(manifest: Manifest) -> int:
+    """Clusters of a head that a table is to have room for: whole groups."""
     return -(-num_centroids(manifest) // NEIGHBOURS) * NEIGHBOURS
 
 
@@ -185,7 +185,7 @@ def device_bytes(manifest: Manifest, options: Options, vllm_config: Any) -> int:
     if attends_exactly(manifest, options):
         return 0
     heads = local_kv_heads(manifest, vllm_config.parallel_config.tensor_parallel_size)
-    count, head_size = num_rows(manifest), manifest.model.head_size
+    count, head_size = room_for_centroids(manifest), manifest.model.head_size
     clusters = count * bytes_per_cluster(head_size, rest=True) + bytes_of_groups(count, head_size)
     return len(manifest.layers) * heads * (clusters + manifest.num_members * BYTES_PER_MEMBER)
 

@@ -161,10 +161,9 @@ class Residency:
         sizes = (before.gather(1, ends) - before.gather(1, starts)).int()
         table.sizes[:, span.centroids] = sizes.to(self.device)
         centroids = unquantised(clusters.centroids[heads], clusters.centroid_scales[heads])
-        groups = pad(centroids, (0, 0, 0, span.num_centroids - count))
-        of_groups = table.group_centroids, table.group_scales, table.group_sizes
-        for of_group, means in zip(of_groups, group_means(groups, sizes), strict=True):
-            of_group[:, span.groups] = means.to(self.device)
+        of_groups = group_means(pad(centroids, (0, 0, 0, span.num_centroids - count)), sizes)
+        for held, of_group in zip((table.group_centroids, table.group_scales, table.group_sizes), of_groups):
+            held[:, span.groups] = of_group.to(self.device)
 
     def _local_heads(self, index: PrefixIndex, name: str, table: ClusterTable) -> slice:
         from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size

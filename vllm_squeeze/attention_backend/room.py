@@ -12,8 +12,8 @@ from vllm_squeeze.attention_backend.placement import (
     attends_exactly,
     device_bytes,
     full_attention_groups,
-    num_rows,
     place,
+    room_for_centroids,
     token_bytes,
 )
 from vllm_squeeze.kernels.tables import NEIGHBOURS
@@ -37,7 +37,7 @@ class Needs(NamedTuple):
     @classmethod
     def of(cls, manifest: Manifest, options: Options) -> "Needs":
         exact = attends_exactly(manifest, options)
-        return cls(0, 0) if exact else cls(num_rows(manifest), manifest.num_members)
+        return cls(0, 0) if exact else cls(room_for_centroids(manifest), manifest.num_members)
 
 
 class Span(NamedTuple):

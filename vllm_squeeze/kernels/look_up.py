@@ -1,7 +1,8 @@
 """Centroid look-up in Triton: which clusters each tile of queries needs, and the list of their keys.
 
-    score    grid (splits, H, tiles)  scores of one share of a prefix's clusters, or the log-sum-exp of one of its groups
-    choose   grid (splits, H, tiles)  the choice among a share of the clusters, and the list of its keys
+    score    grid (splits + masses, H, tiles)  scores of one share of a prefix's clusters, or the log-sum-exp of one
+                                               share of its groups
+    choose   grid (splits, H, tiles)           the choice among one share of the clusters, and the list of its keys
 
 A tile holds up to ROWS query tokens of one prefix; with the G query heads of a KV head, padded to GP, they are the M
 rows of a matrix product. Each token chooses for itself. The list has every key that any of them chose, once, with a
