@@ -363,7 +363,8 @@ def run_case(arm: str, shape: Shape, kept: float, likeness: float, beside: bool)
     if counters[0]:
         look_ups, loaded, pairs, chosen = counters[:4]
         result |= {"kept": chosen / pairs / shape.prefix, "union": loaded / look_ups / shape.prefix}
-        centroids = layers[0].table.centroids.nbytes * (1 + (arm == "squeezed"))
+        held = layers[0].table
+        centroids = held.centroids.nbytes * (1 + (arm == "squeezed")) + held.group_centroids.nbytes
         tiles = look_ups / pairs * shape.batch
         read = tiles * (centroids + result["union"] * shape.prefix * shape.kv_bytes)
     else:
