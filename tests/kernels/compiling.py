@@ -1,0 +1,57 @@
+"""Compiles the kernels for a GPU that need not be there, by their own launches: python -m tests.kernels.compiling 90 4."""
+
+import sys
+from collections import Counter
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from tests.kernels.conftest import build_scene
+from vllm_squeeze.kernels import workspace
+from vllm_squeeze.kernels.squeezed_attention import squeezed_attention
+
+MULTIPROCESSORS = 132
+SHAPES = (
+    {"group": 4, "head_size": 128, "dtype": torch.bfloat16},
+    {"group": 7, "head_size": 64, "dtype": torch.float16, "page_size": 32},
+    {"group": 1, "head_size": 256, "dtype": torch.bfloat16},
+    {"group": 4, "head_size": 128, "dtype": torch.bfloat16, "cache_dtype": torch.float8_e4m3fn},
+)
+
+
+def main(capability: int, num_shapes: int) -> None:
+    """Prints how often each kernel was compiled, or found to be, of the first shapes."""
+    target = GPUTarget("cuda", capability, 32)
+    triton.runtime.driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: target,
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+            get_active_torch_device=lambda: torch.device("cpu"),
+        )
+    )
+    compiled = Counter()
+
+    def compile_only(kernel, grid):
+        def launch(*args, **options):
+            compiled[kernel.fn.__name__] += kernel.warmup(*args, grid=grid, **options) is not None
+
+        return launch
+
+    triton.runtime.JITFunction.__getitem__ = compile_only
+    torch.Tensor.is_cuda = property(lambda tensor: True)
+    torch.cuda.get_device_capability = lambda device: divmod(capability, 10)
+    workspace.INTERPRETED_MULTIPROCESSORS = MULTIPROCESSORS
+    for shape in SHAPES[:num_shapes]:
+        for num_tokens in (1, 20):  # of tiles of both sizes
+            scene = build_scene("cpu", slot_of=(0,) * num_tokens, **shape)
+            limits = 4, scene.num_kv_heads, shape["head_size"], scene.table.sizes.shape[1], scene.keys[0].shape[1]
+            for rest, soft_cap in ((True, 0.0), (False, 30.0)):
+                scene.apply(squeezed_attention, rest, workspace.Workspace.allocate(*limits, "cpu"), soft_cap)
+    print(dict(compiled))
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

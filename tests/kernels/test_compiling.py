@@ -1,0 +1,24 @@
+"""That kernels agree with their oracle in Triton's interpreter does not say that a GPU can have them."""
+
+import ast
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.kernels.compiling import SHAPES
+
+
+@pytest.mark.parametrize(("capability", "num_shapes"), [(80, 1), (90, len(SHAPES))])
+def test_kernels_compile(capability: int, num_shapes: int, tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.kernels.compiling", str(capability), str(num_shapes)]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr[-3000:]
+    compiled = ast.literal_eval(child.stdout.splitlines()[-1])
+    launches = num_shapes * 2 * 2
+    for kernel in ("score_kernel", "choose_kernel", "attend_kernel", "merge_kernel"):
+        assert compiled[kernel] >= launches, kernel
+    assert compiled["_group_kernel"] and compiled["_list_always_kernel"]
