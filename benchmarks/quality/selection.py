@@ -35,7 +35,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vllm_squeeze.kernels.reference import capped, joined, log_mass, raises, softmax_weighted
+from vllm_squeeze.kernels.reference import capped, joined, log_mass, raises, scores_of, softmax_weighted
 from vllm_squeeze.kernels.tables import MOST_RAISE, ClusterTable, group_means, unquantised
 from vllm_squeeze.kernels.tiles import tokens_per_tile
 from vllm_squeeze.prefix_index.budget import (
@@ -258,10 +258,9 @@ def cluster_of_key(table: ClusterTable) -> torch.Tensor:
 def unit_scores(query: torch.Tensor, units: Units, prefix: Prefix) -> torch.Tensor:
     """The logits of units [R, H, G, U] for queries [R, H, G, D]; upper bounds of them where units have bounds."""
     if units.low is units.high:
-        products = torch.einsum("rhgd,hud->rhgu", query, units.low)
-    else:
-        products = torch.einsum("rhgd,hud->rhgu", query.clamp(min=0), units.high)
-        products += torch.einsum("rhgd,hud->rhgu", query.clamp(max=0), units.low)
+        return scores_of(query, units.low, prefix.scale, prefix.soft_cap)
+    products = torch.einsum("rhgd,hud->rhgu", query.clamp(min=0), units.high)
+    products += torch.einsum("rhgd,hud->rhgu", query.clamp(max=0), units.low)
     return capped(products * prefix.scale, prefix.soft_cap)
 
 
@@ -292,10 +291,10 @@ def rank(
         raised = raises(query, units.variances, prefix.scale, math.inf if arm.spread == "variance" else MOST_RAISE)
     if arm.spread == "variance":
         scores, raised = scores + raised, 0.0
-    mass = log_mass(scores, units.sizes)
     if arm.grouped:
-        products = torch.einsum("rhgd,hud->rhgu", query, units.groups)
-        mass = log_mass(capped(products * prefix.scale, prefix.soft_cap), units.group_sizes)
+        mass = log_mass(scores_of(query, units.groups, prefix.scale, prefix.soft_cap), units.group_sizes)
+    else:
+        mass = log_mass(scores, units.sizes)
     log_p = joined((scores - mass + raised).masked_fill((units.sizes == 0)[:, None], -torch.inf), arm.join)
     if units.log_weights is not None:
         log_p = log_p + units.log_weights[None]

@@ -52,16 +52,21 @@ def choose_clusters(
         scores s q.c_i, [R, H, G, C] float32, and the choice, [R, H, C] bool.
     """
     centroids = unquantised(table.centroids, table.centroid_scales)
-    scores = capped(torch.einsum("rhgd,hcd->rhgc", query, centroids) * scale, soft_cap)
+    scores = scores_of(query, centroids, scale, soft_cap)
     occupied = (table.sizes > 0)[:, None]  # [H, 1, C]
     if join == "max":
         groups = unquantised(table.group_centroids, table.group_scales)
-        mass = log_mass(capped(torch.einsum("rhgd,hcd->rhgc", query, groups) * scale, soft_cap), table.group_sizes)
+        mass = log_mass(scores_of(query, groups, scale, soft_cap), table.group_sizes)
     else:
         mass = log_mass(scores, table.sizes)
     log_p = (scores - mass).masked_fill(~occupied, -torch.inf)
     log_p = log_p + raises(query, table.variances, scale)
     return scores, (joined(log_p, join) + table.log_weights > log_threshold) & occupied[:, 0]
+
+
+def scores_of(query: torch.Tensor, centroids: torch.Tensor, scale: float, soft_cap: float = 0.0) -> torch.Tensor:
+    """Scores s q.c [R, H, G, C] of centroids [H, C, D] for queries [R, H, G, D], bound by ``soft_cap``, 0 for none."""
+    return capped(torch.einsum("rhgd,hcd->rhgc", query, centroids) * scale, soft_cap)
 
 
 def log_mass(scores: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
