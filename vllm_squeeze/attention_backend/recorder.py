@@ -9,7 +9,7 @@ Each request says which prefix it is on (``Recording``); the requests of the nex
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,10 @@ from vllm_squeeze.attention_backend.layers import in_model_dtype, why_dense
 from vllm_squeeze.attention_backend.placement import full_attention_groups
 from vllm_squeeze.attention_backend.wiring import RECORD, options_of
 from vllm_squeeze.attention_backend.worker import layers_of
-from vllm_squeeze.kernels.tables import unquantised
-from vllm_squeeze.prefix_index.calibration import attention_histogram, score_histogram
-from vllm_squeeze.prefix_index.clustering import Clusters, cluster_keys, mean_cosine
 from vllm_squeeze.prefix_index.extension import known_labels
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
+from vllm_squeeze.prefix_index.indexing import ComputedLayer, IndexedLayer, index_layers
 from vllm_squeeze.prefix_index.manifest import IndexParameters
-from vllm_squeeze.prefix_index.neighbours import in_groups
-from vllm_squeeze.prefix_index.stored_clusters import stored
 
 # Bytes of keys and values clustered at once: several layers of a small model, one of a large one.
 BATCH_BYTES = 1 << 28
@@ -63,14 +59,11 @@ class Part:
     """Clusters of one layer on one rank, as the recorder wrote them.
 
     Attributes:
-        tensors: those of LayerClusters; scores, the histogram of ``score_histogram``; and where questions were held
-            back, attention, that of ``attention_histogram``.
-        mean_cosine: of keys to their centroids.
-        num_queries: tokens whose queries the histogram counts.
+        indexed: its heads on that rank.
+        num_queries: tokens whose queries the histogram of scores counts.
     """
 
-    tensors: dict[str, torch.Tensor]
-    mean_cosine: float
+    indexed: IndexedLayer
     num_queries: int
 
 
@@ -94,7 +87,7 @@ def read_part(path: Path) -> Part:
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return Part(tensors, float(metadata["mean_cosine"]), int(metadata["num_queries"]))
+    return Part(IndexedLayer(tensors, float(metadata["mean_cosine"])), int(metadata["num_queries"]))
 
 
 class ObservesQueries:
@@ -265,21 +258,21 @@ class SqueezeRecorder(PassiveConnector):
         former = PrefixIndex.open(Path(recording.former)) if recording.former is not None else None
         with tqdm(total=len(names), desc="Clustering", unit="layer", disable=rank > 0) as progress:
             for batch in self._batches(names, recording.num_tokens):
-                parts = [self._read(layers[name], blocks[group], recording.num_tokens) for name, group in batch]
+                computed = [self._read(layers[name], blocks[group], recording.num_tokens) for name, group in batch]
                 known = None
                 if former is not None:
-                    heads = slice(first_head, first_head + len(parts[0][0]))
-                    known = torch.cat([known_labels(former, name, heads) for name, _ in batch]).to(parts[0][0].device)
-                for (name, _), part in zip(batch, self._cluster(known, *zip(*parts))):
-                    tensors, cosine = part
+                    keys = computed[0].keys
+                    heads = slice(first_head, first_head + len(keys))
+                    known = torch.cat([known_labels(former, name, heads) for name, _ in batch]).to(keys.device)
+                for (name, _), indexed in zip(batch, index_layers(computed, self._parameters, known)):
                     metadata = {
                         "layer": name,
                         "first_head": str(first_head),
-                        "mean_cosine": repr(cosine),
+                        "mean_cosine": repr(indexed.mean_cosine),
                         "num_queries": str(sum(map(len, layers[name].impl.queries))),
                     }
                     file = f"{re.sub('[^A-Za-z0-9]', '-', name)}.rank{rank}.safetensors"
-                    save_file(tensors, Path(recording.parts) / file, metadata)
+                    save_file(indexed.tensors, Path(recording.parts) / file, metadata)
                 progress.update(len(batch))
 
     def _batches(self, names: list[tuple[str, int]], num_tokens: int) -> Iterator[list[tuple[str, int]]]:
@@ -298,8 +291,7 @@ class SqueezeRecorder(PassiveConnector):
         if batch:
             yield batch
 
-    def _read(self, layer: Any, blocks: list[int], num_tokens: int) -> tuple[torch.Tensor, ...]:
-        """Keys and values [H, T, D], queries that calibrate and those held back [H, W, G, D], softmax scale, soft cap."""
+    def _read(self, layer: Any, blocks: list[int], num_tokens: int) -> ComputedLayer:
         impl, cache = layer.impl, self._kv_caches[layer.layer_name]
         group = next(g for g in self._groups if layer.layer_name in self._layers_by_group[g])
         # A block of the scheduler may be several of the attention kernel's.
@@ -312,32 +304,4 @@ class SqueezeRecorder(PassiveConnector):
             torch.cat([none, *kept]).view(-1, *heads).to(keys.device).transpose(0, 1)
             for kept in (impl.queries, impl.held_back)
         )
-        return keys, values, *queries, impl.scale, impl.logits_soft_cap
-
-    def _cluster(
-        self,
-        known: torch.Tensor | None,
-        keys: Any,
-        values: Any,
-        queries: Any,
-        held_back: Any,
-        scales: Any,
-        soft_caps: Any,
-    ) -> Iterator[tuple[dict, float]]:
-        num_heads = len(keys[0])
-        all_keys = torch.cat(keys).float()
-        clusters = in_groups(cluster_keys(all_keys, torch.cat(values).float(), self._parameters, known=known))
-        for layer, query in enumerate(queries):
-            heads = slice(layer * num_heads, (layer + 1) * num_heads)
-            of_layer = Clusters(*(getattr(clusters, field.name)[heads] for field in fields(Clusters)))
-            cosine = mean_cosine(all_keys[heads], of_layer)
-            tensors = vars(stored(of_layer, self._parameters.rule))
-            # The threshold is calibrated with the centroids as the server will read them.
-            centroids = unquantised(tensors["centroids"], tensors["centroid_scales"])
-            clusters_read = centroids, tensors["log_weights"], tensors["variances"], of_layer.sizes
-            softmax = scales[layer], soft_caps[layer], self._parameters.join
-            tensors["scores"] = score_histogram(query.float(), *clusters_read, *softmax)
-            if (asked := held_back[layer]).shape[1]:
-                of_keys = asked.float(), all_keys[heads], *clusters_read, of_layer.members
-                tensors["attention"] = attention_histogram(*of_keys, *softmax)
-            yield {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, cosine
+        return ComputedLayer(keys, values, *queries, impl.scale, impl.logits_soft_cap)
