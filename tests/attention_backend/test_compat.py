@@ -15,13 +15,21 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm_squeeze.attention_backend import compat
 from vllm_squeeze.plugin import register
 
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_contract(*packages: Path) -> str:
+    """What the contract says last, in a process of its own, which has loaded no plugin; ``packages`` come first."""
+    script = Path(__file__).with_name("contract.py")
+    found = os.pathsep.join(map(str, (*packages, ROOT)))
+    environment = {**os.environ, "PYTHONPATH": found}
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=500, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout.splitlines()[-1]
+
 
 def test_what_we_build_on_is_there():
-    """In a process of its own, which has loaded no plugin; against another vLLM if one comes first on PYTHONPATH."""
-    script = Path(__file__).with_name("contract.py")
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=500, env={**os.environ})
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.splitlines()[-1].startswith("OK ")
+    assert run_contract().startswith("OK ")
 
 
 def test_registering_again_changes_nothing():
