@@ -10,6 +10,7 @@ from triton.backends.compiler import GPUTarget
 
 from tests.kernels.conftest import build_scene
 from vllm_squeeze.kernels import workspace
+from vllm_squeeze.kernels.nearest import nearest
 from vllm_squeeze.kernels.squeezed_attention import squeezed_attention
 
 MULTIPROCESSORS = 132
@@ -45,6 +46,7 @@ def main(capability: int, num_shapes: int) -> None:
     torch.cuda.get_device_capability = lambda device: divmod(capability, 10)
     workspace.INTERPRETED_MULTIPROCESSORS = MULTIPROCESSORS
     for shape in SHAPES[:num_shapes]:
+        nearest(torch.zeros(2, 500, shape["head_size"]), torch.zeros(2, 30, shape["head_size"]))
         for num_tokens in (1, 20):  # of tiles of both sizes
             scene = build_scene("cpu", slot_of=(0,) * num_tokens, **shape)
             limits = 4, scene.num_kv_heads, shape["head_size"], scene.table.sizes.shape[1], scene.keys[0].shape[1]

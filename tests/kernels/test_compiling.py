@@ -21,4 +21,5 @@ def test_kernels_compile(capability: int, num_shapes: int, tmp_path):
     launches = num_shapes * 2 * 2
     for kernel in ("score_kernel", "choose_kernel", "attend_kernel", "merge_kernel"):
         assert compiled[kernel] >= launches, kernel
+    assert compiled["nearest_kernel"] == num_shapes
     assert compiled["_group_kernel"] and compiled["_list_always_kernel"]

@@ -282,6 +282,13 @@ def count_reads(counters: torch.Tensor, has_clusters: bool, kept: torch.Tensor, 
         counters[4:] += counters.new_tensor([len(loaded), kept.numel()])
 
 
+def nearest_reference(points: torch.Tensor, centroids: torch.Tensor, memory_bytes: int = 1 << 30) -> torch.Tensor:
+    """As ``nearest.nearest``, within so much temporary memory for one point of each item or more."""
+    bias = centroids.square().sum(-1)[:, None] / -2
+    step = max(memory_bytes // (4 * bias.numel()), 1)
+    return torch.cat([torch.baddbmm(bias, part, centroids.mT).argmax(-1) for part in points.split(step, 1)], 1)
+
+
 def match_rows_reference(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,

@@ -104,7 +104,7 @@ def attention_histogram(
     scale: float,
     soft_cap: float = 0.0,
     join: str = "max",
-    memory_bytes: int = 1 << 28,
+    memory_bytes: int = 1 << 29,
 ) -> torch.Tensor:
     """The attention probability of clustered keys, over a prefix alone, by the weighted log p of their cluster.
 
@@ -125,13 +125,16 @@ def attention_histogram(
     bytes_per_token = 4 * ((2 * group + 2) * keys.shape[1] + (4 * group + 8) * num_centroids)
     for row in range(num_rows):
         clusters = tuple(of_rows[row : row + 1] for of_rows in (centroids, log_weights, variances, sizes))
-        cluster_of = torch.arange(num_centroids, device=query.device).repeat_interleave(sizes[row].long())
+        # what is always attended to counts as one more cluster
+        cluster_of = members.new_full((keys.shape[1],), num_centroids)
+        numbers = torch.arange(num_centroids, device=query.device, dtype=members.dtype)
+        cluster_of[members[row].long()] = numbers.repeat_interleave(sizes[row].long())
         for some in query[row].float().split(max(memory_bytes // bytes_per_token, 1)):
-            logits = capped(torch.einsum("wgd,td->wgt", some, keys[row].float()) * scale, soft_cap)
-            of_keys = logits.softmax(-1).sum(1)[:, members[row].long()]
-            of_clusters = of_keys.new_zeros(len(some), num_centroids).index_add_(1, cluster_of, of_keys)
+            logits = capped(torch.einsum("wgd,td->wgt", some * scale, keys[row].float()), soft_cap)
+            of_keys = logits.softmax(-1).sum(1)
+            of_clusters = of_keys.new_zeros(len(some), num_centroids + 1).index_add_(1, cluster_of, of_keys)
             bins = _bins(some[None], *clusters, scale, soft_cap, join)
-            histogram[row].scatter_add_(0, bins.flatten(), of_clusters.flatten())
+            histogram[row].scatter_add_(0, bins.flatten(), of_clusters[:, :-1].flatten())
     return histogram / (num_queries * group)
 
 

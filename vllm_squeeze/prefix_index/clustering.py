@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from vllm_squeeze.kernels.reference import nearest_reference
 from vllm_squeeze.prefix_index.manifest import IndexParameters
 
 POWER_ITERATIONS = 8
@@ -160,9 +161,11 @@ def _k_means(points: torch.Tensor, initial: torch.Tensor, iterations: int, memor
 
 def _nearest(points: torch.Tensor, centroids: torch.Tensor, memory_bytes: int) -> torch.Tensor:
     """The centroid [I, k, D] of least Euclidean distance to each point [I, n, D]: labels [I, n]."""
-    bias = centroids.square().sum(-1)[:, None] / -2
-    step = max(memory_bytes // (4 * bias.numel()), 1)
-    return torch.cat([torch.baddbmm(bias, part, centroids.mT).argmax(-1) for part in points.split(step, 1)], 1)
+    if points.is_cuda:
+        from vllm_squeeze.kernels.nearest import nearest
+
+        return nearest(points, centroids)
+    return nearest_reference(points, centroids, memory_bytes)
 
 
 def _group(labels: torch.Tensor, num_clusters: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
