@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -80,6 +81,7 @@ SEARCH_TOLERANCE = 0.02
 KEPT_TOLERANCE = 0.1
 SEARCH_TOKENS = 256
 SEARCH_ROUNDS = 24
+MOST_IN_A_ROW = 3
 COUNTED_TOKENS = 32
 LOWEST_LOG_P = -40.0
 
@@ -192,39 +194,55 @@ def set_threshold(worker: Any, log_threshold: float) -> None:
     residency_of(worker.vllm_config).prefixes.log_threshold.fill_(log_threshold)
 
 
-def find_threshold(llm: Any, prompts: list[list[int]], wanted: float) -> float:
-    """Bisects for the log threshold that keeps a share of the keys, on requests that are being decoded.
+def search(measure: Callable[[float], float], wanted: float) -> float:
+    """A log threshold at which a wanted share of keys is measured, within SEARCH_TOLERANCE, or KEPT_TOLERANCE at worst.
+
+    Steps are halved, as in a bisection, but doubled where several in a row went the same way: what a threshold keeps
+    changes while requests go on.
 
     Raises:
-        RuntimeError: no threshold does.
+        RuntimeError: none was found.
     """
+    threshold, step, above, in_a_row = LOWEST_LOG_P / 2, -LOWEST_LOG_P / 2, False, 0
+    found, least = None, KEPT_TOLERANCE
+    for _ in range(SEARCH_ROUNDS):
+        share = measure(threshold)
+        error = abs(share / wanted - 1)
+        if error < least:
+            least, found = error, threshold
+        if error < SEARCH_TOLERANCE:
+            break
+        in_a_row = in_a_row + 1 if (share > wanted) == above else 1
+        above = share > wanted
+        step = step * 2 if in_a_row > MOST_IN_A_ROW else step / 2
+        tried, threshold = threshold, threshold + (step if above else -step)
+    if found is None:
+        raise RuntimeError(f"no threshold keeps {wanted} of the keys; {tried} keeps {share:.4f}")
+    return found
+
+
+def find_threshold(llm: Any, prompts: list[list[int]], wanted: float) -> float:
+    """Searches for the log threshold that keeps a share of the keys, on requests that are being decoded."""
     from running import count
 
     from vllm_squeeze.offline_tools.timing import steps
 
     running = steps(llm, prompts, SEARCH_TOKENS)
     next(arrivals for arrivals in running if all(arrivals))
-    low, high, found, least = LOWEST_LOG_P, 0.0, None, KEPT_TOLERANCE
-    for _ in range(SEARCH_ROUNDS):
-        middle = (low + high) / 2
-        llm.collective_rpc(set_threshold, args=(middle,))
+
+    def measure(log_threshold: float) -> float:
+        llm.collective_rpc(set_threshold, args=(log_threshold,))
         # steps that the engine had begun before, with the threshold before
         for _ in range(2):
             next(running)
         before = count(llm)
         for _ in range(max(8 // len(prompts), 2)):
             next(running)
-        share = (count(llm) - before).kept_share
-        error = abs(share / wanted - 1)
-        if error < least:
-            least, found = error, middle
-        if error < SEARCH_TOLERANCE:
-            break
-        low, high = (middle, high) if share > wanted else (low, middle)
+        return (count(llm) - before).kept_share
+
+    found = search(measure, wanted)
     for _ in running:
         pass
-    if found is None:
-        raise RuntimeError(f"no threshold keeps {wanted} of the keys; {middle} keeps {share:.4f}")
     return found
 
 
