@@ -13,7 +13,7 @@ import math
 import numpy as np
 import torch
 
-from vllm_squeeze.kernels.reference import capped, joined, log_mass, raises
+from vllm_squeeze.kernels.reference import capped, joined, log_mass, raises, scores_of
 from vllm_squeeze.kernels.tables import group_means, unquantised
 
 NUM_BINS = 4096
@@ -80,17 +80,15 @@ def _bins(
     join: str,
 ) -> torch.Tensor:
     """The bin of each cluster for each query token, [B, W, C]; arguments as in ``score_histogram``."""
-    logits = torch.einsum("bwgd,bcd->bwgc", query.float(), centroids.float()) * scale
-    scores = capped(logits, soft_cap)
+    query = query.transpose(0, 1).float()  # [W, B, G, D]
+    scores = scores_of(query, centroids.float(), scale, soft_cap)
     if join == "max":
         groups, group_scales, group_sizes = group_means(centroids.float(), sizes)
-        logits = torch.einsum("bwgd,bcd->bwgc", query.float(), unquantised(groups, group_scales)) * scale
-        mass = log_mass(capped(logits, soft_cap), group_sizes[:, None])
+        mass = log_mass(scores_of(query, unquantised(groups, group_scales), scale, soft_cap), group_sizes)
     else:
-        mass = log_mass(scores, sizes[:, None])
-    raised = scores - mass + raises(query.float(), variances[:, None], scale)
-    log_p = joined(raised, join) + log_weights[:, None]  # [B, W, C]
-    return ((log_p - LOWEST) / BIN_WIDTH).clamp(0, NUM_BINS - 1).long()
+        mass = log_mass(scores, sizes)
+    log_p = joined(scores - mass + raises(query, variances, scale), join) + log_weights  # [W, B, C]
+    return ((log_p.transpose(0, 1) - LOWEST) / BIN_WIDTH).clamp(0, NUM_BINS - 1).long()
 
 
 def attention_histogram(
