@@ -1,5 +1,6 @@
 """How documents are handed to workers, with stand-ins for Ray and its actors; with Ray: tests/engine/test_ray.py."""
 
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -178,3 +179,14 @@ def test_what_is_refused_before_anything_starts(capsys, tmp_path, monkeypatch):
     assert "list.jsonl, line 1: not JSON" in refused(capsys, tmp_path, "--documents", tmp_path / "list.jsonl")
     assert refused(capsys, tmp_path, "--prefix", "-", "--workers", 2) == "--workers: only with --documents"
     assert refused(capsys, tmp_path, "--prefix", "-", "--ray", "auto") == "--ray: only with --documents"
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_cluster_that_is_not_there(scheme, capsys, tmp_path, monkeypatch):
+    (tmp_path / "list.jsonl").write_text('{"text": "t10"}')
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"{scheme}127.0.0.1:{server.getsockname()[1]}"
+    error = refused(capsys, tmp_path, "--documents", tmp_path / "list.jsonl", "--ray", address)
+    assert error == f"--ray: {address}: [Errno 111] Connection refused"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert refused(capsys, tmp_path, "--documents", tmp_path / "list.jsonl") == error

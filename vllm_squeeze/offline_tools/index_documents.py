@@ -5,6 +5,8 @@ dies, or in which something unexpected happens, is replaced, and its document go
 """
 
 import logging
+import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +23,7 @@ from vllm_squeeze.prefix_index.stores import check_out, is_url, store_at
 RETRIES = 2
 """How often a document is tried again after its worker died or an error that is not the document's; also how many
 starts of workers and engines may fail before the next document is done."""
+CONNECT_TIMEOUT_S = 10
 INDEXED, SKIPPED, FAILED = "indexed", "skipped", "failed"
 
 
@@ -114,10 +117,13 @@ def index_documents(
         out = str(Path(out).resolve())
     check_out(out)
     ray = import_ray()
+    address = address or os.environ.get("RAY_ADDRESS")
+    check_reachable(address)
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
-        raise ValueError(f"--ray: {address}: {error}") from None
+        hint = "if the cluster has token authentication, set RAY_AUTH_MODE=token"
+        raise ValueError(f"--ray: {address}: {error}; {hint}") from None
     try:
         count, resources = share_out(workers, len(listed), ray.cluster_resources(), settings["engine_args"])
         actor = ray.remote(DocumentWorker).options(**resources)
@@ -139,6 +145,21 @@ def import_ray() -> ModuleType:
     except ImportError:
         raise ValueError("--documents: needs Ray, which is not installed: pip install vllm-squeeze[ray]") from None
     return ray
+
+
+def check_reachable(address: str | None) -> None:
+    """Tries to connect to HOST:PORT, also of Ray's client, as Ray itself would try for minutes.
+
+    Raises:
+        ValueError: nothing answers there.
+    """
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ValueError(f"--ray: {address}: {error}") from None
 
 
 def share_out(
