@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch.nn import functional
 
-from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, bytes_of_groups, bytes_per_cluster
+from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, bytes_of_clusters
 from vllm_squeeze.prefix_index.clustering import cluster_keys
 from vllm_squeeze.prefix_index.indexing import ComputedLayer, index_layers
 from vllm_squeeze.prefix_index.manifest import IndexParameters
@@ -100,16 +100,12 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             if on_gpu:
                 peak = max(peak, torch.cuda.max_memory_allocated() - held)
             num_clusters = max(num_clusters, indexed.tensors["sizes"].shape[1])
-        num_heads, head_size = arguments.heads[0], arguments.head_size
-        of_index = num_heads * (
-            num_clusters * bytes_per_cluster(head_size, rest=True) + bytes_of_groups(num_clusters, head_size)
-        )
+        of_index = bytes_of_clusters(num_clusters, arguments.head_size, rest=True) + num_tokens * BYTES_PER_MEMBER
         line = {
             "tokens": num_tokens,
             "seconds": seconds,
             "peak_gib": peak / 2**30 if on_gpu else None,
-            "device_share": (of_index + BYTES_PER_MEMBER * num_heads * num_tokens)
-            / (num_heads * num_tokens * head_size * 4),
+            "device_share": of_index / (num_tokens * arguments.head_size * 4),
         }
         if arguments.reference:
             one_window = parameters.num_sinks + parameters.observation_window + min(parameters.window, num_tokens - 200)

@@ -77,7 +77,7 @@ def make_layer(shape: Shape, kept: float, likeness: float, beside: bool) -> Laye
     """
     import torch
 
-    from vllm_squeeze.kernels.reference import log_mass
+    from vllm_squeeze.kernels.reference import joined, log_mass, scores_of
     from vllm_squeeze.kernels.tables import ClusterTable, Prefixes, group_means, quantised, unquantised
 
     heads, group, size, page = shape.kv_heads, shape.group, shape.head_size, shape.page_size
@@ -110,14 +110,13 @@ def make_layer(shape: Shape, kept: float, likeness: float, beside: bool) -> Laye
     )
     common, own = torch.randn(2, shape.batch, heads * group, size, device=device)
     query = (common[:1] * likeness**0.5 + own * (1 - likeness) ** 0.5).to(dtype)
-    log_p = []
-    for row in query[:4]:
-        as_read = unquantised(centroids, centroid_scales), unquantised(table.group_centroids, table.group_scales)
-        scores, groups = (row.float().view(heads, group, size) @ keys.mT * size**-0.5 for keys in as_read)
-        log_p.append((scores - log_mass(groups, table.group_sizes)).amax(1))
+    some = query[:4].float().view(-1, heads, group, size)
+    as_read = unquantised(centroids, centroid_scales), unquantised(table.group_centroids, table.group_scales)
+    scores, groups = (scores_of(some, keys, size**-0.5) for keys in as_read)
+    log_p = joined(scores - log_mass(groups, table.group_sizes), "max")
     prefixes = Prefixes(
         slots=torch.tensor([[0, num_centroids, NUM_SINKS, 0]], dtype=torch.int32, device=device),
-        log_threshold=threshold(torch.stack(log_p), kept).view(1),
+        log_threshold=threshold(log_p, kept).view(1),
         counters=torch.zeros(1, 6, dtype=torch.int64, device=device),
     )
     queries = tile(shape, block_table, prefixes, shape.batch, beside)

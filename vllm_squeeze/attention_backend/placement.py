@@ -10,8 +10,8 @@ from typing import Any
 from vllm_squeeze.attention_backend.compat import logger
 from vllm_squeeze.attention_backend.model_identity import model_identity
 from vllm_squeeze.config import AUTO
-from vllm_squeeze.kernels.tables import NEIGHBOURS
-from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, ReadCost, bytes_of_groups, bytes_per_cluster
+from vllm_squeeze.kernels.tables import NEIGHBOURS, num_groups
+from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, ReadCost, bytes_of_clusters
 from vllm_squeeze.prefix_index.calibration import Curve, log_threshold
 from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
@@ -177,7 +177,7 @@ def num_centroids(manifest: Manifest) -> int:
 
 def room_for_centroids(manifest: Manifest) -> int:
     """Clusters of a head that a table is to have room for: whole groups."""
-    return -(-num_centroids(manifest) // NEIGHBOURS) * NEIGHBOURS
+    return num_groups(num_centroids(manifest)) * NEIGHBOURS
 
 
 def device_bytes(manifest: Manifest, options: Options, vllm_config: Any) -> int:
@@ -185,8 +185,7 @@ def device_bytes(manifest: Manifest, options: Options, vllm_config: Any) -> int:
     if attends_exactly(manifest, options):
         return 0
     heads = local_kv_heads(manifest, vllm_config.parallel_config.tensor_parallel_size)
-    count, head_size = room_for_centroids(manifest), manifest.model.head_size
-    clusters = count * bytes_per_cluster(head_size, rest=True) + bytes_of_groups(count, head_size)
+    clusters = bytes_of_clusters(room_for_centroids(manifest), manifest.model.head_size, rest=True)
     return len(manifest.layers) * heads * (clusters + manifest.num_members * BYTES_PER_MEMBER)
 
 
@@ -194,9 +193,8 @@ def token_bytes(centroids: float, vllm_config: Any) -> float:
     """Bytes that a token of a prefix takes on one rank's device, of an index with so many centroids for each."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     layers = math.ceil(model.hf_text_config.num_hidden_layers / parallel.pipeline_parallel_size)
-    of_cluster = bytes_per_cluster(model.get_head_size(), rest=True)
-    of_group = bytes_of_groups(NEIGHBOURS, model.get_head_size())
-    of_head = centroids * (of_cluster + of_group / NEIGHBOURS) + BYTES_PER_MEMBER
+    of_group = bytes_of_clusters(NEIGHBOURS, model.get_head_size(), rest=True)
+    of_head = centroids * of_group / NEIGHBOURS + BYTES_PER_MEMBER
     return layers * model.get_num_kv_heads(parallel) * of_head
 
 

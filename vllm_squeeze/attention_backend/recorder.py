@@ -54,19 +54,6 @@ class Recording:
     former: str | None = None
 
 
-@dataclass(frozen=True)
-class Part:
-    """Clusters of one layer on one rank, as the recorder wrote them.
-
-    Attributes:
-        indexed: its heads on that rank.
-        num_queries: tokens whose queries the histogram of scores counts.
-    """
-
-    indexed: IndexedLayer
-    num_queries: int
-
-
 def layer_order(name: str) -> list[int | str]:
     """Sorts layer names by the numbers in them."""
     return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", name)]
@@ -82,12 +69,12 @@ def read_parts(folder: Path) -> dict[str, list[Path]]:
     return {layer: [path for _, path in sorted(found[layer].items())] for layer in sorted(found, key=layer_order)}
 
 
-def read_part(path: Path) -> Part:
+def read_part(path: Path) -> IndexedLayer:
     """Reads one file of ``read_parts``."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return Part(IndexedLayer(tensors, float(metadata["mean_cosine"])), int(metadata["num_queries"]))
+    return IndexedLayer(tensors, float(metadata["mean_cosine"]), int(metadata["num_queries"]))
 
 
 class ObservesQueries:
@@ -269,7 +256,7 @@ class SqueezeRecorder(PassiveConnector):
                         "layer": name,
                         "first_head": str(first_head),
                         "mean_cosine": repr(indexed.mean_cosine),
-                        "num_queries": str(sum(map(len, layers[name].impl.queries))),
+                        "num_queries": str(indexed.num_queries),
                     }
                     file = f"{re.sub('[^A-Za-z0-9]', '-', name)}.rank{rank}.safetensors"
                     save_file(indexed.tensors, Path(recording.parts) / file, metadata)

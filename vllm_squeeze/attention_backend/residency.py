@@ -17,7 +17,7 @@ from vllm_squeeze.attention_backend.placement import (
 )
 from vllm_squeeze.attention_backend.room import Room, Span, settle
 from vllm_squeeze.attention_backend.variants import VariantSlot
-from vllm_squeeze.kernels.tables import JOINS, NEIGHBOURS, ClusterTable, Prefixes, group_means, unquantised
+from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes, group_means, num_groups, unquantised
 from vllm_squeeze.prefix_index.budget import ReadCost
 from vllm_squeeze.prefix_index.index_folder import LayerClusters, PrefixIndex
 from vllm_squeeze.prefix_index.manifest import InvalidIndex, Manifest
@@ -68,7 +68,7 @@ class Residency:
         if not has_all_layers and all(_layer_number(manifest, name) is None for manifest in manifests):
             return None
 
-        num_groups = -(-self.room.num_centroids // NEIGHBOURS)
+        groups = num_groups(self.room.num_centroids)
 
         def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(num_kv_heads, *shape, dtype=dtype, device=self.device)
@@ -83,9 +83,9 @@ class Residency:
             starts=empty(self.room.num_centroids, dtype=torch.int32),
             sizes=empty(self.room.num_centroids, dtype=torch.int32),
             members=empty(self.room.num_members, dtype=torch.int32),
-            group_centroids=empty(num_groups, head_size, dtype=torch.int8),
-            group_scales=empty(num_groups, dtype=torch.float32),
-            group_sizes=empty(num_groups, dtype=torch.int32),
+            group_centroids=empty(groups, head_size, dtype=torch.int8),
+            group_scales=empty(groups, dtype=torch.float32),
+            group_sizes=empty(groups, dtype=torch.int32),
         )
         return self._tables[name]
 

@@ -38,6 +38,11 @@ def unquantised(vectors: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return vectors.float() * scales[..., None]
 
 
+def num_groups(num_centroids: int) -> int:
+    """Of so many clusters; the last may have fewer than NEIGHBOURS."""
+    return -(-num_centroids // NEIGHBOURS)
+
+
 def group_means(centroids: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The mean keys of groups of NEIGHBOURS clusters, in 8 bits.
 
@@ -46,8 +51,8 @@ def group_means(centroids: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Ten
         sizes: [..., C] integer.
 
     Returns:
-        int8 [..., G, D], what to multiply each with [..., G] float32, and keys of each group [..., G] int32; of G = C /
-        NEIGHBOURS groups, rounded up. Zero where a group has no keys.
+        int8 [..., G, D], what to multiply each with [..., G] float32, and keys of each group [..., G] int32; of G =
+        num_groups(C) groups. Zero where a group has no keys.
     """
     padding = -centroids.shape[-2] % NEIGHBOURS
     sums = pad(centroids * sizes[..., None], (0, 0, 0, padding)).unflatten(-2, (-1, NEIGHBOURS)).sum(-2)
@@ -94,7 +99,7 @@ class ClusterTable:
     def prefix(self, first_centroid: int, num_centroids: int) -> "ClusterTable":
         """The table of the one prefix whose clusters begin at ``first_centroid``, as views."""
         clusters = slice(first_centroid, first_centroid + num_centroids)
-        groups = slice(first_centroid // NEIGHBOURS, -(-clusters.stop // NEIGHBOURS))
+        groups = slice(num_groups(first_centroid), num_groups(clusters.stop))
         return ClusterTable(
             self.centroids[:, clusters],
             self.centroid_scales[:, clusters],

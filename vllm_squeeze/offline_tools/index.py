@@ -464,13 +464,13 @@ def write(
     scores: Any = 0
     for number, (layer, paths) in enumerate(read_parts(parts).items()):
         recorded = [read_part(path) for path in paths]
-        cosines += [part.indexed.mean_cosine for part in recorded]
-        of_layer = sum(part.indexed.tensors.pop("scores") for part in recorded)
+        cosines += [part.mean_cosine for part in recorded]
+        of_layer = sum(part.tensors.pop("scores") for part in recorded)
         bins = level(of_layer) if parameters.rule == "error" else 0
         scores = scores + moved(of_layer, bins)
-        if "attention" in recorded[0].indexed.tensors:
-            attention.append(moved(torch.cat([part.indexed.tensors.pop("attention") for part in recorded]), bins))
-        clusters = join([LayerClusters(**part.indexed.tensors) for part in recorded])
+        if "attention" in recorded[0].tensors:
+            attention.append(moved(torch.cat([part.tensors.pop("attention") for part in recorded]), bins))
+        clusters = join([LayerClusters(**part.tensors) for part in recorded])
         clusters = replace(clusters, log_weights=clusters.log_weights + bins * BIN_WIDTH)
         num_members, num_queries = clusters.members.shape[1], recorded[0].num_queries
         entries.append(writer.write_layer(number, layer, clusters))

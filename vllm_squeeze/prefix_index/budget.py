@@ -8,7 +8,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from vllm_squeeze.kernels.tables import NEIGHBOURS
+from vllm_squeeze.kernels.tables import num_groups
 
 BYTES_PER_SCALE = 4
 """What a centroid's elements, of one byte each, are multiplied by: float32."""
@@ -33,7 +33,12 @@ def bytes_per_cluster(head_size: int, rest: bool) -> int:
 
 def bytes_of_groups(num_centroids: int, head_size: int) -> int:
     """Bytes that are read of the groups of so many clusters, or held of them: mean keys with their scales, and sizes."""
-    return -(-num_centroids // NEIGHBOURS) * (head_size + BYTES_PER_SCALE + BYTES_PER_SIZE)
+    return num_groups(num_centroids) * (head_size + BYTES_PER_SCALE + BYTES_PER_SIZE)
+
+
+def bytes_of_clusters(num_centroids: int, head_size: int, rest: bool) -> int:
+    """Bytes that are read of so many clusters and of their groups, or held of them; but for their members."""
+    return num_centroids * bytes_per_cluster(head_size, rest) + bytes_of_groups(num_centroids, head_size)
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,8 @@ class ReadCost:
     @functools.cached_property
     def fixed_bytes(self) -> int:
         """Bytes read even if no cluster is kept."""
-        clusters = self.num_centroids * bytes_per_cluster(self.head_size, self.rest)
-        groups = bytes_of_groups(self.num_centroids, self.head_size)
-        return self.num_always * 2 * self._vector_bytes + clusters + groups
+        clusters = bytes_of_clusters(self.num_centroids, self.head_size, self.rest)
+        return self.num_always * 2 * self._vector_bytes + clusters
 
     @functools.cached_property
     def bytes_per_key(self) -> int:

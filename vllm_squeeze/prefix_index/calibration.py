@@ -59,14 +59,21 @@ def score_histogram(
     """
     num_rows, num_queries, group, _ = query.shape
     num_centroids = sizes.shape[1]
+    groups = _groups(centroids, sizes)
     histogram = torch.zeros(NUM_BINS, dtype=torch.int64, device=query.device)
     bytes_per_row = num_queries * num_centroids * (16 * group + 32)
     for rows in torch.arange(num_rows, device=query.device).split(max(memory_bytes // max(bytes_per_row, 1), 1)):
         weights = sizes[rows].long()[:, None].expand(-1, num_queries, -1)
-        clusters = centroids[rows], log_weights[rows], variances[rows], sizes[rows]
+        clusters = tuple(of_rows[rows] for of_rows in (centroids, log_weights, variances, sizes, *groups))
         bins = _bins(query[rows], *clusters, scale, soft_cap, join)
         histogram.scatter_add_(0, bins.flatten(), weights.flatten())
     return histogram
+
+
+def _groups(centroids: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean keys of groups of clusters, as the server will read them, and their sizes: [B, G, D] and [B, G]."""
+    vectors, scales, group_sizes = group_means(centroids.float(), sizes)
+    return unquantised(vectors, scales), group_sizes
 
 
 def _bins(
@@ -75,16 +82,17 @@ def _bins(
     log_weights: torch.Tensor,
     variances: torch.Tensor,
     sizes: torch.Tensor,
+    groups: torch.Tensor,
+    group_sizes: torch.Tensor,
     scale: float,
     soft_cap: float,
     join: str,
 ) -> torch.Tensor:
-    """The bin of each cluster for each query token, [B, W, C]; arguments as in ``score_histogram``."""
+    """The bin of each cluster for each query token, [B, W, C]; arguments as in ``score_histogram``, and ``_groups``."""
     query = query.transpose(0, 1).float()  # [W, B, G, D]
     scores = scores_of(query, centroids.float(), scale, soft_cap)
     if join == "max":
-        groups, group_scales, group_sizes = group_means(centroids.float(), sizes)
-        mass = log_mass(scores_of(query, unquantised(groups, group_scales), scale, soft_cap), group_sizes)
+        mass = log_mass(scores_of(query, groups, scale, soft_cap), group_sizes)
     else:
         mass = log_mass(scores, sizes)
     log_p = joined(scores - mass + raises(query, variances, scale), join) + log_weights  # [W, B, C]
@@ -119,10 +127,11 @@ def attention_histogram(
     """
     num_rows, num_queries, group, _ = query.shape
     num_centroids = sizes.shape[1]
+    groups = _groups(centroids, sizes)
     histogram = torch.zeros(num_rows, NUM_BINS, dtype=torch.float32, device=query.device)
     bytes_per_token = 4 * ((2 * group + 2) * keys.shape[1] + (4 * group + 8) * num_centroids)
     for row in range(num_rows):
-        clusters = tuple(of_rows[row : row + 1] for of_rows in (centroids, log_weights, variances, sizes))
+        clusters = tuple(of_rows[row : row + 1] for of_rows in (centroids, log_weights, variances, sizes, *groups))
         # what is always attended to counts as one more cluster
         cluster_of = members.new_full((keys.shape[1],), num_centroids)
         numbers = torch.arange(num_centroids, device=query.device, dtype=members.dtype)

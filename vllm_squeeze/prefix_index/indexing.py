@@ -40,10 +40,12 @@ class IndexedLayer(NamedTuple):
         tensors: those of LayerClusters; scores, the histogram of ``score_histogram``; and where queries were held
             back, attention, that of ``attention_histogram``.
         mean_cosine: of keys to their centroids.
+        num_queries: tokens whose queries the histogram of scores counts.
     """
 
     tensors: dict[str, torch.Tensor]
     mean_cosine: float
+    num_queries: int
 
 
 def index_layers(
@@ -76,4 +78,5 @@ def index_layers(
         if layer.held_back.shape[1]:
             of_keys = layer.held_back.float(), keys[heads], *clusters_read, of_layer.members
             tensors["attention"] = attention_histogram(*of_keys, *softmax)
-        yield IndexedLayer({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, cosine)
+        on_host = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        yield IndexedLayer(on_host, cosine, layer.queries.shape[1])
