@@ -11,7 +11,8 @@ in steps with other rows.
     stock      vLLM's FlashAttention over prefix and suffix, scheduled beforehand
     cascade    FlashAttention over the prefix for all rows, over the suffixes, and vLLM's merge
     xformers   its paged memory-efficient attention, where it is installed
-    exact      ours, all keys of the prefix, each loaded once for all rows
+    exact      ours, all keys of the prefix, each loaded once for a tile of rows
+    shared     FlashAttention over the prefix for all rows, whose queries ours put together, and over the suffixes
     drop       ours, squeezed, the clusters that were not chosen dropped
     squeezed   ours, squeezed, with value centroids for them
 """
@@ -21,13 +22,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-ARMS = ("stock", "cascade", "xformers", "exact", "drop", "squeezed")
+ARMS = ("stock", "cascade", "xformers", "exact", "shared", "drop", "squeezed")
 NUM_SINKS = 16
 KEYS_PER_CENTROID = 20
 # Standard deviation of the clusters' sizes over their mean: what K-means makes of the demo's text.
@@ -116,6 +118,7 @@ def make_layer(shape: Shape, kept: float, likeness: float, beside: bool) -> Laye
     log_p = joined(scores - log_mass(groups, table.group_sizes), "max")
     prefixes = Prefixes(
         slots=torch.tensor([[0, num_centroids, NUM_SINKS, 0]], dtype=torch.int32, device=device),
+        lens=torch.tensor([shape.prefix], dtype=torch.int32, device=device),
         log_threshold=threshold(log_p, kept).view(1),
         counters=torch.zeros(1, 6, dtype=torch.int64, device=device),
     )
@@ -153,8 +156,7 @@ def tile(shape: Shape, block_table: Any, prefixes: Any, batch: int, beside: bool
 
 def exact(layer: Layer, shape: Shape, beside: bool) -> Layer:
     """The same, as of a prefix that is not in clusters."""
-    slots = layer.prefixes.slots.new_tensor([[0, 0, shape.prefix, 0]])
-    prefixes = type(layer.prefixes)(slots, layer.prefixes.log_threshold, layer.prefixes.counters)
+    prefixes = replace(layer.prefixes, slots=layer.prefixes.slots.new_tensor([[0, 0, shape.prefix, 0]]))
     queries = tile(shape, layer.block_table, prefixes, shape.batch, beside)
     return layer._replace(table=layer.table.prefix(0, 0), prefixes=prefixes, queries=queries)
 
@@ -175,41 +177,55 @@ class Attention:
         self.suffix = torch.full((batch,), shape.suffix, dtype=torch.int32, device="cuda")
         self.prefix = torch.full((1,), shape.prefix, dtype=torch.int32, device="cuda")
         self.schedules: dict[str, Any] = {}
+        self.side, self.begun, self.done = torch.cuda.Stream(), torch.cuda.Event(), torch.cuda.Event()
         if arm in ("exact", "drop", "squeezed"):
-            self.side, self.begun, self.done = torch.cuda.Stream(), torch.cuda.Event(), torch.cuda.Event()
             clusters = layer.table.sizes.shape[1]
             limits = (8, shape.kv_heads, shape.head_size, clusters, shape.prefix)
             self.workspace = Workspace.allocate(*limits, "cuda")
 
     def __call__(self, layer: Layer) -> None:
         """Attends into ``layer.output``."""
-        calls = {"stock": self._stock, "cascade": self._cascade, "xformers": self._xformers}
+        calls = {"stock": self._stock, "cascade": self._cascade, "xformers": self._xformers, "shared": self._shared}
         calls.get(self.arm, self._ours)(layer)
 
-    def flash(self, name: str, layer: Layer, starts: Any, lengths: Any, blocks: Any, output: Any, causal: bool) -> Any:
-        """FlashAttention, scheduled once for all layers as vLLM does; returns the log-sum-exp."""
+    def flash(
+        self,
+        name: str,
+        layer: Layer,
+        starts: Any,
+        lengths: Any,
+        blocks: Any,
+        output: Any,
+        causal: bool,
+        query: Any = None,
+    ) -> Any:
+        """FlashAttention, scheduled once for all layers as vLLM does; returns the log-sum-exp.
+
+        With a ``query`` in place of the layer's it is not scheduled beforehand.
+        """
         from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
-        longest, rows = int(lengths.max()) if name not in self.schedules else 0, len(starts) - 1
         if name not in self.schedules:
-            most = self.shape.batch if rows == 1 else 1
-            schedule = get_scheduler_metadata(
-                batch_size=rows,
-                max_seqlen_q=most,
-                max_seqlen_k=longest,
-                num_heads_q=layer.query.shape[1],
-                num_heads_kv=self.shape.kv_heads,
-                headdim=self.shape.head_size,
-                cache_seqlens=lengths,
-                qkv_dtype=layer.query.dtype,
-                cu_seqlens_q=starts,
-                page_size=self.shape.page_size,
-                causal=causal,
-            )
+            most, longest = int(starts.diff().max()), int(lengths.max())
+            schedule = None
+            if query is None:
+                schedule = get_scheduler_metadata(
+                    batch_size=len(starts) - 1,
+                    max_seqlen_q=most,
+                    max_seqlen_k=longest,
+                    num_heads_q=layer.query.shape[1],
+                    num_heads_kv=self.shape.kv_heads,
+                    headdim=self.shape.head_size,
+                    cache_seqlens=lengths,
+                    qkv_dtype=layer.query.dtype,
+                    cu_seqlens_q=starts,
+                    page_size=self.shape.page_size,
+                    causal=causal,
+                )
             self.schedules[name] = most, longest, schedule
         most, longest, schedule = self.schedules[name]
         _, lse = flash_attn_varlen_func(
-            q=layer.query,
+            q=layer.query if query is None else query,
             k=layer.key_cache,
             v=layer.value_cache,
             out=output,
@@ -242,6 +258,30 @@ class Attention:
         suffix_lse = self.attend_suffix(layer, suffix)
         merge_attn_states(layer.output, prefix, prefix_lse, suffix, suffix_lse)
 
+    def _suffix_beside(self, layer: Layer) -> Any:
+        """FlashAttention over the suffixes on another stream; returns the log-sum-exp, there when ``self.done`` is."""
+        import torch
+
+        self.begun.record()
+        with torch.cuda.stream(self.side):
+            self.side.wait_event(self.begun)
+            lse = self.attend_suffix(layer, layer.output)
+            self.done.record()
+        return lse
+
+    def _shared(self, layer: Layer) -> None:
+        import torch
+
+        from vllm_squeeze.kernels.shared_prefix import gather_queries, join_shared
+
+        suffix_lse = self._suffix_beside(layer)
+        gathered = gather_queries(layer.query, layer.queries, self.shape.group)
+        attended, blocks = torch.empty_like(gathered), layer.block_table[:1]
+        starts, lens = layer.queries.starts, layer.prefixes.lens
+        lse = self.flash("prefix", layer, starts, lens, blocks, attended, False, gathered)
+        torch.cuda.current_stream().wait_event(self.done)
+        join_shared(layer.output, suffix_lse, attended, lse, layer.queries, layer.prefixes, self.shape.kv_heads)
+
     def _xformers(self, layer: Layer) -> None:
         from xformers.ops import fmha
         from xformers.ops.fmha.attn_bias import PagedBlockDiagonalCausalWithOffsetPaddedKeysMask as Mask
@@ -266,18 +306,9 @@ class Attention:
         layer.output.copy_(result.view_as(layer.output))
 
     def _ours(self, layer: Layer) -> None:
-        import torch
-
         from vllm_squeeze.kernels.squeezed_attention import squeezed_attention
 
-        lse, done = None, None
-        if self.beside:
-            self.begun.record()
-            with torch.cuda.stream(self.side):
-                self.side.wait_event(self.begun)
-                lse = self.attend_suffix(layer, layer.output)
-                self.done.record()
-            done = self.done
+        lse, done = (self._suffix_beside(layer), self.done) if self.beside else (None, None)
         operands = (layer.key_cache, layer.value_cache, layer.block_table, layer.queries, layer.table, layer.prefixes)
         squeezed_attention(
             layer.query, layer.output, lse, *operands, self.scale, self.arm == "squeezed", self.workspace,
@@ -291,7 +322,7 @@ class Attention:
         from vllm_squeeze.kernels.reference import attend_causal, squeezed_attention_reference
 
         rows = min(2, self.shape.batch)
-        if self.arm in ("stock", "cascade", "xformers"):
+        if self.arm not in ("exact", "drop", "squeezed"):
             layer = exact(layer, self.shape, True)
         query, output, lse = layer.query[:rows], torch.empty_like(layer.query[:rows], dtype=torch.float32), []
         grouped = query.unflatten(1, (self.shape.kv_heads, self.shape.group))
@@ -304,8 +335,7 @@ class Attention:
             attended, row_lse = attend_causal(grouped[row : row + 1], keys, values, self.scale)
             output[row] = attended.flatten(1, 2)[0]
             lse.append(row_lse.flatten())
-        counters = torch.zeros_like(layer.prefixes.counters)
-        prefixes = type(layer.prefixes)(layer.prefixes.slots, layer.prefixes.log_threshold, counters)
+        prefixes = replace(layer.prefixes, counters=torch.zeros_like(layer.prefixes.counters))
         queries = tile(self.shape, layer.block_table, prefixes, rows, True)
         squeezed_attention_reference(
             query, output, torch.stack(lse, 1), layer.key_cache, layer.value_cache, layer.block_table, queries,

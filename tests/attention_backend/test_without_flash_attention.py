@@ -67,6 +67,7 @@ def rows(monkeypatch):
     monkeypatch.setattr(triton_attention, "MAX_SUFFIX_KEYS", 64)
     prefixes = Prefixes(
         slots=torch.tensor([[0, 0, 32, 0]], dtype=torch.int32, device=device),
+        lens=torch.tensor([32], dtype=torch.int32, device=device),
         log_threshold=torch.zeros(1, device=device),
         counters=torch.zeros(1, 6, dtype=torch.int64, device=device),
     )

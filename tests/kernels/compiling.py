@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from tests.kernels.conftest import build_scene
 from vllm_squeeze.kernels import workspace
 from vllm_squeeze.kernels.nearest import nearest
+from vllm_squeeze.kernels.shared_prefix import gather_queries, join_shared
 from vllm_squeeze.kernels.squeezed_attention import squeezed_attention
 
 MULTIPROCESSORS = 132
@@ -52,6 +53,10 @@ def main(capability: int, num_shapes: int) -> None:
             limits = 4, scene.num_kv_heads, shape["head_size"], scene.table.sizes.shape[1], scene.keys[0].shape[1]
             for rest, soft_cap in ((True, 0.0), (False, 30.0)):
                 scene.apply(squeezed_attention, rest, workspace.Workspace.allocate(*limits, "cpu"), soft_cap)
+        gathered = gather_queries(scene.query, scene.queries, scene.group)
+        lse = torch.zeros(gathered.shape[1], len(gathered))
+        operands = scene.suffix_output, scene.suffix_lse, gathered, lse, scene.queries, scene.prefixes
+        join_shared(*operands, scene.num_kv_heads)
     print(dict(compiled))
 
 

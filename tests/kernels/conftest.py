@@ -325,6 +325,7 @@ def build_scene(
     )
     prefixes = Prefixes(
         slots=torch.tensor(slots, dtype=torch.int32, device=device),
+        lens=torch.tensor([keys.shape[1] for keys in keys], dtype=torch.int32, device=device),
         log_threshold=torch.full((len(slots),), -torch.inf, device=device),
         counters=torch.zeros(len(slots), 6, dtype=torch.int64, device=device),
     )

@@ -21,5 +21,6 @@ def test_kernels_compile(capability: int, num_shapes: int, tmp_path):
     launches = num_shapes * 2 * 2
     for kernel in ("score_kernel", "choose_kernel", "attend_kernel", "merge_kernel"):
         assert compiled[kernel] >= launches, kernel
-    assert compiled["nearest_kernel"] == num_shapes
+    for kernel in ("nearest_kernel", "_gather_kernel", "_join_kernel"):
+        assert compiled[kernel] == num_shapes, kernel
     assert compiled["_group_kernel"] and compiled["_list_always_kernel"]

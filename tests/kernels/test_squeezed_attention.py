@@ -245,7 +245,7 @@ def test_slots_that_share_a_prefix(make_scene, assert_close):
     facts[7, 1:3] = torch.tensor([0, scene.keys[0].shape[1]])
     thresholds = scene.prefixes.log_threshold.repeat(12)
     thresholds[3] = torch.inf
-    prefixes = Prefixes(facts, thresholds, scene.prefixes.counters.repeat(12, 1))
+    prefixes = Prefixes(facts, scene.prefixes.lens.repeat(12), thresholds, scene.prefixes.counters.repeat(12, 1))
     several = dataclasses.replace(scene, prefixes=prefixes, keys=scene.keys * 12).tile((3, 0, 7, 0, 3, 7, 0, 0, 0))
     tiles = most_tiles(9, 12, several.group)
     several = dataclasses.replace(several, queries=several.queries.first(9, 3))

@@ -39,6 +39,7 @@ def test_tokens_are_grouped_by_prefix(rows, group, spare):
     num_tokens = sum(count for slot, count in rows if slot >= 0)
     prefixes = Prefixes(
         slots=torch.tensor(FACTS, dtype=torch.int32, device=DEVICE),
+        lens=torch.tensor([16, 40, 3], dtype=torch.int32, device=DEVICE),
         log_threshold=torch.zeros(NUM_SLOTS, device=DEVICE),
         counters=torch.zeros(NUM_SLOTS, 6, dtype=torch.int64, device=DEVICE),
     )
@@ -56,6 +57,9 @@ def test_tokens_are_grouped_by_prefix(rows, group, spare):
     for held, (_, tokens) in zip(queries.tokens.tolist(), tiles, strict=False):
         assert held[: len(tokens)] == tokens
     assert queries.slot_rows.tolist() == slot_rows
+    size = tokens_per_tile(num_tokens + spare, group)
+    before = [sum(facts[0] < slot for facts, _ in tiles) for slot in range(NUM_SLOTS + 1)]
+    assert queries.starts.tolist() == [count * size for count in before]
     for slot, (_, _, num_always, _) in enumerate(FACTS):
         if slot_rows[slot] >= 0:
             position = torch.arange(num_always)

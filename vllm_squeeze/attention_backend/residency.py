@@ -51,6 +51,7 @@ class Residency:
         slots = self.room.num_slots + self.room.num_variants
         self.prefixes = Prefixes(
             slots=torch.zeros(slots, 4, dtype=torch.int32, device=self.device),
+            lens=torch.zeros(slots, dtype=torch.int32, device=self.device),
             log_threshold=torch.full((slots,), torch.inf, device=self.device),
             counters=torch.zeros(slots, 6, dtype=torch.int64, device=self.device),
         )
@@ -201,7 +202,8 @@ class Residency:
         self._write_slots()
 
     def _write_slots(self) -> None:
-        facts = torch.zeros(self.prefixes.slots.shape, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        num_slots, num_facts = self.prefixes.slots.shape
+        facts = torch.zeros(num_slots, num_facts + 1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         prefixes = {slot: slot for slot in self.active}
         prefixes |= {variant.slot: variant.prefix for variant in self._variants if variant.prefix in self.active}
         for slot, prefix in prefixes.items():
@@ -209,8 +211,11 @@ class Residency:
             self.costs[slot] = place.cost
             exact = place.exact or slot in self._exact
             count, num_always = (0, place.covered) if exact else (span.num_centroids, place.num_sinks)
-            facts[slot] = torch.tensor([span.first_centroid, count, num_always, JOINS.index(place.join)])
-        self.prefixes.slots.copy_(facts, non_blocking=True)
+            join = JOINS.index(place.join)
+            facts[slot] = torch.tensor([span.first_centroid, count, num_always, join, place.covered])
+        on_device = facts.to(self.device, non_blocking=True)
+        self.prefixes.slots.copy_(on_device[:, :num_facts])
+        self.prefixes.lens.copy_(on_device[:, num_facts])
 
     def shared(self, allocate: Callable[[], Any]) -> Any:
         """What ``allocate`` returns when first called: one for all layers."""

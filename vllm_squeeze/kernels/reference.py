@@ -282,6 +282,43 @@ def count_reads(counters: torch.Tensor, has_clusters: bool, kept: torch.Tensor, 
         counters[4:] += counters.new_tensor([len(loaded), kept.numel()])
 
 
+def places_of_tokens(queries: "QueryTiles") -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Of each slot that has any: the tokens in tiles, and where they lie side by side with those of other slots."""
+    tokens: dict[int, list[int]] = {}
+    for (slot, size, *_), held in zip(queries.tiles.tolist(), queries.tokens.tolist()):
+        if slot >= 0:
+            tokens.setdefault(slot, []).extend(held[:size])
+    device = queries.tokens.device
+    return {
+        slot: (torch.tensor(mine, device=device), queries.starts[slot] + torch.arange(len(mine), device=device))
+        for slot, mine in tokens.items()
+    }
+
+
+def gather_queries_reference(query: torch.Tensor, queries: "QueryTiles", group: int) -> torch.Tensor:
+    """The oracle of ``shared_prefix.gather_queries``, with its arguments; zero where no token is, and no longer than that."""
+    gathered = query.new_zeros(int(queries.starts[-1]), *query.shape[1:])
+    for tokens, places in places_of_tokens(queries).values():
+        gathered[places] = query[tokens]
+    return gathered
+
+
+def join_shared_reference(
+    output: torch.Tensor,
+    suffix_lse: torch.Tensor,
+    shared_output: torch.Tensor,
+    shared_lse: torch.Tensor,
+    queries: "QueryTiles",
+    prefixes: Prefixes,
+    num_kv_heads: int,
+) -> None:
+    """The oracle of ``shared_prefix.join_shared``, with its arguments and its effect."""
+    for slot, (tokens, places) in places_of_tokens(queries).items():
+        states = output[tokens].float(), suffix_lse[:, tokens].T, shared_output[places].float(), shared_lse[:, places].T
+        output[tokens] = merge(*states).to(output.dtype)
+        prefixes.counters[slot, 4:] += num_kv_heads * prefixes.counters.new_tensor([1, len(tokens)])
+
+
 def nearest_reference(points: torch.Tensor, centroids: torch.Tensor, memory_bytes: int = 1 << 30) -> torch.Tensor:
     """As ``nearest.nearest``, within so much temporary memory for one point of each item or more."""
     bias = centroids.square().sum(-1)[:, None] / -2

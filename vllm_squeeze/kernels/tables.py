@@ -124,6 +124,7 @@ class Prefixes:
         slots: [P, 4] int32, per slot: first centroid, number of centroids, number of always attended first tokens,
             and how the query heads of a KV head are joined, by its place in JOINS. Without centroids, and with all
             tokens always attended to, attention over the prefix is exact.
+        lens: [P] int32, tokens of the prefix.
         log_threshold: [P] float32. A cluster is chosen if the log of its predicted attention probability per key, its
             raise and its log weight together exceed it; minus infinity chooses every cluster.
         counters: [P, 6] int64, added to by the kernels. Of prefixes with clusters: look-ups, one for each tile of
@@ -132,5 +133,6 @@ class Prefixes:
     """
 
     slots: torch.Tensor
+    lens: torch.Tensor
     log_threshold: torch.Tensor
     counters: torch.Tensor

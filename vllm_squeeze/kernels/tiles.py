@@ -54,7 +54,7 @@ def most_tiles(num_tokens: int, num_slots: int, group: int) -> int:
 
 @triton.jit(do_not_specialize=["num_rows", "num_slots", "num_tiles", "size"])
 def _group_kernel(
-    row_slot, query_start_loc, slots, tiles, tokens, token_rows, slot_rows, num_rows, num_slots, num_tiles, size,
+    row_slot, query_start_loc, slots, tiles, tokens, token_rows, slot_rows, starts, num_rows, num_slots, num_tiles, size,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, FACTS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     i_slot = tl.program_id(0)
@@ -66,6 +66,7 @@ def _group_kernel(
     first_tile = 0
     for i in range(0, i_slot):
         first_tile += tl.cdiv(tl.sum(tl.where(b_slot == i, b_count, 0), 0), size)
+    tl.store(starts + i_slot, first_tile * size)
     if i_slot == num_slots:
         # the rest of them are none
         for i_t in range(first_tile, num_tiles, BLOCK):
@@ -179,6 +180,8 @@ class QueryTiles:
         tokens: [most tiles, 32] int32, the query tokens of each tile.
         token_rows: [most tiles, 32] int32, and their rows, ascending.
         slot_rows: [P] int32, a row of the block table that begins with the slot's prefix, or -1.
+        starts: [P + 1] int32, where each slot's tokens begin if tiles lie side by side, each with room for as many
+            tokens as the largest; and where the last one's end.
         always_places: [P, T] int32, where in the KV cache the first tokens lie that are attended to whatever the
             choice: block times page size plus place in the block.
         suffix_places: [suffix tiles, keys] int32, where the keys lie that follow the prefix in each tile's rows.
@@ -191,6 +194,7 @@ class QueryTiles:
     tokens: torch.Tensor
     token_rows: torch.Tensor
     slot_rows: torch.Tensor
+    starts: torch.Tensor
     always_places: torch.Tensor
     suffix_places: torch.Tensor
     suffix_bits: torch.Tensor
@@ -216,6 +220,7 @@ class QueryTiles:
             tokens=full(most, MAX_TILE_TOKENS),
             token_rows=full(most, MAX_TILE_TOKENS),
             slot_rows=full(num_slots),
+            starts=torch.zeros(num_slots + 1, dtype=torch.int32, device=device),
             always_places=full(num_slots, max_keys),
             suffix_places=full(*suffixes),
             suffix_bits=full(*suffixes),
@@ -253,7 +258,7 @@ class QueryTiles:
         num_rows, (num_slots, max_keys) = len(row_slot), self.always_places.shape
         _group_kernel[(num_slots + 1,)](
             row_slot, query_start_loc, prefixes.slots, self.tiles, self.tokens, self.token_rows, self.slot_rows,
-            num_rows, num_slots, len(self.tiles), tokens_per_tile(num_tokens, group),
+            self.starts, num_rows, num_slots, len(self.tiles), tokens_per_tile(num_tokens, group),
             ROWS=padded(max(num_rows, _ROWS_BLOCK)), BLOCK=_TILES_BLOCK, FACTS=TILE_FACTS, TOKENS=MAX_TILE_TOKENS,
         )  # fmt: skip
         _list_always_kernel[(num_slots, triton.cdiv(max_keys, _PLACES_BLOCK))](

@@ -132,6 +132,7 @@ def difference_of_kernels(dtype: torch.dtype, device: torch.device | str) -> Dif
     squeezed, exact = (0, NUM_CENTROIDS, NUM_SINKS, JOINS.index("max")), (0, 0, num_tokens, 0)
     prefixes = Prefixes(
         slots=torch.tensor([squeezed, exact], dtype=torch.int32, device=device),
+        lens=torch.full((2,), num_tokens, dtype=torch.int32, device=device),
         log_threshold=torch.tensor([prefix.log_threshold(), torch.inf], device=device),
         counters=torch.zeros(2, 6, dtype=torch.int64, device=device),
     )
