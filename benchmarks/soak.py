@@ -28,7 +28,6 @@ from vllm_squeeze.offline_tools.store import add_to_store, pin_in_store, remove_
 from vllm_squeeze.prefix_index.index_folder import IndexWriter, PrefixIndex, find_indexes, holds_index, layer_file
 
 QUESTIONS_PER_PREFIX = 6
-AT_ONCE = 10
 ABORTED = 0.1
 """Share of requests."""
 CREATED = "2026-01-01T00:00:{:02}+00:00"
@@ -135,6 +134,7 @@ class Soak:
         tie: nats, as in the module's docstring.
         steps_per_event: steps between two disturbances of the store.
         random: decides.
+        at_once: requests, at most.
     """
 
     def __init__(
@@ -146,11 +146,12 @@ class Soak:
         tie: float,
         steps_per_event: int,
         random: Random,
+        at_once: int,
     ):
         self.engine, self.counts = llm.llm_engine, Counter[str]()
         self.wrong: list[dict[str, Any]] = []
         self._llm, self._store, self._prompts, self._answers = llm, store, prompts, answers
-        self._tie, self._steps_per_event, self._random = tie, steps_per_event, random
+        self._tie, self._steps_per_event, self._random, self._at_once = tie, steps_per_event, random, at_once
         self._running: dict[str, int] = {}
 
     def run(self, seconds: float) -> None:
@@ -170,7 +171,7 @@ class Soak:
 
         if self.counts["steps"] % self._steps_per_event == 0:
             self._store.disturb()
-        while len(self._running) < AT_ONCE and self._random.random() < 0.5:
+        while len(self._running) < self._at_once and self._random.random() < 0.5:
             number, id = self._random.randrange(len(self._prompts)), str(self.counts["requests"])
             asked = TokensPrompt(prompt_token_ids=self._prompts[number])
             self.engine.add_request(id, asked, sampling(len(self._answers[number].tokens)))
@@ -217,17 +218,17 @@ def soak(arguments: argparse.Namespace) -> dict[str, Any]:
     answers, block_size = dense_answers(arguments.model, prompts, arguments.tokens, shared)
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         store = Store(Path(folder), indexes, random)
-        settings = {"index": folder, "watch": 0.1, "budget": 1, "mode": "squeezed"}
+        settings = {"index": folder, "watch": 0.1, "budget": 1, "mode": arguments.mode}
         settings |= {"memory_limit_gib": arguments.memory_limit_gib}
         llm = LLM(
             arguments.model,
             attention_backend="squeeze",
             additional_config={"squeeze": settings},
-            # for some three requests
-            num_gpu_blocks_override=3 * -(-longest // block_size) + 4,
+            num_gpu_blocks_override=arguments.room * -(-longest // block_size) + 4,
             **shared,
         )
-        run = Soak(llm, store, prompts, answers, arguments.tie, arguments.steps_per_event, random)
+        few = arguments.steps_per_event, random, arguments.at_once
+        run = Soak(llm, store, prompts, answers, arguments.tie, *few)
         run.run(arguments.seconds / 10)
         at_start, run_start = resident_mib(), time.monotonic()
         run.run(arguments.seconds)
@@ -254,6 +255,11 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=24, help="of each answer")
     parser.add_argument(
         "--tie", type=float, default=0.0, help="nats: where the best tokens are this close, any will do"
+    )
+    parser.add_argument("--mode", choices=("squeezed", "exact", "auto"), default="squeezed", help="of the server")
+    parser.add_argument("--at-once", type=int, default=10, metavar="N", help="requests, at most")
+    parser.add_argument(
+        "--room", type=int, default=3, metavar="N", help="requests that the KV cache is large enough for"
     )
     parser.add_argument("--steps-per-event", type=int, default=12, help="a GPU takes many more steps a second")
     parser.add_argument("--seed", type=int, default=0)

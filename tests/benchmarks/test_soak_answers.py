@@ -16,7 +16,7 @@ DENSE = Answer([5, 6, 7], [2.0, 0.1, 3.0])
     ids=["the same", "parts at a tie", "parts elsewhere", "parts after a tie"],
 )
 def test_answers_may_part_only_at_ties(answer, ties, wrong):
-    soak = Soak(SimpleNamespace(llm_engine=None), None, [[1]], [DENSE], 0.2, 12, Random(0))
+    soak = Soak(SimpleNamespace(llm_engine=None), None, [[1]], [DENSE], 0.2, 12, Random(0), 10)
     soak._compare(0, answer)
     assert soak.counts["ties"] == ties and len(soak.wrong) == wrong and soak.counts["answered"] == 1
 
