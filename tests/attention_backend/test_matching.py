@@ -156,7 +156,7 @@ def test_each_row_of_a_step_is_counted_once(live):
         new=[("long", blocks(10, 7), 80, 21), ("short", blocks(20, 4), 0, 64), ("salted", blocks(30, 7), 96, 5)],
         cached=[("other", None, 100, 1)],
     )
-    found, num_tokens, longest_suffix, _ = live.step(step)
+    found, num_tokens, longest_suffix, *_ = live.step(step)
     # Group 1's block of the tokens 64 to 79. "short" has computed nothing and cannot be taken for anything.
     assert found == [end(0, 1, 4, 14, 80)]
     assert num_tokens == 21 and longest_suffix is None
@@ -182,7 +182,7 @@ def test_chunked_prefill(live):
     assert found == [end(0, 1, 4, 51, 80)] and num_tokens == 21
     assert taken(live) == {SQUEEZED: 1}
     # Every token of the answer.
-    assert live.step(make_step(cached=[("long", None, 101, 1)])) == ([end(0, 1, 4, 51, 80)], 1, 22, ())
+    assert live.step(make_step(cached=[("long", None, 101, 1)])) == Step([end(0, 1, 4, 51, 80)], 1, 22)
 
 
 def test_prompts_that_are_dense(dense_prefill):
@@ -191,9 +191,9 @@ def test_prompts_that_are_dense(dense_prefill):
     assert found == [] and taken(dense_prefill) == {PREFILL: 1}
     # Beside a squeezed row on the same prefix it is told apart by the block that it is filling.
     step = make_step(new=[("short", blocks(20, 7), 100, 1)], cached=[("long", blocks(50, 1), 96, 5)])
-    assert dense_prefill.step(step) == ([own(DENSE_SLOT, 1, 6, 50), end(1, 1, 2, 22, 48)], 1, None, ())
+    assert dense_prefill.step(step) == Step([own(DENSE_SLOT, 1, 6, 50), end(1, 1, 2, 22, 48)], 1, None)
     assert taken(dense_prefill) == {SQUEEZED: 1, PREFILL: 1}
-    assert dense_prefill.step(make_step(cached=[("long", None, 101, 1)])) == ([end(0, 1, 4, 14, 80)], 1, 22, ())
+    assert dense_prefill.step(make_step(cached=[("long", None, 101, 1)])) == Step([end(0, 1, 4, 14, 80)], 1, 22)
     assert taken(dense_prefill) == {SQUEEZED: 1}
 
 
@@ -218,7 +218,7 @@ def test_a_request_that_asks_to_be_dense(dense_prefill):
     assert taken(dense_prefill) == {ASKED_FOR: 1, PREFILL: 1, NO_INDEX: 1}
     step = make_step(cached=[("dense", None, 101, 1), ("as usual", blocks(50, 1), 101, 1)])
     found = [own(DENSE_SLOT, 1, 6, 16), end(0, 1, 4, 14, 80)]
-    assert dense_prefill.step(step) == (found, 1, None, ())
+    assert dense_prefill.step(step) == Step(found, 1, None)
     told = [dense_prefill.remove(id).params()["squeeze"] for id in ("dense", "as usual", "none")]
     assert told == [
         {"index": "index", "mode": "dense", "budget": None, "rows": {ASKED_FOR: 2}},
@@ -284,9 +284,9 @@ def asking():
     """Follows requests with settings on prefix 0, of 101 tokens; there are slots 7 and 8 for them."""
     matcher, placements = make_matcher(PREFIXES, {1: SIZE})
 
-    def choose(placement, work):
-        requests.asked.append((placement.budget, placement.exact, work))
-        return Arm.EXACT if placement.exact else requests.arm
+    def choose(step):
+        requests.asked += [(rows.placement.budget, rows.placement.exact, rows.work) for rows in step]
+        return [Arm.SQUEEZED if rows.squeezed else Arm.EXACT if rows.placement.exact else requests.arm for rows in step]
 
     requests = LiveRequests(matcher, {1: SIZE}, choose, variants=Variants([7, 8]))
     requests.arm, requests.asked, requests.placement = Arm.SQUEEZED, [], placements[0]
@@ -307,7 +307,7 @@ def test_settings_on_one_prefix(asking):
     """The prefix's last block tells most rows, whatever they have asked for, and a block of its own each other."""
     half = asking.placement.at_budget(0.5).log_threshold
     step = asking.step(on_shared_blocks("usual", "half", "again", "exact"))
-    assert step == (
+    assert step == Step(
         [own(7, 1, 6, 21, 80), own(8, 1, 6, 23, 80, exact=True), end(0, 1, 4, 14, 80)],
         4,
         21,
@@ -408,9 +408,9 @@ def choosing():
     """Follows requests on prefixes 0 and 1, each of which gets the arm in ``arms``; what was asked is in ``asked``."""
     matcher, _ = make_matcher(PREFIXES, {1: SIZE})
 
-    def choose(placement, work):
-        requests.asked[placement.slot] = work
-        return requests.arms[placement.slot]
+    def choose(step):
+        requests.asked |= {rows.placement.slot: rows.work for rows in step}
+        return [requests.arms[rows.placement.slot] for rows in step]
 
     requests = LiveRequests(matcher, {1: SIZE}, choose)
     requests.arms, requests.asked = {0: Arm.SQUEEZED, 1: Arm.SQUEEZED}, {}
@@ -431,20 +431,32 @@ LONG_BLOCK, SHORT_BLOCK = end(0, 1, 4, 41, 80), end(1, 1, 2, 22, 48)
 
 
 def test_the_choice_is_for_all_rows_on_a_prefix(choosing):
-    assert choosing.step(NESTED) == ([LONG_BLOCK, SHORT_BLOCK], 8, 52, ())
+    assert choosing.step(NESTED) == Step([LONG_BLOCK, SHORT_BLOCK], 8, 52)
     assert choosing.asked == {0: Work(decoding=1, prefilling=1, tokens=7), 1: Work(1, 0, 1)}
     assert taken(choosing) == {SQUEEZED: 3}
 
 
 def test_rows_that_attend_exactly(choosing):
     choosing.arms[0] = Arm.EXACT
-    assert choosing.step(NESTED) == ([LONG_BLOCK._replace(exact=True), SHORT_BLOCK], 8, 52, ())
+    assert choosing.step(NESTED) == Step([LONG_BLOCK._replace(exact=True), SHORT_BLOCK], 8, 52)
     assert taken(choosing) == {EXACT: 2, SQUEEZED: 1}
+
+
+def test_rows_whose_prefixes_are_shared(choosing):
+    """They are exact, and those left to vLLM are not among them."""
+    choosing.arms = {0: Arm.SHARED, 1: Arm.SHARED}
+    exact = [LONG_BLOCK._replace(exact=True), SHORT_BLOCK._replace(exact=True)]
+    assert choosing.step(NESTED) == Step(exact, 8, 52, shared=True)
+    assert taken(choosing) == {EXACT: 3}
+    choosing.arms[0] = Arm.STOCK
+    step = choosing.step(NESTED)
+    assert step.shared and step.live[-1] == exact[1] and (step.num_tokens, step.longest_suffix) == (1, None)
+    assert taken(choosing) == {EXACT: 1, FASTER: 2}
 
 
 def test_rows_that_are_left_to_vllm_are_kept_from_a_shorter_prefix(choosing):
     choosing.arms[0] = Arm.STOCK
-    blocks, num_tokens, longest_suffix, _ = choosing.step(NESTED)
+    blocks, num_tokens, longest_suffix, *_ = choosing.step(NESTED)
     assert blocks == [
         own(DENSE_SLOT, 1, 6, 43), own(DENSE_SLOT, 1, 6, 53), end(STOCK_SLOT, 1, 4, 41, 80),
         SHORT_BLOCK,

@@ -22,6 +22,7 @@ from vllm_squeeze.attention_backend.policy import (
     Arm,
     CostModel,
     Policy,
+    Rows,
     Shape,
     Times,
     Work,
@@ -45,6 +46,12 @@ MODELS = pytest.mark.parametrize(
 
 def decoding(rows: int) -> Work:
     return Work.of([1] * rows)
+
+
+def arm_of(choose, placement, work: Work) -> Arm:
+    """Of a step with these rows alone."""
+    (arm,) = choose([Rows(placement, work)])
+    return arm
 
 
 def placed(num_tokens: int, exact: bool = False, kept: float = 0.1, centroids: float = 0.05) -> SimpleNamespace:
@@ -89,16 +96,70 @@ def test_the_fastest_is_picked(model, prefix, rows):
     work, policy = decoding(rows), Policy(replace(model, step_us=0), LLAMA, 32, "drop", LARGE)
     stock, exact = model.stock_us(LLAMA, prefix, work), model.exact_us(LLAMA, prefix, work)
     squeezed = model.squeezed_us(LLAMA, prefix, work, 0.1, 0.05, "drop")
-    us = {Arm.STOCK: stock, Arm.EXACT: exact, Arm.SQUEEZED: squeezed}
-    assert us[policy(placed(prefix, exact=True), work)] == min(stock, exact)
+    exactly = {Arm.STOCK: stock, Arm.EXACT: exact}
+    if model.shared is not None and rows > LLAMA.tile_tokens:
+        exactly[Arm.SHARED] = model.shared_us(LLAMA, prefix, work)
+    us = {**exactly, Arm.SQUEEZED: squeezed}
+    assert us[arm_of(policy, placed(prefix, exact=True), work)] == min(exactly.values())
     # as many centroids as the model reckons with, but for rounding
-    assert us[policy(placed(prefix, centroids=0.05), work)] < 1.01 * min(us.values())
-    assert policy(placed(prefix, kept=1.0), work) is not Arm.SQUEEZED, "reads all keys, and centroids"
+    assert us[arm_of(policy, placed(prefix, centroids=0.05), work)] < 1.01 * min(us.values())
+    assert arm_of(policy, placed(prefix, kept=1.0), work) is not Arm.SQUEEZED, "reads all keys, and centroids"
+
+
+def flat(us: float) -> Times:
+    """Times that do not depend on the prefix; in proportion to rows."""
+    return Times({"1000": {"1": us, "1000": 1000 * us}, "100000": {"1": us, "1000": 1000 * us}})
+
+
+def sharing(stock: float, exact: float, shared: float, squeezed: float, **settings) -> Policy:
+    """A policy where rows take so many microseconds each in a layer."""
+    times = (flat(us) for us in (stock, exact))
+    model = CostModel(LLAMA, 0.1, 0.05, 1e9, 0, *times, {"drop": flat(squeezed)}, flat(shared))
+    return Policy(model, LLAMA, 32, "drop", LARGE, **settings)
+
+
+def test_prefixes_are_shared_by_all_rows_of_ours_or_none():
+    """What counts is the whole step: the arms of each prefix alone may not go together."""
+    many, few = Rows(placed(30000), decoding(40)), Rows(placed(30000), decoding(2))
+    exact = Rows(placed(30000, exact=True), decoding(2))
+    policy = sharing(stock=100, exact=9, shared=3, squeezed=4)
+    assert policy([many]) == [Arm.SHARED] and policy([many, few]) == [Arm.SHARED] * 2
+    policy = sharing(stock=100, exact=9, shared=5, squeezed=4)
+    assert policy([many, few]) == [Arm.SQUEEZED] * 2 and policy([many, exact]) == [Arm.SQUEEZED, Arm.EXACT]
+    assert policy([exact._replace(work=decoding(40))]) == [Arm.SHARED]
+    # rows that ask to be squeezed are, and then none are shared
+    policy = sharing(stock=100, exact=9, shared=3, squeezed=4)
+    assert policy([many, few._replace(squeezed=True)]) == [Arm.SQUEEZED] * 2
+    assert policy([exact._replace(work=decoding(40)), few._replace(squeezed=True)]) == [Arm.EXACT, Arm.SQUEEZED]
+    policy = sharing(stock=1, exact=9, shared=3, squeezed=4)
+    assert policy([many, few]) == [Arm.STOCK] * 2 and policy([]) == []
+    assert policy([many, few._replace(squeezed=True)]) == [Arm.STOCK, Arm.SQUEEZED]
+
+
+def test_prefixes_are_not_shared_by_few_rows_or_where_they_cannot_be():
+    """The CUDA graphs of shared steps are of more tokens than a tile has."""
+    rows = [Rows(placed(30000), decoding(count)) for count in (9, 8)]
+    settings = {"stock": 100, "exact": 9, "shared": 3, "squeezed": 50}
+    assert sharing(**settings)(rows) == [Arm.SHARED] * 2
+    assert sharing(**settings)(rows[:1]) == [Arm.EXACT]
+    assert sharing(**settings, can_share=False)(rows) == [Arm.EXACT] * 2
+    not_measured = replace(sharing(**settings).model, shared=None)
+    assert replace(sharing(**settings), model=not_measured)(rows) == [Arm.EXACT] * 2
+
+
+@pytest.mark.parametrize("mode", ["squeezed", "exact"])
+def test_a_forced_mode_leaves_how_to_be_exact(mode):
+    """Whatever else is faster."""
+    policy = sharing(stock=1, exact=9, shared=3, squeezed=4, mode=mode)
+    for rows, arm in ((40, Arm.SHARED), (16, Arm.EXACT)):
+        assert arm_of(policy, placed(30000, exact=True), decoding(rows)) is arm
+    assert mode == "exact" or arm_of(policy, placed(30000), decoding(40)) is Arm.SQUEEZED
 
 
 def test_few_layers_are_not_worth_a_step():
     model = replace(CostModel.of(measured_times()[DEFAULT_GPU]), step_us=1000)
-    picks = {layers: Policy(model, LLAMA, layers, "drop", LARGE)(placed(2**15), decoding(1)) for layers in (1, 100)}
+    policies = {layers: Policy(model, LLAMA, layers, "drop", LARGE) for layers in (1, 100)}
+    picks = {layers: arm_of(policy, placed(2**15), decoding(1)) for layers, policy in policies.items()}
     assert picks == {1: Arm.STOCK, 100: Arm.SQUEEZED}
 
 
@@ -111,13 +172,13 @@ def test_a_choice_that_is_remembered_is_for_the_same_step_alone():
             *((8192, kept, 0.05, False) for kept in (0.02, 0.5, 1.0)), (8192, 0.02, 0.5, False), (8192, 0.1, 0.05, True),
             (2**17, 0.1, 0.05, False), (2**17, 0.1, 0.05, True),
         ]
-        for work in (decoding(1), decoding(16), Work(0, 1, 16), Work(0, 1, 512), Work(1, 1, 512))
+        for work in (decoding(1), decoding(16), decoding(64), Work(0, 1, 16), Work(0, 1, 512), Work(1, 1, 512))
     ]  # fmt: skip
     asked = Policy(model, LLAMA, 32, "drop", LARGE)
-    expected = [Policy(model, LLAMA, 32, "drop", LARGE)(*step) for step in steps]
+    expected = [arm_of(Policy(model, LLAMA, 32, "drop", LARGE), *step) for step in steps]
     assert set(expected) == set(Arm)
     for _ in range(2):
-        assert [asked(*step) for step in steps] == expected
+        assert [arm_of(asked, *step) for step in steps] == expected
 
 
 def test_times_are_reckoned_once_for_equal_steps():
@@ -129,7 +190,7 @@ def test_times_are_reckoned_once_for_equal_steps():
     reckoned = []
     policy = Policy(Counting(**vars(CostModel.of(measured_times()[DEFAULT_GPU]))), LLAMA, 32, "drop", LARGE)
     for work in (decoding(1), decoding(2), decoding(1)):
-        policy(placed(2**15), work)
+        arm_of(policy, placed(2**15), work)
     assert len(reckoned) == 2
 
 
@@ -140,8 +201,8 @@ def test_long_questions_are_left_to_vllm(model):
         2 * 2 * 512 * 2**17 * 32 * 128 / model.tflops / 1e6
     )
     policy = Policy(model, LLAMA, 32, "value_centroids", LARGE)
-    assert policy(placed(2**17), Work(0, 1, 512)) is Arm.STOCK
-    assert policy(placed(2**17), decoding(1)) is Arm.SQUEEZED
+    assert arm_of(policy, placed(2**17), Work(0, 1, 512)) is Arm.STOCK
+    assert arm_of(policy, placed(2**17), decoding(1)) is Arm.SQUEEZED
 
 
 @MODELS
@@ -172,21 +233,21 @@ QWEN = Shape(kv_heads=2, group=7, head_size=64, element_size=2)
         # 3.35, 4.85 squeezed
         (QWEN, 24, 15781, 330, [Arm.STOCK, Arm.STOCK, Arm.STOCK]),
         # 12.15, 28.1, 88.9; 18.1 exact with 32; 7.8, 11.0, 16.6
-        (LLAMA, 32, 2**17, 5000, [Arm.SQUEEZED, Arm.SQUEEZED, Arm.SQUEEZED]),
+        (LLAMA, 32, 2**17, 5000, [Arm.SQUEEZED, Arm.SQUEEZED, Arm.SHARED]),
     ],
     ids=["small", "large"],
 )
 def test_small_models_wait_for_the_host(shape, layers, prefix, weights_us, picks):
     policy = Policy(CostModel.of(measured_times()[DEFAULT_GPU]), shape, layers, "value_centroids", weights_us)
-    assert [policy(placed(prefix), decoding(rows)) for rows in (1, 8, 32)] == picks
+    assert [arm_of(policy, placed(prefix), decoding(rows)) for rows in (1, 8, 32)] == picks
 
 
 @pytest.mark.parametrize(("beyond_host", "arm"), [(-400, Arm.STOCK), (400, Arm.STOCK), (600, Arm.EXACT)])
 def test_our_kernels_must_save_more_than_the_host_needs_for_them(beyond_host, arm):
     stock_us = HOST_US + 8 * HOST_US_OF_ROW + beyond_host
-    model = SimpleNamespace(stock_us=lambda *step: stock_us, exact_us=lambda *step: 1.0, step_us=0)
+    model = SimpleNamespace(stock_us=lambda *step: stock_us, exact_us=lambda *step: 1.0, step_us=0, shared=None)
     assert HOST_US_OF_KERNELS == 500
-    assert Policy(model, QWEN, 1, "drop", 0)(placed(96, exact=True), decoding(8)) is arm
+    assert arm_of(Policy(model, QWEN, 1, "drop", 0), placed(96, exact=True), decoding(8)) is arm
 
 
 def test_weights_are_those_of_the_model(vllm_config):
@@ -213,15 +274,16 @@ def on_gpu(monkeypatch, name: str) -> None:
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda *args: True)
 
 
-@pytest.mark.parametrize(("mode", "gpu"), [("squeezed", DEFAULT_GPU), ("exact", DEFAULT_GPU), ("auto", None)])
+@pytest.mark.parametrize(("mode", "gpu"), [("squeezed", DEFAULT_GPU), ("squeezed", "Imaginary 9000"), ("auto", None)])
 def test_nothing_is_chosen_where_a_mode_is_forced_or_without_a_gpu(monkeypatch, vllm_config, mode, gpu):
     on_gpu(monkeypatch, gpu or "no GPU")
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda *args: gpu is not None)
-    choose = arms_of(options(mode), vllm_config, 24)
-    assert choose is always_squeezed
+    with warnings_of_squeeze() as warnings:
+        choose = arms_of(options(mode), vllm_config, 24)
+    assert not warnings and (choose is always_squeezed) == (gpu is None)
     placement = make_placement(0, 100, {0: 16})
-    assert choose(placement, decoding(1)) is Arm.SQUEEZED
-    assert choose(placed(96, exact=True), decoding(1)) is Arm.EXACT
+    assert arm_of(choose, placement, decoding(1)) is Arm.SQUEEZED
+    assert arm_of(choose, placed(96, exact=True), decoding(1)) is Arm.EXACT
 
 
 def test_a_gpu_without_times_gets_those_of_another_and_a_warning(monkeypatch, vllm_config):
@@ -235,7 +297,7 @@ def test_a_gpu_without_times_gets_those_of_another_and_a_warning(monkeypatch, vl
     (warning,) = warnings
     assert "Imaginary 9000" in warning and DEFAULT_GPU in warning and "benchmarks/policy.py" in warning
     step = placed(2**21), decoding(1)
-    assert unknown(*step) is known(*step) is Arm.SQUEEZED
+    assert arm_of(unknown, *step) is arm_of(known, *step) is Arm.SQUEEZED
 
 
 def measurements(slow_stock: float = 1.0) -> dict:
@@ -246,6 +308,7 @@ def measurements(slow_stock: float = 1.0) -> dict:
             us = {
                 "stock": prefix * batch * slow_stock,
                 "exact": 10 + prefix,
+                "shared": 12 + prefix,
                 "drop": 15 + prefix,
                 "squeezed": 20 + prefix,
             }

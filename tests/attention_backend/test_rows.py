@@ -65,6 +65,10 @@ def as_int32(numbers):
     return torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
 
 
+def arms_by_slot(*arms):
+    return lambda step: [arms[rows.placement.slot] for rows in step]
+
+
 def match(block_table, seq_lens, query_start_loc, live, num_tokens=1000):
     """Slots and prefix lengths of rows, from lists. The kernel and its oracle have to agree."""
     operands = [as_int32(numbers) for numbers in (block_table, seq_lens, query_start_loc, live)]
@@ -115,7 +119,10 @@ class Server:
             group: rows_class(size, config, SimpleNamespace(device=DEVICE)) for group, size in block_sizes.items()
         }
 
-    def choose(self, placement, work):
+    def choose(self, step):
+        return [Arm.SQUEEZED if rows.squeezed else self.arm_on(rows.placement) for rows in step]
+
+    def arm_on(self, placement):
         """The same for all settings on a prefix, but that none is squeezed where all keys are attended to."""
         arm = self.arms[placement.slot]
         return Arm.EXACT if placement.exact and arm is Arm.SQUEEZED else arm
@@ -170,9 +177,12 @@ class Server:
         """One step: what was squeezed has to be what should have been."""
         while len(self.sequences) < MAX_ROWS - 1 and self.random.random() < 0.5:
             self.arrive()
-        self.arms = [self.random.choice(list(Arm)) if self.choosing else Arm.SQUEEZED for _ in self.prefixes]
+        self.arms = [
+            self.random.choice([Arm.SQUEEZED, Arm.EXACT, Arm.STOCK]) if self.choosing else Arm.SQUEEZED
+            for _ in self.prefixes
+        ]
         scheduled, rows = self.schedule()
-        live, num_tokens, longest_suffix, variants = self.live.step(scheduled)
+        live, num_tokens, longest_suffix, variants, _ = self.live.step(scheduled)
         ready = [self.expected(sequence) for sequence, _ in rows]
         attention = [p and self.attention(sequence, p) for (sequence, _), p in zip(rows, ready)]
         if not self.asking:
@@ -236,7 +246,7 @@ class Server:
             placement = placement.attended_exactly()
         elif "budget" in settings:
             placement = placement.at_budget(settings["budget"])
-        arm = Arm.SQUEEZED if settings.get("mode") == "squeezed" else self.choose(placement, None)
+        arm = Arm.SQUEEZED if settings.get("mode") == "squeezed" else self.arm_on(placement)
         return arm, placement.log_threshold if arm is Arm.SQUEEZED else None
 
     def find_rows(self, rows, live, num_tokens):
@@ -398,7 +408,7 @@ def test_a_row_left_to_vllm_that_grows_into_a_longer_prefix_stays_there():
     """Its prompt begins with a short prefix and its answer goes on with a longer one, which another row is on."""
     prefix = [token % 97 for token in range(150)]
     matcher, placements = make_matcher([prefix[:70], prefix], {0: 16})
-    live = LiveRequests(matcher, {0: 16}, lambda placement, work: (Arm.STOCK, Arm.SQUEEZED)[placement.slot])
+    live = LiveRequests(matcher, {0: 16}, arms_by_slot(Arm.STOCK, Arm.SQUEEZED))
     shared = list(range(10, 19))
     for name, tokens in (("short", prefix[:80]), ("long", prefix + [1])):
         live.add(make_request(name, tokens))
@@ -415,7 +425,7 @@ def test_a_row_left_to_vllm_whose_drafts_were_rejected_stays_there():
     """The scheduler reckons with drafts, of which the worker then keeps fewer: it finds fewer computed tokens."""
     prefix = [token % 97 for token in range(150)]
     matcher, _ = make_matcher([prefix[:70], prefix], {0: 16})
-    live = LiveRequests(matcher, {0: 16}, lambda placement, work: (Arm.SQUEEZED, Arm.STOCK)[placement.slot])
+    live = LiveRequests(matcher, {0: 16}, arms_by_slot(Arm.SQUEEZED, Arm.STOCK))
     shared = list(range(10, 14))
     for name, tokens in (("short", prefix[:80]), ("long", prefix + [1])):
         live.add(make_request(name, tokens))

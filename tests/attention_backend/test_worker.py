@@ -19,7 +19,11 @@ def worker():
     worker = object.__new__(SqueezeWorker)
     worker._residency = SimpleNamespace(active={0: None}, room=SimpleNamespace(num_slots=2))
     worker.paused = False
-    worker._groups = {0: SimpleNamespace(can_be_alone=lambda num_tokens, longest_suffix: longest_suffix <= ROOM)}
+    rows = SimpleNamespace(
+        can_be_alone=lambda num_tokens, longest_suffix: longest_suffix <= ROOM,
+        can_be_shared=lambda num_tokens: num_tokens > 16,
+    )
+    worker._groups = {0: rows}
     return worker
 
 
@@ -62,6 +66,23 @@ def test_steps_with_more_settings_than_prefixes_are_crowded(worker):
     assert worker.squeezing and worker.kind == Kind(alone=True, crowded=False)
     worker.expect(Step([live[1]._replace(slot=4)], 2, ROOM, variants))
     assert not worker.squeezing
+
+
+def test_which_steps_share_prefixes(worker):
+    """Whatever the settings, but not those of few tokens, whose graphs are of other steps; nor of no rows of ours."""
+    live = [LiveBlock(slot, 0, 3, 7, 64, 64, exact=True) for slot in (0, 2, 3)]
+    variants = (VariantSlot(2, 0, 0.0), VariantSlot(3, 0, 0.0))
+    worker.expect(Step(live, 17, ROOM, variants, shared=True))
+    assert worker.squeezing and worker.kind == Kind(shared=True)
+    worker.expect(Step(live, 16, ROOM, variants, shared=True))
+    assert worker.kind == Kind(crowded=True)
+    worker.expect(Step(live[:1], 16, ROOM, shared=True))
+    assert worker.kind == Kind(alone=True)
+    worker.expect(Step([live[0]._replace(slot=1)], 17, ROOM, shared=True))
+    assert not worker.squeezing and worker.kind == Kind()
+    worker._residency.room.num_variants = 0
+    assert worker.kinds_of_steps(16) == [Kind(), Kind(alone=True)]
+    assert worker.kinds_of_steps(17) == [Kind(), Kind(alone=True), Kind(shared=True)]
 
 
 def test_a_step_without_squeezed_rows_is_not_taken_for_the_one_before(worker):

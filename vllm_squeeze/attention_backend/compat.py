@@ -128,13 +128,12 @@ def salt_block_hashes(request: Any, pool: Any, first: int, salt: bytes) -> bool:
         return False
     if (hasher := request._block_hasher) is None:
         return True
-    plain = list(request.block_hashes)
+    plain, alike = list(request.block_hashes), first // size
 
     def salted(hashes: list[bytes], start: int) -> list[bytes]:
-        return [
-            block_hash if index < first // size else blake2b(block_hash, key=salt, digest_size=len(block_hash)).digest()
-            for index, block_hash in enumerate(hashes, start)
-        ]
+        few = max(alike - start, 0)
+        differ = (blake2b(block_hash, key=salt, digest_size=len(block_hash)).digest() for block_hash in hashes[few:])
+        return [*hashes[:few], *differ]
 
     def hash_and_salt(request: Any) -> list[bytes]:
         # vLLM chains hashes: without salt, so that they do not depend on which tokens came together
@@ -148,7 +147,7 @@ def salt_block_hashes(request: Any, pool: Any, first: int, salt: bytes) -> bool:
         plain.extend(new)
         return salted(new, start)
 
-    request.block_hashes[:] = salted(plain, 0)
+    request.block_hashes[alike:] = salted(plain[alike:], alike)
     request._block_hasher = hash_and_salt
     return True
 
@@ -183,6 +182,13 @@ def graphs_of_squeezed_steps() -> bool:
         return False
     capture, run_fullgraph = Manager.capture, Manager.run_fullgraph
 
+    def by_kind(worker: Any, descriptions: list[Any]) -> dict[Any, list[Any]]:
+        kinds: dict[Any, list[Any]] = {}
+        for description in descriptions:
+            for kind in worker.kinds_of_steps(description.num_tokens):
+                kinds.setdefault(kind, []).append(description)
+        return kinds
+
     @functools.wraps(capture)
     def capture_all(self: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm_squeeze.attention_backend.worker import worker_of
@@ -193,10 +199,10 @@ def graphs_of_squeezed_steps() -> bool:
         if worker is None or not full:
             return result
         dense_graphs, descriptions = self.graphs, self._capture_descs
-        self._capture_descs, self.squeezed_graphs = {CUDAGraphMode.FULL: full}, {}
+        self.squeezed_graphs = {}
         try:
-            for kind in worker.kinds_of_steps():
-                self.graphs = {}
+            for kind, of_kind in by_kind(worker, full).items():
+                self.graphs, self._capture_descs = {}, {CUDAGraphMode.FULL: of_kind}
                 with worker.capturing(kind):
                     capture(self, *args, **kwargs)
                 self.squeezed_graphs[kind] = self.graphs

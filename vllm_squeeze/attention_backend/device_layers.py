@@ -52,7 +52,13 @@ class DeviceRows(RowGroup):
     @property
     def num_slots(self) -> int:
         """Of how many prefixes squeezed rows may be in this step. Fewer make fewer tiles."""
-        return len(self._residency.prefixes.slots) if self.crowded else self._residency.room.num_slots
+        of_all = self.crowded or self.shared
+        return len(self._residency.prefixes.slots) if of_all else self._residency.room.num_slots
+
+    @property
+    def step_queries(self) -> QueryTiles:
+        """``queries`` as kernels take them that are launched for this step, or captured for steps like it."""
+        return self.queries.first(self.num_queries, self.num_slots)
 
     def warm_up(self, page_size: int) -> None:
         """Compiles the kernels that find a step's rows, by a step that has none."""
@@ -76,9 +82,9 @@ class DeviceRows(RowGroup):
         tiles = self.queries.first(num_tokens, self._residency.room.num_slots)
         return tiles.can_list_suffixes(num_tokens, longest_suffix, self._group)
 
-    def begin_capture(self, alone: bool, crowded: bool) -> None:
+    def begin_capture(self, alone: bool, crowded: bool, shared: bool) -> None:
         self._capturing = self.squeezing = True
-        self.alone, self.crowded = alone, crowded
+        self.alone, self.crowded, self.shared = alone, crowded, shared
         self.queries.clear()
 
     def end_step(self) -> None:
@@ -153,7 +159,7 @@ class DeviceLayer(SqueezeLayer):
             key_cache,
             value_cache,
             rows.block_table,
-            rows.queries.first(rows.num_queries, rows.num_slots),
+            rows.step_queries,
             self.table,
             self.residency.prefixes,
             self.scale,

@@ -11,11 +11,14 @@ from vllm.v1.attention.backends.flash_attn import (
     flash_attn_varlen_func,
 )
 
+from vllm_squeeze.attention_backend.compat import flash_attention_version
 from vllm_squeeze.attention_backend.device_layers import DeviceBuilder, DeviceLayer, DeviceRows, RecordingLayer
 from vllm_squeeze.attention_backend.layers import in_model_dtype, mode_of_engine
 from vllm_squeeze.attention_backend.residency import Residency
 from vllm_squeeze.attention_backend.wiring import RECORD, SERVE
 from vllm_squeeze.kernels.rows import skip_prefixes
+from vllm_squeeze.kernels.shared_prefix import gather_queries, join_shared
+from vllm_squeeze.kernels.tiles import MAX_TILE_ROWS, tokens_per_tile
 
 
 class SuffixRows(DeviceRows):
@@ -24,13 +27,14 @@ class SuffixRows(DeviceRows):
     Attributes:
         suffix_lens: [max rows] int32, tokens of each row that FlashAttention attends to.
         suffix_blocks: [max rows, max blocks] int32, their block tables.
+        prefix_blocks: [P, max blocks] int32, those of the prefixes of shared steps, by slot.
         side: the stream that attends to the suffixes, between the events ``begun`` and ``suffix_done``.
     """
 
     def __init__(self, block_size: int, vllm_config: Any, residency: Residency):
         super().__init__(block_size, vllm_config, residency)
         self.suffix_lens = torch.zeros(self._max_rows, dtype=torch.int32, device=self._device)
-        self.suffix_blocks = torch.zeros(0, dtype=torch.int32, device=self._device)
+        self.suffix_blocks = self.prefix_blocks = torch.zeros(0, dtype=torch.int32, device=self._device)
 
     def prepare(self, group: int) -> None:
         super().prepare(group)
@@ -40,7 +44,13 @@ class SuffixRows(DeviceRows):
         super().note(metadata, kernel_block_size)
         width = metadata.block_table.shape[1]
         if self.suffix_blocks.shape[-1] != width:
-            self.suffix_blocks = torch.zeros(self._max_rows, width, dtype=torch.int32, device=self._device)
+            slots = len(self._residency.prefixes.lens)
+            both = torch.zeros(self._max_rows + slots, width, dtype=torch.int32, device=self._device)
+            self.suffix_blocks, self.prefix_blocks = both.split([self._max_rows, slots])
+
+    def can_be_shared(self, num_tokens: int) -> bool:
+        # that few are as fast in one tile; older versions do not spread a prefix's keys where there are several queries
+        return num_tokens > tokens_per_tile(MAX_TILE_ROWS, self._group) and flash_attention_version() == 3
 
     def set_rows(self, num_tokens: int) -> None:
         if not self.alone:
@@ -54,6 +64,9 @@ class SuffixRows(DeviceRows):
                 self.suffix_blocks,
             )
         super().set_rows(num_tokens)
+        if self.shared:
+            # of slots that no rows are on, any row will do
+            torch.index_select(self.block_table, 0, self.queries.slot_rows.clamp(min=0), out=self.prefix_blocks)
 
 
 class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
@@ -65,6 +78,17 @@ class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
         super().process_weights_after_loading(act_dtype)
         if self.table is not None:
             self._workspace = self.residency.shared(self.make_workspace)
+
+    def warm_up(self, layer: Any, kv_cache: torch.Tensor) -> None:
+        super().warm_up(layer, kv_cache)
+        rows, group = self.rows, self.num_heads // self.num_kv_heads
+        rows.num_queries = tokens_per_tile(MAX_TILE_ROWS, group) + 1
+        if rows.can_be_shared(rows.num_queries):
+            shape = rows.num_queries, self.num_heads, self.head_size
+            query = torch.zeros(shape, dtype=self.dtype, device=kv_cache.device)
+            attended = gather_queries(query, rows.step_queries, group)
+            suffix_lse, lse = (torch.zeros(self.num_heads, len(x), device=query.device) for x in (query, attended))
+            join_shared(query, suffix_lse, attended, lse, rows.step_queries, self.residency.prefixes, self.num_kv_heads)
 
     def forward(
         self,
@@ -85,6 +109,9 @@ class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
             )
         caches = self.caches_of(layer, kv_cache)
         suffix_lse = None if rows.alone else self._attend_suffix(layer, query, *caches, attn_metadata, output)
+        if rows.shared:
+            self._attend_shared(layer, query, *caches, output, suffix_lse)
+            return output
         self.attend_prefixes(
             in_model_dtype(query, layer, output.dtype),
             output,
@@ -115,11 +142,11 @@ class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
         """
         rows = self.rows
         num_tokens, num_rows = attn_metadata.num_actual_tokens, len(attn_metadata.seq_lens)
-        per_row_and_head = (num_rows, self.num_kv_heads)
         rows.begun.record()
         with torch.cuda.stream(rows.side):
             rows.side.wait_event(rows.begun)
-            _, suffix_lse = flash_attn_varlen_func(
+            suffix_lse = self._flash(
+                layer,
                 q=query[:num_tokens],
                 k=key_cache,
                 v=value_cache,
@@ -128,20 +155,62 @@ class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
                 max_seqlen_q=attn_metadata.max_query_len,
                 seqused_k=rows.suffix_lens[:num_rows],
                 max_seqlen_k=attn_metadata.max_seq_len,
-                softmax_scale=self.scale,
                 causal=True,
-                softcap=self.logits_soft_cap,
                 block_table=rows.suffix_blocks[:num_rows],
-                # FlashAttention wants queries in 8 bits where keys are, as vLLM hands them over.
-                q_descale=layer._q_scale.expand(per_row_and_head) if self.supports_quant_query_input else None,
-                k_descale=layer._k_scale.expand(per_row_and_head),
-                v_descale=layer._v_scale.expand(per_row_and_head),
-                fa_version=self.vllm_flash_attn_version,
                 num_splits=attn_metadata.max_num_splits,
-                return_softmax_lse=True,
             )
             rows.suffix_done.record()
         return suffix_lse
+
+    def _attend_shared(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        output: torch.Tensor,
+        suffix_lse: torch.Tensor,
+    ) -> None:
+        """FlashAttention over prefixes, each for the queries of all its rows at once, joined to that over suffixes."""
+        rows, prefixes = self.rows, self.residency.prefixes
+        queries, group = rows.step_queries, self.num_heads // self.num_kv_heads
+        size = tokens_per_tile(queries.num_tokens, group)
+        gathered = gather_queries(query, queries, group)
+        attended = torch.empty_like(gathered, dtype=output.dtype)
+        lse = self._flash(
+            layer,
+            q=gathered,
+            k=key_cache,
+            v=value_cache,
+            out=attended,
+            cu_seqlens_q=queries.starts,
+            # all may be on one prefix; were it more, FlashAttention would spread keys over fewer programs
+            max_seqlen_q=-(-queries.num_tokens // size) * size,
+            seqused_k=prefixes.lens,
+            max_seqlen_k=self.residency.room.longest_prefix,
+            causal=False,
+            block_table=rows.prefix_blocks,
+            num_splits=0,
+        )
+        torch.cuda.current_stream().wait_event(rows.suffix_done)
+        join_shared(output, suffix_lse, attended, lse, queries, prefixes, self.num_kv_heads)
+
+    def _flash(self, layer: Any, block_table: torch.Tensor, **operands: Any) -> torch.Tensor:
+        """Has FlashAttention write its output; returns the log-sum-exp [heads, tokens]."""
+        per_row_and_head = len(block_table), self.num_kv_heads
+        _, lse = flash_attn_varlen_func(
+            **operands,
+            block_table=block_table,
+            softmax_scale=self.scale,
+            softcap=self.logits_soft_cap,
+            # FlashAttention wants queries in 8 bits where keys are, as vLLM hands them over.
+            q_descale=layer._q_scale.expand(per_row_and_head) if self.supports_quant_query_input else None,
+            k_descale=layer._k_scale.expand(per_row_and_head),
+            v_descale=layer._v_scale.expand(per_row_and_head),
+            fa_version=self.vllm_flash_attn_version,
+            return_softmax_lse=True,
+        )
+        return lse
 
 
 class SqueezeBuilder(DeviceBuilder, FlashAttentionMetadataBuilder):

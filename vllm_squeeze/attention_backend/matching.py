@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from vllm_squeeze.attention_backend.misses import Misses
 from vllm_squeeze.attention_backend.placement import Placement
-from vllm_squeeze.attention_backend.policy import Arm, ChooseArm, Work, always_squeezed
+from vllm_squeeze.attention_backend.policy import Arm, ChooseArms, Rows, Work, always_squeezed
 from vllm_squeeze.attention_backend.request_settings import RequestReport, RequestSettings
 from vllm_squeeze.attention_backend.variants import Variants, VariantSlot
 from vllm_squeeze.kernels.tables import DENSE_SLOT, STOCK_SLOT
@@ -27,7 +27,7 @@ CACHE_SALT = "dense: cache salt"
 EMBEDDINGS = "dense: prompt embeddings"
 MULTIMODAL = "dense: multimodal item in the prefix"
 
-OUTCOMES = {Arm.SQUEEZED: SQUEEZED, Arm.EXACT: EXACT, Arm.STOCK: FASTER}
+OUTCOMES = {Arm.SQUEEZED: SQUEEZED, Arm.EXACT: EXACT, Arm.SHARED: EXACT, Arm.STOCK: FASTER}
 
 _FIRST = 16
 _ANY_NUMBER = 2**31 - 1
@@ -67,12 +67,15 @@ class Step(NamedTuple):
         longest_suffix: tokens that follow the prefix in the longest of these rows, at most; None if the step has other
             rows too.
         variants: how the slots beyond those of prefixes are set.
+        shared: whether these rows, all of which are exact, do best to attend to their prefixes by FlashAttention of all
+            rows at once.
     """
 
     live: list[LiveBlock]
     num_tokens: int
     longest_suffix: int | None
     variants: tuple[VariantSlot, ...] = ()
+    shared: bool = False
 
 
 _NOTHING = Step([], 0, None)
@@ -240,7 +243,7 @@ class LiveRequests:
     Args:
         matcher: of the indexed prefixes.
         block_sizes: by KV cache group.
-        choose: how the rows of a step on one prefix, with the same settings, attend to it.
+        choose: how the rows of a step attend to their prefixes.
         dense_prefill: whether a prompt's tokens are dense where attention to the prefix would not be exact.
         pin: told, in each step of a row, of a computed prefix that is to stay in the KV cache, and asked for, its blocks.
         variants: the slots for settings of requests.
@@ -257,7 +260,7 @@ class LiveRequests:
         self,
         matcher: PrefixMatcher,
         block_sizes: dict[int, int],
-        choose: ChooseArm = always_squeezed,
+        choose: ChooseArms = always_squeezed,
         dense_prefill: bool = False,
         pin: Callable[[Placement, Callable[[], list[int]]], None] = lambda placement, block_ids: None,
         variants: Variants | None = None,
@@ -361,13 +364,20 @@ class LiveRequests:
                 outcomes[request_id] = live.why_dense(computed)
 
         ends, own, num_tokens, num_rows, suffixes = set(), set(), 0, 0, []
-        for placement, settings, rows, most_rows in _grouped(ready):
+        groups = list(_grouped(ready))
+        works = [Work.of([counts[request_id] for request_id, _, _ in rows]) for _, _, rows, _ in groups]
+        arms = self._choose(
+            [
+                Rows(rows[0][1].variant, work, settings.mode == "squeezed")
+                for (_, settings, rows, _), work in zip(groups, works, strict=True)
+            ]
+        )
+        for (placement, settings, rows, most_rows), work, arm in zip(groups, works, arms, strict=True):
             request_ids = [request_id for request_id, _, _ in rows]
-            work = Work.of([counts[request_id] for request_id in request_ids])
-            slot, arm = self._attention(placement, settings, rows[0][1].variant, work)
+            slot = self._slot(placement, settings, rows[0][1].variant, arm)
             outcomes.update(dict.fromkeys(request_ids, NO_ROOM if slot is None else OUTCOMES[arm]))
             squeezed = slot is not None and arm is not Arm.STOCK
-            exact = squeezed and arm is Arm.EXACT
+            exact = squeezed and arm is not Arm.SQUEEZED
             if most_rows:
                 prefix_ends = {end for ends_of_one in {live.prefix_ends for _, live, _ in rows} for end in ends_of_one}
                 ends |= {LiveBlock(slot if squeezed else STOCK_SLOT, *end, exact=exact) for end in prefix_ends}
@@ -392,16 +402,14 @@ class LiveRequests:
             if computed >= shortest:
                 own |= set(live.own_blocks(DENSE_SLOT, computed, length=0))
         longest_suffix = max(suffixes) if num_rows == len(counts) else None
-        return Step([*sorted(own), *sorted(ends)], num_tokens, longest_suffix, self._variants.in_use())
+        live = [*sorted(own), *sorted(ends)]
+        return Step(live, num_tokens, longest_suffix, self._variants.in_use(), Arm.SHARED in arms)
 
-    def _attention(
-        self, placement: Placement, settings: RequestSettings, variant: Placement, work: Work
-    ) -> tuple[int | None, Arm]:
-        """The slot of rows on a prefix with the same settings, None if there is none left, and how they attend to it."""
-        arm = Arm.SQUEEZED if settings.mode == "squeezed" else self._choose(variant, work)
+    def _slot(self, placement: Placement, settings: RequestSettings, variant: Placement, arm: Arm) -> int | None:
+        """The slot of rows on a prefix with the same settings; None if there is none left."""
         if arm is Arm.STOCK or settings == RequestSettings():
-            return placement.slot, arm
-        return self._variants.take(placement, settings, variant.log_threshold), arm
+            return placement.slot
+        return self._variants.take(placement, settings, variant.log_threshold)
 
     def _count(self, outcomes: dict[str, str], scheduled: KeysView[str]) -> None:
         """Counts what became of the scheduled requests' rows; those that have no outcome are on no index."""

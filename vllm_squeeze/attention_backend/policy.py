@@ -1,4 +1,4 @@
-"""Which attention the rows of a step on one prefix get: the fastest, by times that were measured on this GPU.
+"""Which attention the rows of a step on indexed prefixes get: the fastest, by times that were measured on this GPU.
 
 What counts is the whole step: the GPU's time, or where that is shorter, as with small models, the host's. The times of a
 layer lie in ``measured_times.json``, which ``benchmarks/policy.py`` writes. They are of one shape of
@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_squeeze.attention_backend.compat import logger
+from vllm_squeeze.attention_backend.compat import flash_attention_version, logger
 from vllm_squeeze.attention_backend.placement import Options, Placement
 
 MEASURED_TIMES = Path(__file__).with_name("measured_times.json")
@@ -29,11 +29,13 @@ class Arm(Enum):
 
     SQUEEZED: to the keys that each chooses.
     EXACT: to all keys, each loaded once for a tile of rows.
+    SHARED: to all keys, by FlashAttention of all rows at once.
     STOCK: by vLLM's own attention.
     """
 
     SQUEEZED = "squeezed"
     EXACT = "exact"
+    SHARED = "shared"
     STOCK = "stock"
 
 
@@ -57,12 +59,27 @@ class Work(NamedTuple):
         return cls(decoding, len(tokens) - decoding, sum(tokens))
 
 
-ChooseArm = Callable[[Placement, Work], Arm]
+class Rows(NamedTuple):
+    """A step's rows on one prefix that have the same settings.
+
+    Attributes:
+        placement: of the prefix, as they attend to it.
+        work: that they are.
+        squeezed: whether they asked to be squeezed, whatever it costs.
+    """
+
+    placement: Placement
+    work: Work
+    squeezed: bool = False
 
 
-def always_squeezed(placement: Placement, work: Work) -> Arm:
+ChooseArms = Callable[[list[Rows]], list[Arm]]
+"""Takes all rows of a step that are on indexed prefixes. Where any are SHARED none are EXACT or SQUEEZED."""
+
+
+def always_squeezed(step: list[Rows]) -> list[Arm]:
     """Squeezed, whatever it costs; exact where the placement is."""
-    return Arm.EXACT if placement.exact else Arm.SQUEEZED
+    return [Arm.EXACT if rows.placement.exact else Arm.SQUEEZED for rows in step]
 
 
 @dataclass(frozen=True)
@@ -140,6 +157,7 @@ class CostModel:
         step_us: microseconds that a step with our kernels spends beside layers: it finds rows and makes their tiles.
         stock, exact: times of these arms.
         squeezed: times, by what becomes of the clusters that were not chosen.
+        shared: times of this arm; None if it was not measured.
     """
 
     shape: Shape
@@ -150,15 +168,16 @@ class CostModel:
     stock: Times
     exact: Times
     squeezed: dict[str, Times]
+    shared: Times | None = None
 
     @classmethod
     def of(cls, measured: dict[str, Any]) -> "CostModel":
         """From a GPU's entry in ``measured_times.json``."""
         times = {arm: Times(by_prefix) for arm, by_prefix in measured["us"].items()}
         shape = Shape(**measured["shape"])
-        stock, exact = times.pop("stock"), times.pop("exact")
+        stock, exact, shared = times.pop("stock"), times.pop("exact"), times.pop("shared", None)
         numbers = (measured[name] for name in ("kept", "centroids", "tflops", "step_us"))
-        return cls(shape, *numbers, stock, exact, times)
+        return cls(shape, *numbers, stock, exact, times, shared)
 
     def stock_us(self, shape: Shape, num_tokens: int, work: Work) -> float:
         """Microseconds of vLLM's own attention: each row reads the prefix; many tokens of one are bound by products."""
@@ -172,6 +191,11 @@ class CostModel:
     def exact_us(self, shape: Shape, num_tokens: int, work: Work) -> float:
         """Microseconds where each tile reads the prefix once."""
         return self.exact.us(self._equal_prefix(shape, num_tokens), self._equal_rows(shape, work))
+
+    def shared_us(self, shape: Shape, num_tokens: int, work: Work) -> float:
+        """Microseconds where FlashAttention reads the prefix for all rows at once."""
+        rows = max(work.tokens * shape.group / self.shape.group, 1.0)
+        return self.shared.us(self._equal_prefix(shape, num_tokens), rows)
 
     def squeezed_us(self, shape: Shape, num_tokens: int, work: Work, kept: float, centroids: float, rest: str) -> float:
         """Microseconds where each tile reads centroids and the keys that its tokens chose.
@@ -214,9 +238,23 @@ WEIGHT_BYTES_OF_US = 3e6
 """Bytes of weights that a GPU loads in a microsecond, about."""
 
 
+_PLANS = ((Arm.STOCK,), (Arm.STOCK, Arm.SHARED), (Arm.STOCK, Arm.EXACT, Arm.SQUEEZED))
+"""Arms that the rows of one step may have, each the fastest of these."""
+
+
+class _Facts(NamedTuple):
+    """What counts of a step's rows on one prefix: its tokens, the work, shares of kept keys and of centroids, None
+    without clusters, and whether they asked to be squeezed."""
+
+    num_tokens: int
+    work: Work
+    shares: tuple[float, float] | None
+    squeezed: bool
+
+
 @dataclass(frozen=True)
 class Policy:
-    """Chooses the arm whose step takes least. Of equal ones it takes the more exact.
+    """Chooses the arms by which a step takes least. Of equal ones it takes the more exact.
 
     Attributes:
         model: of the GPU.
@@ -224,6 +262,8 @@ class Policy:
         num_layers: of the model.
         rest: as in SqueezeConfig.
         weights_us: microseconds that loading the model's weights takes in a step.
+        mode: as in SqueezeConfig.
+        can_share: whether there is FlashAttention to share prefixes by.
     """
 
     model: CostModel
@@ -231,34 +271,63 @@ class Policy:
     num_layers: int
     rest: str
     weights_us: float
+    mode: str = "auto"
+    can_share: bool = True
 
-    def __call__(self, placement: Placement, work: Work) -> Arm:
-        if placement.exact:
-            return self._chosen(placement.covered, work, None)
-        cost = placement.cost
-        shares = cost.kept_share(placement.budget), cost.num_centroids / cost.num_tokens
-        return self._chosen(placement.covered, work, shares)
+    def __call__(self, step: list[Rows]) -> list[Arm]:
+        return list(self._chosen(tuple(self._facts(rows) for rows in step)))
+
+    @staticmethod
+    def _facts(rows: Rows) -> _Facts:
+        placement, shares = rows.placement, None
+        if not placement.exact:
+            cost = placement.cost
+            shares = cost.kept_share(placement.budget), cost.num_centroids / cost.num_tokens
+        return _Facts(placement.covered, rows.work, shares, rows.squeezed)
 
     @functools.cached_property
-    def _chosen(self) -> Callable[[int, Work, tuple[float, float] | None], Arm]:
+    def _chosen(self) -> Callable[[tuple[_Facts, ...]], tuple[Arm, ...]]:
         """``_fastest``, which remembers: most steps are like those before them."""
         return functools.lru_cache(_CHOICES_KEPT)(self._fastest)
 
-    def _fastest(self, num_tokens: int, work: Work, shares: tuple[float, float] | None) -> Arm:
-        """The arm for rows on so many tokens; ``shares`` of kept keys and of centroids, None without clusters."""
-        step = self.shape, num_tokens, work
-        of_layer = {Arm.STOCK: self.model.stock_us(*step), Arm.EXACT: self.model.exact_us(*step)}
-        if shares is not None:
-            of_layer[Arm.SQUEEZED] = self.model.squeezed_us(*step, *shares, self.rest)
-        host_us = HOST_US + HOST_US_OF_ROW * (work.decoding + work.prefilling)
-        us = {
-            arm: max(
-                self.weights_us + self.num_layers * layer_us + (0.0 if arm is Arm.STOCK else self.model.step_us),
-                host_us + (0.0 if arm is Arm.STOCK else HOST_US_OF_KERNELS),
-            )
-            for arm, layer_us in of_layer.items()
-        }
-        return min(us, key=us.__getitem__)
+    def _fastest(self, step: tuple[_Facts, ...]) -> tuple[Arm, ...]:
+        """The arms of the plan that takes least."""
+        costs = [self._layer_us(facts) for facts in step]
+        plans = []
+        for among in _PLANS:
+            allowed = [[arm for arm in among if arm in us] for us in costs]
+            if not all(allowed):
+                continue
+            arms = tuple(min(some, key=us.__getitem__) for some, us in zip(allowed, costs, strict=True))
+            # graphs of shared steps are those of more tokens than fit into a tile
+            shared = sum(facts.work.tokens for facts, arm in zip(step, arms, strict=True) if arm is Arm.SHARED)
+            if not 0 < shared <= self.shape.tile_tokens:
+                plans.append((self._step_us(step, arms, costs), arms))
+        return min(plans, key=lambda plan: plan[0])[1]
+
+    def _layer_us(self, facts: _Facts) -> dict[Arm, float]:
+        """Microseconds of a layer by each arm that the rows may have."""
+        work = self.shape, facts.num_tokens, facts.work
+        us = {}
+        if facts.shares is not None:
+            us[Arm.SQUEEZED] = self.model.squeezed_us(*work, *facts.shares, self.rest)
+        if not facts.squeezed and (facts.shares is None or self.mode == "auto"):
+            us[Arm.EXACT] = self.model.exact_us(*work)
+            if self.can_share and self.model.shared is not None:
+                us[Arm.SHARED] = self.model.shared_us(*work)
+        if not facts.squeezed and self.mode == "auto":
+            us[Arm.STOCK] = self.model.stock_us(*work)
+        return us
+
+    def _step_us(self, step: tuple[_Facts, ...], arms: tuple[Arm, ...], costs: list[dict[Arm, float]]) -> float:
+        """Microseconds of the whole step, the GPU's or the host's."""
+        ours = any(arm is not Arm.STOCK for arm in arms)
+        layer_us = sum(us[arm] for us, arm in zip(costs, arms, strict=True))
+        num_rows = sum(facts.work.decoding + facts.work.prefilling for facts in step)
+        return max(
+            self.weights_us + self.num_layers * layer_us + (self.model.step_us if ours else 0.0),
+            HOST_US + HOST_US_OF_ROW * num_rows + (HOST_US_OF_KERNELS if ours else 0.0),
+        )
 
 
 @functools.cache
@@ -267,8 +336,8 @@ def measured_times() -> dict[str, Any]:
     return json.loads(MEASURED_TIMES.read_text(encoding="utf-8"))
 
 
-def arms_of(options: Options, vllm_config: Any, num_layers: int) -> ChooseArm:
-    """How an engine chooses between arms: by cost on a GPU if ``mode`` is "auto", else it does not.
+def arms_of(options: Options, vllm_config: Any, num_layers: int) -> ChooseArms:
+    """How an engine chooses between arms: on a GPU by cost, where ``mode`` leaves a choice.
 
     Args:
         options: of the connector.
@@ -277,23 +346,25 @@ def arms_of(options: Options, vllm_config: Any, num_layers: int) -> ChooseArm:
     """
     from vllm.platforms import current_platform
 
-    if options.mode != "auto":
-        return always_squeezed
     gpu, measured = current_platform.get_device_name(), measured_times()
     if gpu not in measured:
         if not current_platform.is_cuda():
             return always_squeezed
-        logger.warning(
-            "squeeze: there are no times of attention on %s to choose by; those of %s are taken. "
-            "benchmarks/policy.py makes them.",
-            gpu,
-            DEFAULT_GPU,
-        )
+        if options.mode == "auto":
+            logger.warning(
+                "squeeze: there are no times of attention on %s to choose by; those of %s are taken. "
+                "benchmarks/policy.py makes them.",
+                gpu,
+                DEFAULT_GPU,
+            )
         gpu = DEFAULT_GPU
-    logger.info("squeeze: choosing between squeezed, exact and vLLM's attention by times on %s.", gpu)
+    if options.mode == "auto":
+        logger.info("squeeze: choosing between squeezed, exact and vLLM's attention by times on %s.", gpu)
     shape = shape_of(vllm_config)
     weights_us = weight_bytes(shape, vllm_config) / WEIGHT_BYTES_OF_US
-    return Policy(CostModel.of(measured[gpu]), shape, num_layers, options.rest, weights_us)
+    # older versions do not split a prefix's keys over programs where there are several queries
+    can_share = flash_attention_version() == 3
+    return Policy(CostModel.of(measured[gpu]), shape, num_layers, options.rest, weights_us, options.mode, can_share)
 
 
 def shape_of(vllm_config: Any) -> Shape:

@@ -15,6 +15,7 @@ class RowGroup:
         squeezing: whether layers have to squeeze rows now.
         alone: whether they do without vLLM's attention then, as all rows are squeezed.
         crowded: whether rows are on more slots than there are for prefixes, as some have settings of their own.
+        shared: whether they attend to their prefixes by FlashAttention of all rows at once.
         block_table, seq_lens, query_start_loc: as in vLLM's metadata, of the step built last.
         row_slot, prefix_len: [B] int32, the slot of each row's prefix, negative where it has none, and its tokens.
         worker: the rank's serving state that these rows belong to.
@@ -24,7 +25,7 @@ class RowGroup:
     _match_rows = staticmethod(match_rows_reference)
 
     def __init__(self, block_size: int, vllm_config: Any, residency: Any):
-        self.squeezing = self.alone = self.crowded = False
+        self.squeezing = self.alone = self.crowded = self.shared = False
         self._block_size = block_size
         self._blocks_per_page = 1
         self._residency = residency
@@ -57,7 +58,18 @@ class RowGroup:
         """
         return False
 
-    def begin_step(self, live: list[LiveBlock], num_tokens: int, alone: bool = False, crowded: bool = False) -> None:
+    def can_be_shared(self, num_tokens: int) -> bool:
+        """Whether layers can attend to prefixes by FlashAttention of all rows at once in a step of so many tokens."""
+        return False
+
+    def begin_step(
+        self,
+        live: list[LiveBlock],
+        num_tokens: int,
+        alone: bool = False,
+        crowded: bool = False,
+        shared: bool = False,
+    ) -> None:
         """Matches the noted step's rows.
 
         Args:
@@ -66,8 +78,9 @@ class RowGroup:
                 rows go dense: the kernels' work list is no longer than that.
             alone: whether layers do without vLLM's attention in this step.
             crowded: whether the rows are on more slots than there are for prefixes.
+            shared: whether they attend to their prefixes by FlashAttention of all rows at once.
         """
-        self.alone, self.crowded = alone, crowded
+        self.alone, self.crowded, self.shared = alone, crowded, shared
         if len(self.row_slot) != (num_rows := len(self.seq_lens)):
             self.row_slot, self.prefix_len = self._found[:, :num_rows]
         self._match_rows(
@@ -98,4 +111,4 @@ class RowGroup:
         raise NotImplementedError
 
     def end_step(self) -> None:
-        self.squeezing = self.alone = self.crowded = False
+        self.squeezing = self.alone = self.crowded = self.shared = False

@@ -40,10 +40,12 @@ class Kind(NamedTuple):
     Attributes:
         alone: whether it has no others, and our kernels attend to what follows their prefixes too.
         crowded: whether they are on more slots than there are for prefixes, as some have settings of their own.
+        shared: whether they attend to their prefixes by FlashAttention of all rows at once.
     """
 
     alone: bool = False
     crowded: bool = False
+    shared: bool = False
 
 
 class SqueezeWorker:
@@ -89,15 +91,16 @@ class SqueezeWorker:
             return
         slots, there = {block.slot for block in step.live if block.slot >= 0}, self._slots_there(step)
         self.squeezing = bool(self._groups) and not self.paused and not slots.isdisjoint(there)
-        crowded = self.squeezing and len(slots) > self._residency.room.num_slots
+        shared = self.squeezing and step.shared and self._may_be_shared(step.num_tokens)
+        crowded = self.squeezing and not shared and len(slots) > self._residency.room.num_slots
         alone = (
             self.squeezing
-            and not crowded
+            and not (shared or crowded)
             and step.longest_suffix is not None
             and slots <= there
             and all(rows.can_be_alone(step.num_tokens, step.longest_suffix) for rows in self._groups.values())
         )
-        self.kind = Kind(alone, crowded)
+        self.kind = Kind(alone, crowded, shared)
 
     def begin_step(self, step: Step) -> None:
         """Matches the rows of a step that vLLM has built."""
@@ -117,10 +120,15 @@ class SqueezeWorker:
         for rows in self._groups.values():
             rows.end_step()
 
-    def kinds_of_steps(self) -> list[Kind]:
-        """Those that there may be."""
+    def kinds_of_steps(self, num_tokens: int) -> list[Kind]:
+        """Those that there may be of so many tokens."""
         crowded = [Kind(crowded=True)] if self._residency.room.num_variants else []
-        return [Kind(), Kind(alone=True), *crowded]
+        shared = [Kind(shared=True)] if self._may_be_shared(num_tokens) else []
+        return [Kind(), Kind(alone=True), *crowded, *shared]
+
+    def _may_be_shared(self, num_tokens: int) -> bool:
+        """Whether steps with so many squeezed or other tokens can be."""
+        return bool(self._groups) and all(rows.can_be_shared(num_tokens) for rows in self._groups.values())
 
     @contextmanager
     def capturing(self, kind: Kind) -> Iterator[None]:
