@@ -15,6 +15,7 @@ in steps with other rows.
     shared     FlashAttention over the prefix for all rows, whose queries ours put together, and over the suffixes
     drop       ours, squeezed, the clusters that were not chosen dropped
     squeezed   ours, squeezed, with value centroids for them
+    look_up    of "drop", only what says which keys are needed, after all of it was checked
 """
 
 import argparse
@@ -29,7 +30,8 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-ARMS = ("stock", "cascade", "xformers", "exact", "shared", "drop", "squeezed")
+ARMS = ("stock", "cascade", "xformers", "exact", "shared", "drop", "squeezed", "look_up")
+OURS = ("exact", "drop", "squeezed", "look_up")
 NUM_SINKS = 16
 KEYS_PER_CENTROID = 20
 # Standard deviation of the clusters' sizes over their mean: what K-means makes of the demo's text.
@@ -178,7 +180,7 @@ class Attention:
         self.prefix = torch.full((1,), shape.prefix, dtype=torch.int32, device="cuda")
         self.schedules: dict[str, Any] = {}
         self.side, self.begun, self.done = torch.cuda.Stream(), torch.cuda.Event(), torch.cuda.Event()
-        if arm in ("exact", "drop", "squeezed"):
+        if arm in OURS:
             clusters = layer.table.sizes.shape[1]
             limits = (8, shape.kv_heads, shape.head_size, clusters, shape.prefix)
             self.workspace = Workspace.allocate(*limits, "cuda")
@@ -315,6 +317,13 @@ class Attention:
             suffix_done=done,
         )  # fmt: skip
 
+    def look_up(self, layer: Layer) -> None:
+        """Of ours only the look-up, of one tile."""
+        from vllm_squeeze.kernels.squeezed_attention import look_up
+
+        operands = layer.queries, layer.table, layer.prefixes, self.scale, self.workspace
+        look_up(layer.query, layer.block_table, self.shape.page_size, *operands)
+
     def expected(self, layer: Layer) -> Any:
         """The output of the first two rows in float32, from the oracle."""
         import torch
@@ -322,7 +331,7 @@ class Attention:
         from vllm_squeeze.kernels.reference import attend_causal, squeezed_attention_reference
 
         rows = min(2, self.shape.batch)
-        if self.arm not in ("exact", "drop", "squeezed"):
+        if self.arm not in OURS:
             layer = exact(layer, self.shape, True)
         query, output, lse = layer.query[:rows], torch.empty_like(layer.query[:rows], dtype=torch.float32), []
         grouped = query.unflatten(1, (self.shape.kv_heads, self.shape.group))
@@ -373,8 +382,11 @@ def run_case(arm: str, shape: Shape, kept: float, likeness: float, beside: bool)
     import torch
 
     torch.manual_seed(shape.prefix + shape.batch)
-    share = 1.0 if arm not in ("drop", "squeezed") else min(1.0, 1.2 * kept * shape.batch**0.5)
-    count = round(max(3, min(16, 250e6 / (shape.prefix * shape.kv_bytes * share))))
+    share = min(1.0, 1.2 * kept * shape.batch**0.5) if arm in ("drop", "squeezed") else 1.0
+    if arm == "look_up":
+        share = 1.25 / KEYS_PER_CENTROID / 4  # in 8 bits, and keys alone
+    most = 128 if arm == "look_up" else 16
+    count = round(max(3, min(most, 250e6 / (shape.prefix * shape.kv_bytes * share))))
     layers = [make_layer(shape, kept, likeness, beside) for _ in range(count)]
     if arm == "exact":
         layers = [exact(layer, shape, beside) for layer in layers]
@@ -387,7 +399,7 @@ def run_case(arm: str, shape: Shape, kept: float, likeness: float, beside: bool)
     error = ((actual - expected).norm() / expected.norm()).item()
     if not (error < TOLERANCE and layers[0].output.isfinite().all()):
         return {"error": f"relative error {error:.1e}: wrong, and not timed"}
-    result = {"us": time_graph(attention, layers)}
+    result = {"us": time_graph(attention.look_up if arm == "look_up" else attention, layers)}
     counters = layers[0].prefixes.counters[0].tolist()
     if counters[0]:
         look_ups, loaded, pairs, chosen = counters[:4]
@@ -395,6 +407,8 @@ def run_case(arm: str, shape: Shape, kept: float, likeness: float, beside: bool)
         held = layers[0].table
         centroids = held.centroids.nbytes * (1 + (arm == "squeezed")) + held.group_centroids.nbytes
         tiles = look_ups / pairs * shape.batch
+        if arm == "look_up":
+            return result | {"bytes": centroids}
         read = tiles * (centroids + result["union"] * shape.prefix * shape.kv_bytes)
     else:
         read = shape.prefix * shape.kv_bytes * (shape.batch if arm in ("stock", "xformers") else 1)
@@ -453,6 +467,26 @@ def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws microseconds of each arm and number of rows against the prefix, both on logarithmic axes."""
+    from vllm_squeeze.offline_tools.page import new_figure
+
+    figure, (axes,) = new_figure(6, 4)
+    timed = [row for row in rows if "us" in row]
+    for arm, batch in dict.fromkeys((row["arm"], row["batch"]) for row in timed):
+        points = sorted((row["prefix"], row["us"]) for row in timed if (row["arm"], row["batch"]) == (arm, batch))
+        axes.plot(*zip(*points), marker="o", label=f"{arm}, {batch} row{'s' if batch > 1 else ''}")
+    prefixes = sorted({row["prefix"] for row in timed})
+    axes.set(
+        xscale="log", yscale="log", xlabel="tokens of the prefix, in units of 1024", ylabel="microseconds of a layer"
+    )
+    axes.set_xticks(prefixes, prefixes)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prefixes", type=int, nargs="+", default=[8, 32, 128, 512], help="units of 1024 tokens")
@@ -466,6 +500,9 @@ def main() -> None:
     parser.add_argument("--beside", action="store_true", help="let FlashAttention attend to the suffixes")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="where to draw times against prefixes; needs matplotlib"
+    )
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.arm:
@@ -487,6 +524,8 @@ def main() -> None:
     print(table(rows, machine))
     if arguments.out:
         arguments.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+    if arguments.plot:
+        plot(rows, arguments.plot)
     sys.exit(any("error" in row for row in rows))
 
 

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from vllm.v1.attention.backends import flash_attn
 
@@ -68,3 +69,23 @@ def test_flash_attention_gets_what_follows_the_prefixes(monkeypatch):
     assert rows.num_slots == 3
     rows.end_step()
     assert rows.num_slots == 1
+    # each slot has the blocks of a row that is on it, where all of a prefix's rows attend at once
+    rows.begin_step([LiveBlock(1, 0, 1, 7, 32, 32)], 4, shared=True)
+    assert rows.num_slots == 3 and rows.prefix_blocks.shape == (3, WIDTH)
+    assert rows.prefix_blocks[1, :2].tolist() == [3, 7] and rows.suffix_lens.tolist()[:3] == [40, 1, 15]
+    assert rows.queries.starts.tolist() == [0, 0, 8, 8] and rows.queries.slot_rows.tolist() == [-1, 2, -1]
+    rows.end_step()
+    assert not rows.shared
+
+
+@pytest.mark.parametrize(("version", "shared"), [(3, True), (2, False), (None, False)])
+def test_prefixes_are_shared_by_more_tokens_than_a_tile_has(monkeypatch, version, shared):
+    """And by FlashAttention 3 alone."""
+    if not ON_GPU:
+        monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", None, raising=False)
+    from vllm_squeeze.attention_backend import flash_attention
+
+    monkeypatch.setattr(flash_attention, "flash_attention_version", lambda: version)
+    rows = object.__new__(flash_attention.SuffixRows)
+    rows._group = 4
+    assert rows.can_be_shared(17) == shared and not rows.can_be_shared(16)

@@ -4,7 +4,9 @@ score, choose    ``look_up``    which keys each tile of queries needs, and atten
 attend, merge    ``attend``     attention over those keys, joined to the rest and to the suffix
 """
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -110,46 +112,19 @@ def squeezed_attention(
     assert group <= MAX_GROUP
 
     num_tokens = queries.num_tokens
-    size = tokens_per_tile(num_tokens, group)
-    tile = {"GROUP": group, "GP": padded(group), "ROWS": size}
-    head = {"D": head_size, "DP": max(16, padded(head_size))}
-    tuned = tuning(head_size, query.element_size(), size * padded(group))
-    # launched ahead of time, while the kernel before still runs
-    early = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0)
-    launch = {"PDL": True, "launch_pdl": True} if early else {"PDL": False}
+    tile, head, tuned, launch = _common(query, queries, num_kv_heads)
     num_tiles = most_tiles(num_tokens, queries.num_slots, group)
-    splits, masses = workspace.num_splits, workspace.masses.shape[2]
     max_keys, max_centroids = workspace.list_places.shape[-1], workspace.logits.shape[-1]
     for first_tile in range(0, num_tiles, workspace.max_tiles):
         tiles_now = min(num_tiles - first_tile, workspace.max_tiles)
+        look_up(
+            query, block_table, page_size, queries, table, prefixes, scale, workspace, soft_cap, first_tile, tiles_now
+        )
         key_block, rest_block, key_warps, key_stages, per_multiprocessor = tuned.attend
         programs = workspace.num_programs(per_multiprocessor)
         # one of two variants, so that few are compiled
         plan_tiles = 1 if tiles_now == 1 else padded(workspace.max_tiles)
         plan = {"TILES": plan_tiles, "HP": padded(num_kv_heads), "REST": rest}
-        if table.sizes.shape[1]:  # else all prefixes are exact, and there is nothing to look up
-            block, warps, stages = tuned.score
-            score_kernel[(splits + masses, num_kv_heads, tiles_now)](
-                query, queries.tokens, queries.tiles, table.centroids, table.centroid_scales, table.sizes,
-                table.group_centroids, table.group_scales, table.group_sizes,
-                workspace.logits, workspace.masses, workspace.squares, workspace.kept,
-                first_tile, scale, soft_cap,
-                *query.stride()[:2], *table.centroids.stride()[:2], table.sizes.stride(0),
-                table.group_centroids.stride(0), table.group_sizes.stride(0), max_centroids,
-                SPLITS=splits, MASSES=masses, BLOCK=block, STAGES=stages, SOFT_CAP=soft_cap > 0, num_warps=warps,
-                **tile, **head, **launch,
-            )  # fmt: skip
-            block, parts_block, warps = tuned.choose
-            choose_kernel[(splits, num_kv_heads, tiles_now)](
-                queries.tiles, prefixes.log_threshold, table.log_weights, table.variances, table.starts, table.sizes,
-                table.members, block_table, queries.always_places, workspace.logits, workspace.masses,
-                workspace.squares, workspace.chosen, workspace.picked,
-                workspace.list_places, workspace.list_bits, workspace.listed, workspace.kept, workspace.kept_pairs,
-                first_tile, table.sizes.stride(0), table.members.stride(0), block_table.stride(0),
-                queries.always_places.stride(0), max_centroids, workspace.picked.shape[2], max_keys,
-                SPLITS=splits, MASSES=masses, BLOCK=block, PARTS_BLOCK=parts_block, S=page_size,
-                num_warps=warps, **tile, **launch,
-            )  # fmt: skip
         attend_kernel[(programs,)](
             query, queries.tokens, queries.tiles, queries.always_places, queries.suffix_places, queries.suffix_bits,
             key_cache, value_cache, key_scale, value_scale, table.value_centroids, table.value_scales,
@@ -158,13 +133,13 @@ def squeezed_attention(
             first_tile, tiles_now, num_kv_heads, scale, soft_cap,
             *query.stride()[:2], *key_cache.stride()[:3], *table.centroids.stride()[:2], table.sizes.stride(0),
             queries.always_places.stride(0), queries.suffix_places.stride(0), max_centroids, max_keys,
-            SPLITS=splits, BLOCK=key_block, REST_BLOCK=rest_block, S=page_size, STAGES=key_stages,
+            SPLITS=workspace.num_splits, BLOCK=key_block, REST_BLOCK=rest_block, S=page_size, STAGES=key_stages,
             SOFT_CAP=soft_cap > 0, num_warps=key_warps, **tile, **head, **plan, **launch,
         )  # fmt: skip
         if suffix_done is not None and first_tile == 0:
             torch.cuda.current_stream().wait_event(suffix_done)
         block, columns, warps = tuned.merge
-        rows = min(size, num_tokens)  # of a tile, at most
+        rows = min(tile["ROWS"], num_tokens)  # of a tile, at most
         merge_kernel[(tiles_now * rows, num_kv_heads * group, -(-head_size // columns))](
             output, suffix_lse, queries.tokens, queries.tiles, workspace.listed,
             workspace.partial_output, workspace.partial_lse,
@@ -174,3 +149,79 @@ def squeezed_attention(
             # not ahead of time where it has to wait for two streams
             **(launch if suffix_done is None else {"PDL": False}),
         )  # fmt: skip
+
+
+def look_up(
+    query: torch.Tensor,
+    block_table: torch.Tensor,
+    page_size: int,
+    queries: QueryTiles,
+    table: ClusterTable,
+    prefixes: Prefixes,
+    scale: float,
+    workspace: Workspace,
+    soft_cap: float = 0.0,
+    first_tile: int = 0,
+    tiles_now: int = 1,
+) -> None:
+    """The part of ``squeezed_attention`` that says which keys some of the tiles need, into the workspace.
+
+    Args:
+        page_size: tokens of a block of the table.
+        first_tile, tiles_now: the tiles; no more of them than the workspace has room for.
+        others: as in ``squeezed_attention``.
+    """
+    if not table.sizes.shape[1]:
+        return  # all prefixes are exact
+    num_kv_heads = len(table.centroids)
+    tile, head, tuned, launch = _common(query, queries, num_kv_heads)
+    splits, masses = workspace.num_splits, workspace.masses.shape[2]
+    max_keys, max_centroids = workspace.list_places.shape[-1], workspace.logits.shape[-1]
+    block, warps, stages = tuned.score
+    score_kernel[(splits + masses, num_kv_heads, tiles_now)](
+        query, queries.tokens, queries.tiles, table.centroids, table.centroid_scales, table.sizes,
+        table.group_centroids, table.group_scales, table.group_sizes,
+        workspace.logits, workspace.masses, workspace.squares, workspace.kept,
+        first_tile, scale, soft_cap,
+        *query.stride()[:2], *table.centroids.stride()[:2], table.sizes.stride(0),
+        table.group_centroids.stride(0), table.group_sizes.stride(0), max_centroids,
+        SPLITS=splits, MASSES=masses, BLOCK=block, STAGES=stages, SOFT_CAP=soft_cap > 0, num_warps=warps,
+        **tile, **head, **launch,
+    )  # fmt: skip
+    block, parts_block, warps = tuned.choose
+    choose_kernel[(splits, num_kv_heads, tiles_now)](
+        queries.tiles, prefixes.log_threshold, table.log_weights, table.variances, table.starts, table.sizes,
+        table.members, block_table, queries.always_places, workspace.logits, workspace.masses,
+        workspace.squares, workspace.chosen, workspace.picked,
+        workspace.list_places, workspace.list_bits, workspace.listed, workspace.kept, workspace.kept_pairs,
+        first_tile, table.sizes.stride(0), table.members.stride(0), block_table.stride(0),
+        queries.always_places.stride(0), max_centroids, workspace.picked.shape[2], max_keys,
+        SPLITS=splits, MASSES=masses, BLOCK=block, PARTS_BLOCK=parts_block, S=page_size,
+        num_warps=warps, **tile, **launch,
+    )  # fmt: skip
+
+
+class _Common(NamedTuple):
+    """What launches have in common: constants of tiles and of heads, blocks, and how they are launched."""
+
+    tile: dict[str, int]
+    head: dict[str, int]
+    tuned: Tuning
+    launch: dict[str, bool]
+
+
+def _common(query: torch.Tensor, queries: QueryTiles, num_kv_heads: int) -> _Common:
+    early = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0)
+    group, head_size = query.shape[1] // num_kv_heads, query.shape[2]
+    return _constants(tokens_per_tile(queries.num_tokens, group), group, head_size, query.element_size(), early)
+
+
+@functools.lru_cache
+def _constants(size: int, group: int, head_size: int, element_size: int, early: bool) -> _Common:
+    return _Common(
+        tile={"GROUP": group, "GP": padded(group), "ROWS": size},
+        head={"D": head_size, "DP": max(16, padded(head_size))},
+        tuned=tuning(head_size, element_size, size * padded(group)),
+        # ahead of time, while the kernel before still runs
+        launch={"PDL": True, "launch_pdl": True} if early else {"PDL": False},
+    )
