@@ -1,14 +1,16 @@
 """The rows of a step for FlashAttention, as far as they can be seen without it."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 from vllm.v1.attention.backends import flash_attn
 
-from tests.kernels.conftest import ON_GPU
+from tests.kernels.conftest import ON_GPU, build_scene, check_close
 from vllm_squeeze.attention_backend.matching import LiveBlock
 from vllm_squeeze.attention_backend.room import Room
+from vllm_squeeze.kernels.reference import attend_seen
 from vllm_squeeze.kernels.tables import Prefixes
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -89,3 +91,53 @@ def test_prefixes_are_shared_by_more_tokens_than_a_tile_has(monkeypatch, version
     rows = object.__new__(flash_attention.SuffixRows)
     rows._group = 4
     assert rows.can_be_shared(17) == shared and not rows.can_be_shared(16)
+
+
+def flash_in_torch(
+    q, k, v, out, cu_seqlens_q, max_seqlen_q, seqused_k, max_seqlen_k, causal, block_table, softmax_scale, **others
+):
+    """FlashAttention's arithmetic for sequences that see all of their keys."""
+    assert not causal and others["return_softmax_lse"]
+    starts, lens = cu_seqlens_q.tolist(), seqused_k.tolist()
+    assert max_seqlen_q >= max(b - a for a, b in pairwise(starts)) and max_seqlen_k >= max(lens)
+    lse = torch.full((q.shape[1], len(q)), torch.nan, device=q.device)
+    for (first, last), length, blocks in zip(pairwise(starts), lens, block_table, strict=True):
+        if last > first:
+            position = torch.arange(length, device=q.device)
+            places = blocks[position // k.shape[1]].long(), position % k.shape[1]
+            keys, values = (cache[places].transpose(0, 1) for cache in (k, v))
+            seen = torch.ones(last - first, length, dtype=torch.bool, device=q.device)
+            grouped = q[first:last].unflatten(1, (k.shape[2], -1))
+            attended, log_sum = attend_seen(grouped, keys, values, seen, softmax_scale)
+            out[first:last], lse[:, first:last] = attended.flatten(1, 2).to(out), log_sum.flatten(1).T
+    return out, lse
+
+
+def test_all_rows_of_a_prefix_at_once(monkeypatch):
+    """Of 25 rows, 20 on one prefix and 3 on another, with torch in FlashAttention's place."""
+    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", None, raising=False)
+    from vllm_squeeze.attention_backend import flash_attention
+
+    monkeypatch.setattr(flash_attention, "flash_attn_varlen_func", flash_in_torch)
+    stream = SimpleNamespace(wait_event=lambda event: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    slot_of = (2, 0, -1, 2, 0, *(0,) * 18, -1, 2)
+    scene = build_scene(str(DEVICE), sizes=((3, 9, 30), (7, 20), (5, 40)), slot_of=slot_of)
+    queries, lens = scene.queries, scene.prefixes.lens
+    # what lies beyond a prefix's own blocks are no blocks
+    blocks = scene.block_table[queries.slot_rows.clamp(min=0)]
+    impl = object.__new__(flash_attention.SqueezeImpl)
+    impl.num_heads, impl.num_kv_heads, impl.head_size = scene.query.shape[1], scene.num_kv_heads, scene.query.shape[2]
+    impl.scale, impl.logits_soft_cap, impl.supports_quant_query_input = scene.scale, 0, False
+    impl.vllm_flash_attn_version = 3
+    impl.rows = SimpleNamespace(step_queries=queries, prefix_blocks=blocks, suffix_done=None)
+    room = SimpleNamespace(longest_prefix=int(lens.max()))
+    impl.residency = SimpleNamespace(prefixes=scene.prefixes, room=room)
+    one = torch.ones(1, device=DEVICE)
+    layer, output = SimpleNamespace(_k_scale=one, _v_scale=one), scene.suffix_output.clone()
+    impl._attend_shared(layer, scene.query, scene.key_cache, scene.value_cache, output, scene.suffix_lse)
+    expected = scene.suffix_output.double()
+    on_prefix = [row for row, slot in enumerate(slot_of) if slot >= 0]
+    expected[on_prefix] = torch.stack([scene.dense(row) for row in on_prefix])
+    check_close(output, expected)
+    assert scene.prefixes.counters[:, 4:].tolist() == [[2, 40], [0, 0], [2, 6]]
