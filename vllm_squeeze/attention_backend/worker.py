@@ -127,7 +127,7 @@ class SqueezeWorker:
         return [Kind(), Kind(alone=True), *crowded, *shared]
 
     def _may_be_shared(self, num_tokens: int) -> bool:
-        """Whether steps with so many squeezed or other tokens can be."""
+        """Whether steps of so many tokens can be shared."""
         return bool(self._groups) and all(rows.can_be_shared(num_tokens) for rows in self._groups.values())
 
     @contextmanager
