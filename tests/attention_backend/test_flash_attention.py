@@ -85,9 +85,10 @@ def test_prefixes_are_shared_by_more_tokens_than_a_tile_has(monkeypatch, version
     """And by FlashAttention 3 alone."""
     if not ON_GPU:
         monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", None, raising=False)
-    from vllm_squeeze.attention_backend import flash_attention
+    from vllm_squeeze.attention_backend import compat, flash_attention
 
-    monkeypatch.setattr(flash_attention, "flash_attention_version", lambda: version)
+    monkeypatch.setattr(compat, "flash_attention_version", lambda: version)
+    monkeypatch.setattr(flash_attention, "can_share_prefixes", compat.can_share_prefixes.__wrapped__)
     rows = object.__new__(flash_attention.SuffixRows)
     rows._group = 4
     assert rows.can_be_shared(17) == shared and not rows.can_be_shared(16)

@@ -68,6 +68,15 @@ def has_flash_attention() -> bool:
     return flash_attention_version() is not None
 
 
+@functools.cache
+def can_share_prefixes() -> bool:
+    """Whether FlashAttention spreads the keys of a prefix over the GPU for several queries, as versions before 3 do not.
+
+    Asked once a process: vLLM's answer depends on the configuration that is current, and graphs are captured by it.
+    """
+    return flash_attention_version() == 3
+
+
 def register_connectors() -> None:
     """Makes our connectors known by name, which MultiConnector needs."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory

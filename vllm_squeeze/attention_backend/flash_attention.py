@@ -11,14 +11,14 @@ from vllm.v1.attention.backends.flash_attn import (
     flash_attn_varlen_func,
 )
 
-from vllm_squeeze.attention_backend.compat import flash_attention_version
+from vllm_squeeze.attention_backend.compat import can_share_prefixes
 from vllm_squeeze.attention_backend.device_layers import DeviceBuilder, DeviceLayer, DeviceRows, RecordingLayer
 from vllm_squeeze.attention_backend.layers import in_model_dtype, mode_of_engine
 from vllm_squeeze.attention_backend.residency import Residency
 from vllm_squeeze.attention_backend.wiring import RECORD, SERVE
 from vllm_squeeze.kernels.rows import skip_prefixes
 from vllm_squeeze.kernels.shared_prefix import gather_queries, join_shared
-from vllm_squeeze.kernels.tiles import MAX_TILE_ROWS, tokens_per_tile
+from vllm_squeeze.kernels.tiles import largest_tile
 
 
 class SuffixRows(DeviceRows):
@@ -49,8 +49,8 @@ class SuffixRows(DeviceRows):
             self.suffix_blocks, self.prefix_blocks = both.split([self._max_rows, slots])
 
     def can_be_shared(self, num_tokens: int) -> bool:
-        # that few are as fast in one tile; older versions do not spread a prefix's keys where there are several queries
-        return num_tokens > tokens_per_tile(MAX_TILE_ROWS, self._group) and flash_attention_version() == 3
+        # that few are as fast in one tile
+        return num_tokens > largest_tile(self._group) and can_share_prefixes()
 
     def set_rows(self, num_tokens: int) -> None:
         if not self.alone:
@@ -82,7 +82,7 @@ class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
     def warm_up(self, layer: Any, kv_cache: torch.Tensor) -> None:
         super().warm_up(layer, kv_cache)
         rows, group = self.rows, self.num_heads // self.num_kv_heads
-        rows.num_queries = tokens_per_tile(MAX_TILE_ROWS, group) + 1
+        rows.num_queries = largest_tile(group) + 1
         if rows.can_be_shared(rows.num_queries):
             shape = rows.num_queries, self.num_heads, self.head_size
             query = torch.zeros(shape, dtype=self.dtype, device=kv_cache.device)
@@ -174,7 +174,7 @@ class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
         """FlashAttention over prefixes, each for the queries of all its rows at once, joined to that over suffixes."""
         rows, prefixes = self.rows, self.residency.prefixes
         queries, group = rows.step_queries, self.num_heads // self.num_kv_heads
-        size = tokens_per_tile(queries.num_tokens, group)
+        size = largest_tile(group)
         gathered = gather_queries(query, queries, group)
         attended = torch.empty_like(gathered, dtype=output.dtype)
         lse = self._flash(

@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_squeeze.attention_backend.compat import flash_attention_version, logger
+from vllm_squeeze.attention_backend.compat import can_share_prefixes, logger
 from vllm_squeeze.attention_backend.placement import Options, Placement
 
 MEASURED_TIMES = Path(__file__).with_name("measured_times.json")
@@ -100,9 +100,9 @@ class Shape:
     def tile_tokens(self) -> int:
         """Query tokens that fit into a tile."""
         # needs Triton, which a machine without a GPU may lack
-        from vllm_squeeze.kernels.tiles import MAX_TILE_ROWS, tokens_per_tile
+        from vllm_squeeze.kernels.tiles import largest_tile
 
-        return tokens_per_tile(MAX_TILE_ROWS, self.group)
+        return largest_tile(self.group)
 
 
 class Times:
@@ -362,9 +362,8 @@ def arms_of(options: Options, vllm_config: Any, num_layers: int) -> ChooseArms:
         logger.info("squeeze: choosing between squeezed, exact and vLLM's attention by times on %s.", gpu)
     shape = shape_of(vllm_config)
     weights_us = weight_bytes(shape, vllm_config) / WEIGHT_BYTES_OF_US
-    # older versions do not split a prefix's keys over programs where there are several queries
-    can_share = flash_attention_version() == 3
-    return Policy(CostModel.of(measured[gpu]), shape, num_layers, options.rest, weights_us, options.mode, can_share)
+    how = options.rest, weights_us, options.mode, can_share_prefixes()
+    return Policy(CostModel.of(measured[gpu]), shape, num_layers, *how)
 
 
 def shape_of(vllm_config: Any) -> Shape:

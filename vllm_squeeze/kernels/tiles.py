@@ -46,6 +46,11 @@ def tokens_per_tile(num_tokens: int, group: int) -> int:
     return min(rows // padded(group), MAX_TILE_TOKENS)
 
 
+def largest_tile(group: int) -> int:
+    """How many tokens a tile has room for where there are many."""
+    return tokens_per_tile(MAX_TILE_ROWS, group)
+
+
 def most_tiles(num_tokens: int, num_slots: int, group: int) -> int:
     """The most tiles that up to ``num_tokens`` tokens of up to ``num_slots`` prefixes can come to."""
     size = tokens_per_tile(num_tokens, group)
