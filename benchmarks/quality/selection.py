@@ -36,7 +36,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vllm_squeeze.kernels.reference import capped, joined, log_mass, raises, scores_of, softmax_weighted
-from vllm_squeeze.kernels.tables import MOST_RAISE, ClusterTable, group_means, unquantised
+from vllm_squeeze.kernels.tables import MOST_RAISE, MOST_REST_RAISE, ClusterTable, group_means, unquantised
 from vllm_squeeze.kernels.tiles import tokens_per_tile
 from vllm_squeeze.prefix_index.budget import (
     BYTES_PER_MEMBER,
@@ -377,6 +377,8 @@ def attend(
     exact_lse, values = logits.logsumexp(-1), prefix.values
     if arm.rest:
         lumped = scores + units.sizes.log()[:, None]
+        if arm.spread:
+            lumped = lumped + raises(query, units.variances, prefix.scale, MOST_REST_RAISE)
         logits = torch.cat([logits, lumped.masked_fill(chosen[:, :, None], -torch.inf)], -1)
         values = torch.cat([values, units.values], 1)
     output, lse = softmax_weighted(logits, values)

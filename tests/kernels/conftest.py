@@ -11,6 +11,7 @@ from vllm_squeeze.kernels.reference import attend_causal
 from vllm_squeeze.kernels.tables import (
     JOINS,
     MOST_RAISE,
+    MOST_REST_RAISE,
     NEIGHBOURS,
     ClusterTable,
     Prefixes,
@@ -103,9 +104,15 @@ class Scene:
             mass = (table.group_sizes[:, None] * groups.exp()).sum(-1, keepdim=True)
         log_p = scores - mass.log()
         if raised:
-            squares = (query * self.scale).square().sum(-1, keepdim=True)
-            log_p += (squares * table.variances[:, None].double() / 2).clamp(max=MOST_RAISE)
+            log_p += self.raises(token, MOST_RAISE)
         return log_p.exp().mean(1).log() if JOINS[join] == "mean" else log_p.amax(1)
+
+    def raises(self, token: int, most: float) -> torch.Tensor:
+        """What the spread of keys adds to logits of a token for the clusters of its prefix, [H, G, C]."""
+        first, count, *_ = self.prefixes.slots[self.slot_of[token]].tolist()
+        query = self.query[token].view(self.num_kv_heads, self.group, -1).double() * self.scale
+        variances = self.table.prefix(first, count).variances[:, None].double()
+        return (query.square().sum(-1, keepdim=True) * variances / 2).clamp(max=most)
 
     def rank(self, token: int) -> torch.Tensor:
         """What the choice compares with the threshold, [H, C]."""
@@ -182,10 +189,11 @@ class Scene:
 
         Args:
             token: index of the token.
-            replaced: [H, C] bool, clusters whose keys and values are replaced by their means.
+            replaced: [H, C] bool, clusters whose keys and values are replaced by their means, and raised.
         """
         slot = self.slot_of[token]
         keys, values = self.keys[slot].double(), self.values[slot].double()
+        raised = keys.new_zeros(self.num_kv_heads, self.group, keys.shape[1] + SUFFIX_LENGTH)
         if replaced is not None:
             first, count, *_ = self.prefixes.slots[slot].tolist()
             table = self.table.prefix(first, count)
@@ -196,10 +204,11 @@ class Scene:
                 value_means = unquantised(table.value_centroids, table.value_scales)
                 keys[head, members] = means[head, cluster].double()
                 values[head, members] = value_means[head, cluster].double()
+                raised[head, :, members] = self.raises(token, MOST_REST_RAISE)[head, :, cluster, None]
         suffix_keys, suffix_values = self.suffix[token].double()
         keys, values = torch.cat([keys, suffix_keys], 1), torch.cat([values, suffix_values], 1)
         query = self.query[token].view(self.num_kv_heads, self.group, -1).double()
-        weights = (query @ keys.mT * self.scale).softmax(-1)
+        weights = (query @ keys.mT * self.scale + raised).softmax(-1)
         return (weights @ values).flatten(0, 1)
 
 

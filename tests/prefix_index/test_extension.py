@@ -58,7 +58,7 @@ def test_only_what_is_new_is_clustered(num_former, num_tokens):
     parameters = IndexParameters(window=400, max_cluster=40)
     clusters = cluster_keys(keys[:, :num_former], values[:, :num_former], parameters)
     for length in (num_tokens, num_tokens + 50):
-        known = labels_by_token(stored(clusters, parameters.rule), SINKS)
+        known = labels_by_token(stored(clusters, parameters.rule, keys, keys[:, :1, None]), SINKS)
         grown = cluster_keys(keys[:, :length], values[:, :length], parameters, known=known)
         assert_consistent(grown, keys[:, :length], values[:, :length])
         for row in range(len(keys)):

@@ -30,3 +30,14 @@ def test_without_questions_held_back_there_is_no_attention():
     (indexed,) = index_layers([layer(0, held_back=0)], IndexParameters())
     assert "attention" not in indexed.tensors
     assert indexed.tensors["scores"].sum() == 5 * HEADS * (TOKENS - 116)
+
+
+def test_keys_are_seen_along_the_queries_that_calibrate():
+    """Where none of these goes, they have no variance, whatever those held back do."""
+    one = layer(0)
+    along = torch.zeros(SIZE)
+    along[3] = 1
+    (indexed,) = index_layers([one._replace(queries=one.queries * along)], IndexParameters())
+    (flat,) = index_layers([one._replace(queries=one.queries * along, keys=one.keys * (1 - along))], IndexParameters())
+    assert (indexed.tensors["variances"][indexed.tensors["sizes"] > 1] > 0.01).all()
+    assert not flat.tensors["variances"].any()

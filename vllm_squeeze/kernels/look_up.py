@@ -1,7 +1,7 @@
 """Centroid look-up in Triton: which clusters each tile of queries needs, and the list of their keys.
 
-    score    grid (splits + masses, H, tiles)  scores of one share of a prefix's clusters, or the log-sum-exp of one
-                                               share of its groups
+    score    grid (splits + masses, H, tiles)  what each of one share of a prefix's clusters contributes if it is not
+                                               chosen, or the log-sum-exp of one share of its groups
     choose   grid (splits, H, tiles)           the choice among one share of the clusters, and the list of its keys
 
 A tile holds up to ROWS query tokens of one prefix; with the G query heads of a KV head, padded to GP, they are the M
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from vllm_squeeze.kernels.softmax import LOG2_E, finite_or_zero, logits_of
-from vllm_squeeze.kernels.tables import JOINS, MOST_RAISE, NEIGHBOURS
+from vllm_squeeze.kernels.tables import JOINS, MOST_RAISE, MOST_REST_RAISE, NEIGHBOURS
 from vllm_squeeze.kernels.tiles import MAX_TILE_TOKENS, PART_KEYS, TILE_FACTS
 
 FACTS = tl.constexpr(TILE_FACTS)
@@ -23,6 +23,7 @@ TOKENS = tl.constexpr(MAX_TILE_TOKENS)
 MEAN = tl.constexpr(JOINS.index("mean"))
 PART = tl.constexpr(PART_KEYS)
 RAISE = tl.constexpr(MOST_RAISE)
+REST_RAISE = tl.constexpr(MOST_REST_RAISE)
 OF_GROUP = tl.constexpr(NEIGHBOURS)
 
 
@@ -85,7 +86,7 @@ def load_queries(
 
 @triton.jit(do_not_specialize=["first_tile"])
 def score_kernel(
-    query, tokens, tiles, centroids, centroid_scales, sizes, group_centroids, group_scales, group_sizes,
+    query, tokens, tiles, centroids, centroid_scales, sizes, variances, group_centroids, group_scales, group_sizes,
     logits, masses, squares, kept,
     first_tile, scale, soft_cap,
     stride_query_token, stride_query_head, stride_centroid_head, stride_centroid, stride_size_head, stride_group_head,
@@ -119,15 +120,18 @@ def score_kernel(
             b_q = load_queries(
                 query, b_token, num_tokens, i_h, stride_query_token, stride_query_head, GROUP, GP, ROWS, D, DP
             )
+            b_square = tl.sum(b_q.to(tl.float32) * b_q.to(tl.float32), 1) * (scale * scale * LOG2_E / 2)
             if i_s == 0:
-                b_square = tl.sum(b_q.to(tl.float32) * b_q.to(tl.float32), 1)
-                tl.store(squares + i_th * M + o_m, b_square * (scale * scale * LOG2_E / 2))
+                tl.store(squares + i_th * M + o_m, b_square)
+            p_variances = variances + i_h.to(tl.int64) * stride_size_head + first_centroid
             p_logits = logits + (i_th * M + o_m[:, None]) * max_centroids
             for i_c in tl.range(begin, end, BLOCK, num_stages=STAGES):
                 o_row = i_c + o_c
+                b_variance = tl.load(p_variances + o_row, mask=o_row < end, other=0.0)
                 b_logits = _logits_of_rows(
                     b_q, p_centroids, p_scales, p_sizes, o_row, end, scale, soft_cap, stride_centroid, D, DP, SOFT_CAP
                 )
+                b_logits += tl.minimum(b_square[:, None] * b_variance[None, :], REST_RAISE * LOG2_E)
                 tl.store(p_logits + o_row[None, :], b_logits, mask=m_m[:, None] & (o_row < end)[None, :])
         return
 
@@ -226,7 +230,9 @@ def choose_kernel(
         b_start = tl.load(p_starts + o_row, mask=m_c, other=0)
         b_weight = tl.load(p_weights + o_row, mask=m_c, other=0.0) * LOG2_E
         b_variance = tl.load(p_variances + o_row, mask=m_c, other=0.0)
-        b_raise = tl.minimum(b_square * b_variance[None, None, :], RAISE * LOG2_E)
+        # less what logits were raised by already
+        b_raise = tl.maximum(b_square * b_variance[None, None, :] - REST_RAISE * LOG2_E, 0.0)
+        b_raise = tl.minimum(b_raise, (RAISE - REST_RAISE) * LOG2_E)
         b_log_p = b_logits - b_mass + b_raise  # of all keys of a cluster together
         b_joined = tl.max(b_log_p, 1)  # [ROWS, BLOCK]
         if join == MEAN:

@@ -3,16 +3,16 @@
 For one KV head with G query heads and a prefix in clusters i of N_i keys, centroid c_i and mean value v_i:
 
     p_i = exp(s q.c_i) / sum_g N_g exp(s q.c_g)      predicted attention probability of each key of cluster i
-    r_i = min(|s q|^2 u_i / 2, MOST_RAISE)           for the keys that lie nearer to the query than their centroid
+    r_i = |s q|^2 u_i / 2                            for the keys that lie nearer to the query than their centroid
     cluster i is chosen  <=>  w_i times the max (or mean) over the G query heads of p_i exp(r_i) > threshold
 
-with a weight w_i and a variance u_i for each cluster, from the index. Of logits that are spread normally the mean
-exponential is that of their mean and half their variance. The sum is over groups g of some clusters that are alike, of
+with a weight w_i and a variance u_i for each cluster, from the index, and r_i at most MOST_RAISE. Of logits that are
+spread normally the mean exponential is that of their mean and half their variance. The sum is over groups g of some clusters that are alike, of
 N_g keys together with the mean key c_g. It is smaller than over clusters, the more so where a query tells clusters apart
 that are alike: there a wrong choice costs most, and more is chosen. With the mean, as in the paper, it is over clusters.
 
 The keys of chosen clusters and the first tokens (attention sinks) are attended to exactly. A cluster that was not
-chosen contributes N_i exp(s q.c_i) times v_i, or nothing where ``rest`` is off.
+chosen contributes N_i exp(s q.c_i + r_i) times v_i, r_i here at most MOST_REST_RAISE; or nothing where ``rest`` is off.
 """
 
 import math
@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_squeeze.kernels.tables import DENSE_SLOT, JOINS, MOST_RAISE, ClusterTable, Prefixes, unquantised
+from vllm_squeeze.kernels.tables import (
+    DENSE_SLOT,
+    JOINS,
+    MOST_RAISE,
+    MOST_REST_RAISE,
+    ClusterTable,
+    Prefixes,
+    unquantised,
+)
 
 if TYPE_CHECKING:
     from vllm_squeeze.kernels.tiles import QueryTiles
@@ -80,7 +88,7 @@ def log_mass(scores: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
 
 
 def raises(query: torch.Tensor, variances: torch.Tensor, scale: float, most: float = MOST_RAISE) -> torch.Tensor:
-    """What the spread of their keys adds to the log probabilities of clusters in the choice.
+    """What the spread of their keys adds to the log probabilities of clusters, r_i.
 
     Args:
         query: [..., H, G, D] float32.
@@ -155,8 +163,8 @@ def attend_prefix(
     logits = logits.masked_fill(~attended[:, :, None], -torch.inf)
     values = values.float()
     if rest:
-        lumped = (scores + table.sizes.float().log()[:, None]).masked_fill(chosen[:, :, None], -torch.inf)
-        logits = torch.cat([logits, lumped], -1)
+        lumped = scores + table.sizes.float().log()[:, None] + raises(query, table.variances, scale, MOST_REST_RAISE)
+        logits = torch.cat([logits, lumped.masked_fill(chosen[:, :, None], -torch.inf)], -1)
         values = torch.cat([values, unquantised(table.value_centroids, table.value_scales)], 1)
     output, lse = softmax_weighted(logits, values)
     return output, lse, (chosen * table.sizes).sum(-1), needed.sum(-1)

@@ -179,7 +179,7 @@ def look_up(
     max_keys, max_centroids = workspace.list_places.shape[-1], workspace.logits.shape[-1]
     block, warps, stages = tuned.score
     score_kernel[(splits + masses, num_kv_heads, tiles_now)](
-        query, queries.tokens, queries.tiles, table.centroids, table.centroid_scales, table.sizes,
+        query, queries.tokens, queries.tiles, table.centroids, table.centroid_scales, table.sizes, table.variances,
         table.group_centroids, table.group_scales, table.group_sizes,
         workspace.logits, workspace.masses, workspace.squares, workspace.kept,
         first_tile, scale, soft_cap,

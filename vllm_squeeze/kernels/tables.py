@@ -16,8 +16,11 @@ summed up what all attract."""
 MAX_GROUP = 16
 """Query heads of a KV head that the kernels take, at most."""
 
-MOST_RAISE = 4.0
+MOST_RAISE = 6.0
 """Nats that the spread of a cluster's keys may add to its predicted log probability in the choice, at most."""
+
+MOST_REST_RAISE = 1.0
+"""Nats that it may add to what a cluster contributes that was not chosen, at most."""
 
 DENSE_SLOT = -1
 """In a slot's place: of a row that attends to no indexed prefix."""
@@ -73,7 +76,7 @@ class ClusterTable:
         value_centroids: [H, C, D] int8, the mean value of each cluster, over its scale.
         value_scales: [H, C] float32.
         log_weights: [H, C] float32, natural log of what the predicted probability is multiplied by in the choice.
-        variances: [H, C] float32, of an element of a cluster's keys, mean over elements.
+        variances: [H, C] float32, of the logits of a cluster's keys, over the squared length of the scaled query.
         starts: [H, C] int32, where the members of a cluster begin in ``members``; never decreasing along C.
         sizes: [H, C] int32, how many members a cluster has. 0 marks an empty cluster, which is
             never chosen; its scales, weight and variance must be finite all the same.

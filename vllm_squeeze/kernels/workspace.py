@@ -27,7 +27,7 @@ class Workspace:
     Attributes:
         num_splits: programs that look up the clusters of one tile and KV head.
         multiprocessors: of the device.
-        logits: [N, H, M, C] float32, s q.c_i + log N_i, of all keys of a cluster together.
+        logits: [N, H, M, C] float32, of all keys of a cluster together: s q.c_i + log N_i, raised as if not chosen.
         masses: [N, H, SPLITS / MASS_SHARE, M] float32, log-sum-exp of the logits of one share of the groups.
         squares: [N, H, M] float32, |s q|^2 / 2 to the base 2: what a cluster's variance is multiplied by for its raise.
         chosen: [N, H, C] int32, a bit for each token of the tile that chose the cluster.

@@ -136,6 +136,33 @@ def mean_cosine(keys: torch.Tensor, clusters: Clusters) -> float:
     return float(total) / clusters.members.numel()
 
 
+def logit_variances(
+    keys: torch.Tensor, clusters: Clusters, centroids: torch.Tensor, queries: torch.Tensor
+) -> torch.Tensor:
+    """How logits of a cluster's keys spread around its centroid's, for queries that go where given ones do.
+
+    Args:
+        keys: [B, T, D] float32.
+        clusters: of the keys.
+        centroids: [B, C, D] float32, those that are read.
+        queries: [B, W, G, D].
+
+    Returns:
+        [B, C] float32, not negative, 0 for empty clusters: the mean square over keys and queries of the query times
+        the key less the centroid, over the mean squared length of the queries.
+    """
+    starts, variances = clusters.starts.long(), torch.empty_like(clusters.key_squares)
+    for row, sizes in enumerate(clusters.sizes.long()):
+        query = queries[row].flatten(0, 1).float()
+        moments = query.T @ query / query.square().sum().clamp(min=torch.finfo(torch.float32).tiny)  # [D, D]
+        members = clusters.members[row].long()
+        apart = keys[row, members] - centroids[row].repeat_interleave(sizes, 0, output_size=len(members))
+        squares = torch.linalg.vecdot(apart @ moments, apart)[None, :, None]
+        in_order = torch.arange(len(members), device=keys.device)[None]
+        variances[row] = _segment_means(squares, in_order, starts[row : row + 1])[0, :, 0]
+    return variances.clamp(min=0)
+
+
 def _equal_windows(num_clustered: int, window: int) -> Iterator[tuple[int, int, int]]:
     """Yields the first token, the number of windows and their length, for the longer windows, then the shorter."""
     num_windows = -(-num_clustered // window)

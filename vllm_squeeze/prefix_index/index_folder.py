@@ -63,7 +63,8 @@ class LayerClusters:
         value_centroids: [H, C, D] int8, the mean value of each cluster, over its scale.
         value_scales: [H, C] float32, the same.
         log_weights: [H, C] float32, natural log of the weight in the choice.
-        variances: [H, C] float32, not negative: of an element of a cluster's keys in the choice, mean over elements.
+        variances: [H, C] float32, not negative: of the logits of a cluster's keys, over the squared length of the
+            scaled query.
         sizes: [H, C] int32, how many members a cluster has, 0 if it is empty.
         members: [H, M] int32, positions of tokens in the prefix, ordered by cluster and ascending inside a cluster.
     """

@@ -69,7 +69,7 @@ def index_layers(
         heads = slice(number * num_heads, (number + 1) * num_heads)
         of_layer = Clusters(*(getattr(clusters, field.name)[heads] for field in fields(Clusters)))
         cosine = mean_cosine(keys[heads], of_layer)
-        tensors = vars(stored(of_layer, parameters.rule))
+        tensors = vars(stored(of_layer, parameters.rule, keys[heads], layer.queries))
         # The threshold is calibrated with the centroids as the server will read them.
         centroids = unquantised(tensors["centroids"], tensors["centroid_scales"])
         clusters_read = centroids, tensors["log_weights"], tensors["variances"], of_layer.sizes

@@ -3,21 +3,28 @@
 import torch
 
 from vllm_squeeze.kernels.tables import quantised, unquantised
-from vllm_squeeze.prefix_index.clustering import Clusters
+from vllm_squeeze.prefix_index.clustering import Clusters, logit_variances
 from vllm_squeeze.prefix_index.index_folder import LayerClusters
 
 LEAST_WEIGHT = 1e-3
 """Times the mean weight of a head: a cluster of one key has next to none, but must be chosen where everything is."""
 
 
-def stored(clusters: Clusters, rule: str) -> LayerClusters:
-    """The clusters of one layer, B its KV heads, for a rule of RULES."""
+def stored(clusters: Clusters, rule: str, keys: torch.Tensor, queries: torch.Tensor) -> LayerClusters:
+    """The clusters of one layer, B its KV heads.
+
+    Args:
+        clusters: of the keys.
+        rule: one of RULES.
+        keys: [B, T, D] float32.
+        queries: [B, W, G, D], along which it is seen how keys differ.
+    """
     centroids, centroid_scales = quantised(clusters.centroids)
     value_centroids, value_scales = quantised(clusters.value_centroids)
     as_read = unquantised(centroids, centroid_scales)
     if rule == "error":
-        squares = squared_distances(clusters, as_read)
-        weights, variances = error_weights(clusters, squares), squares / as_read.shape[-1]
+        weights = error_weights(clusters, squared_distances(clusters, as_read))
+        variances = logit_variances(keys, clusters, as_read, queries)
     else:
         weights, variances = torch.ones_like(clusters.key_squares), torch.zeros_like(clusters.key_squares)
     vectors = centroids, centroid_scales, value_centroids, value_scales
