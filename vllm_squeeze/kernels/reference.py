@@ -59,17 +59,43 @@ def choose_clusters(
     Returns:
         scores s q.c_i, [R, H, G, C] float32, and the choice, [R, H, C] bool.
     """
-    centroids = unquantised(table.centroids, table.centroid_scales)
-    scores = scores_of(query, centroids, scale, soft_cap)
-    occupied = (table.sizes > 0)[:, None]  # [H, 1, C]
+    scores = scores_of(query, unquantised(table.centroids, table.centroid_scales), scale, soft_cap)
+    groups = unquantised(table.group_centroids, table.group_scales), table.group_sizes
+    of_clusters = table.log_weights, table.variances, table.sizes
+    return scores, log_ranks(query, scores, *of_clusters, *groups, scale, soft_cap, join) > log_threshold
+
+
+def log_ranks(
+    query: torch.Tensor,
+    scores: torch.Tensor,
+    log_weights: torch.Tensor,
+    variances: torch.Tensor,
+    sizes: torch.Tensor,
+    groups: torch.Tensor,
+    group_sizes: torch.Tensor,
+    scale: float,
+    soft_cap: float,
+    join: str,
+) -> torch.Tensor:
+    """What the choice compares with the threshold, log of w_i p_i exp(r_i), joined over the heads of each KV head.
+
+    Args:
+        query: [R, H, G, D] float32.
+        scores: of the clusters, [R, H, G, C].
+        log_weights, variances, sizes: of the clusters, [H, C].
+        groups: mean keys of groups of clusters, [H, C', D] float32.
+        group_sizes: keys of each, [H, C'].
+        scale, soft_cap, join: as in ``choose_clusters``.
+
+    Returns:
+        [R, H, C], minus infinity for empty clusters.
+    """
     if join == "max":
-        groups = unquantised(table.group_centroids, table.group_scales)
-        mass = log_mass(scores_of(query, groups, scale, soft_cap), table.group_sizes)
+        mass = log_mass(scores_of(query, groups, scale, soft_cap), group_sizes)
     else:
-        mass = log_mass(scores, table.sizes)
-    log_p = (scores - mass).masked_fill(~occupied, -torch.inf)
-    log_p = log_p + raises(query, table.variances, scale)
-    return scores, (joined(log_p, join) + table.log_weights > log_threshold) & occupied[:, 0]
+        mass = log_mass(scores, sizes)
+    log_p = joined(scores - mass + raises(query, variances, scale), join)
+    return (log_p + log_weights).masked_fill(sizes == 0, -torch.inf)
 
 
 def scores_of(query: torch.Tensor, centroids: torch.Tensor, scale: float, soft_cap: float = 0.0) -> torch.Tensor:

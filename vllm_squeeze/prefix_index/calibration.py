@@ -1,7 +1,7 @@
 """Finds the threshold on weighted predicted attention probabilities: one for all layers and heads of a prefix.
 
 The queries that answers to questions on the prefix came from score the clusters. A histogram counts the clustered keys
-by the joined log p of their cluster, with its raise and its log weight (``choose_clusters`` in
+by the joined log p of their cluster, with its raise and its log weight (``log_ranks`` in
 ``kernels/reference.py``). Its counts are integers: histograms of layers, heads and tensor-parallel ranks add up
 exactly, in any order. Each layer is moved to one level, which its weights take up. The curve read off the sum gives a
 threshold for each share of clustered keys to keep. A second histogram, over the same bins, weighs keys by the attention
@@ -13,7 +13,7 @@ import math
 import numpy as np
 import torch
 
-from vllm_squeeze.kernels.reference import capped, joined, log_mass, raises, scores_of
+from vllm_squeeze.kernels.reference import capped, log_ranks, scores_of
 from vllm_squeeze.kernels.tables import group_means, unquantised
 
 NUM_BINS = 4096
@@ -91,12 +91,9 @@ def _bins(
     """The bin of each cluster for each query token, [B, W, C]; arguments as in ``score_histogram``, and ``_groups``."""
     query = query.transpose(0, 1).float()  # [W, B, G, D]
     scores = scores_of(query, centroids.float(), scale, soft_cap)
-    if join == "max":
-        mass = log_mass(scores_of(query, groups, scale, soft_cap), group_sizes)
-    else:
-        mass = log_mass(scores, sizes)
-    log_p = joined(scores - mass + raises(query, variances, scale), join) + log_weights  # [W, B, C]
-    return ((log_p.transpose(0, 1) - LOWEST) / BIN_WIDTH).clamp(0, NUM_BINS - 1).long()
+    of_clusters = log_weights, variances, sizes, groups, group_sizes
+    ranks = log_ranks(query, scores, *of_clusters, scale, soft_cap, join)  # [W, B, C]
+    return ((ranks.transpose(0, 1) - LOWEST) / BIN_WIDTH).clamp(0, NUM_BINS - 1).long()
 
 
 def attention_histogram(
