@@ -20,6 +20,8 @@ def platform(monkeypatch, kind: str, name: str = "") -> None:
     fake = SimpleNamespace(
         is_cpu=lambda: kind == "cpu", is_cuda=lambda: kind == "cuda", get_device_name=lambda: name or kind
     )
+    # of vLLM's modules some look at the platform as they are imported
+    compat.graphs_of_squeezed_steps()
     monkeypatch.setattr(vllm.platforms, "current_platform", fake)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vllm_squeeze.kernels import shared_prefix
 from vllm_squeeze.kernels import squeezed_attention as kernels
 from vllm_squeeze.offline_tools import self_test
 from vllm_squeeze.offline_tools.self_test import (
@@ -31,6 +32,11 @@ def test_a_kernel_that_is_wrong_is_noticed(monkeypatch):
         output[-1] = output[0]
 
     monkeypatch.setattr(kernels, "squeezed_attention", wrong)
+    assert difference_of_kernels(torch.float32, DEVICE).relative > 10 * TOLERANCE[torch.float32]
+
+
+def test_a_shared_prefix_that_is_joined_wrongly_is_noticed(monkeypatch):
+    monkeypatch.setattr(shared_prefix, "join_shared", lambda *operands: None)
     assert difference_of_kernels(torch.float32, DEVICE).relative > 10 * TOLERANCE[torch.float32]
 
 

@@ -10,6 +10,7 @@ from vllm_squeeze.kernels.reference import (
     attend_prefix,
     attend_seen,
     choose_clusters,
+    merge,
     squeezed_attention_reference,
 )
 from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes, group_means, quantised
@@ -97,6 +98,12 @@ class RandomPrefix:
         """The queries as [R, H, G, D] float32."""
         return self.query.unflatten(1, (KV_HEADS, GROUP)).float()
 
+    def attend_to_all(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense attention of queries [R, H * G, D] to all keys: output [R, H * G, D] and log-sum-exp [R, H * G]."""
+        everything = torch.ones(len(query), self.keys.shape[1], dtype=torch.bool, device=query.device)
+        output, lse = attend_seen(query.unflatten(1, (KV_HEADS, GROUP)), self.keys, self.values, everything, SCALE)
+        return output.flatten(1, 2), lse.flatten(1)
+
     def log_threshold(self) -> float:
         """One that some clusters exceed and others do not, none of them nearly."""
 
@@ -110,12 +117,14 @@ class RandomPrefix:
 def difference_of_kernels(dtype: torch.dtype, device: torch.device | str) -> Difference:
     """Runs the Triton kernels and their oracle over a paged cache, for rows that are squeezed and rows that are exact.
 
-    What follows the prefix is random too: an output and a log-sum-exp that the prefix's are joined to.
+    Then for the same rows if they share all keys, which torch attends to here, not FlashAttention. What follows the
+    prefix is random too: an output and a log-sum-exp that the prefix's are joined to.
 
     Args:
         dtype: of queries, keys and values.
         device: a GPU, or the CPU under Triton's interpreter.
     """
+    from vllm_squeeze.kernels.shared_prefix import gather_queries, join_shared
     from vllm_squeeze.kernels.squeezed_attention import squeezed_attention
     from vllm_squeeze.kernels.tiles import QueryTiles
     from vllm_squeeze.kernels.workspace import Workspace
@@ -150,7 +159,12 @@ def difference_of_kernels(dtype: torch.dtype, device: torch.device | str) -> Dif
     workspace = Workspace.allocate(2, KV_HEADS, HEAD_SIZE, NUM_CENTROIDS, num_tokens, device)
     squeezed_attention(query, output, *after_prefix, workspace)
     squeezed_attention_reference(query, right, *after_prefix)
-    return Difference.of(output, right)
+
+    shared_output, lse = prefix.attend_to_all(gather_queries(query, queries, GROUP))
+    shared = query.clone()
+    join_shared(shared, suffix_lse, shared_output.to(dtype), lse.T.contiguous(), queries, prefixes, KV_HEADS)
+    right_shared = merge(query.float(), suffix_lse.T, *prefix.attend_to_all(query))
+    return Difference.of(torch.cat([output, shared]), torch.cat([right, right_shared.to(dtype)]))
 
 
 def difference_of_reference() -> Difference:
@@ -162,6 +176,5 @@ def difference_of_reference() -> Difference:
         return prefix.keys[heads, positions], prefix.values[heads, positions]
 
     output, *_ = attend_prefix(prefix.grouped(), prefix.table, read_tokens, -torch.inf, NUM_SINKS, SCALE, rest=True)
-    everything = torch.ones(NUM_ROWS, prefix.keys.shape[1], dtype=torch.bool)
-    right, _ = attend_seen(prefix.grouped(), prefix.keys, prefix.values, everything, SCALE)
-    return Difference.of(output, right)
+    right, _ = prefix.attend_to_all(prefix.query)
+    return Difference.of(output.flatten(1, 2), right)
