@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vllm_squeeze.offline_tools.fidelity import first_difference
+
 ORDINARY = "Name a river, a mountain and a city, and say a sentence about each. Number {i}."
 MANTISSA_BITS = {"bfloat16": 7, "float16": 10, "float32": 23}
 
@@ -86,20 +88,24 @@ def rows_of(counters: dict[str, float]) -> dict[str, float]:
     return {name.removeprefix("vllm:squeeze_rows"): n for name, n in counters.items() if "rows" in name}
 
 
+def is_tie(high: float, low: float, dtype: str) -> bool:
+    """Whether two logits lie within one step of a dtype."""
+    step = 2.0 ** (math.floor(math.log2(max(abs(high), 1e-30))) - MANTISSA_BITS[dtype])
+    return high - low <= step
+
+
 def compare(dense: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Counts answers that are the same, and those that first differ at a tie, or not at a tie."""
     counts = {"same": 0, "ties": 0, "errors": 0}
     agreed = total = 0
     for ours, theirs, best in zip(other["tokens"], dense["tokens"], dense["best"], strict=True):
         total += len(theirs)
-        first = next((i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1]), None)
+        first = first_difference(theirs, ours)
         agreed += len(theirs) if first is None else first
         if first is None:
             counts["same"] += 1
             continue
-        high, low = best[first]
-        step = 2.0 ** (math.floor(math.log2(max(abs(high), 1e-30))) - MANTISSA_BITS[dense["dtype"]])
-        counts["ties" if high - low <= step else "errors"] += 1
+        counts["ties" if first < len(best) and is_tie(*best[first], dense["dtype"]) else "errors"] += 1
     used = budget_used(other["counters"])
     return {
         **counts,
