@@ -145,10 +145,10 @@ def test_a_missing_value_is_named_even_where_there_is_a_default(manifest, path):
         Manifest.from_json(edited(manifest, *path, remove=True))
 
 
-@pytest.mark.parametrize(("version", "made_by"), [(3, "an older"), (5, "a newer")])
+@pytest.mark.parametrize(("version", "made_by"), [(4, "an older"), (6, "a newer")])
 @pytest.mark.parametrize("rest", [{}, {"layers": "other"}], ids=["alone", "with other contents"])
 def test_another_format_is_named_before_anything_else_is_looked_at(rest, version, made_by):
-    message = rf"^made by {made_by} vllm-squeeze \(format {version}; this one reads format 4\)$"
+    message = rf"^made by {made_by} vllm-squeeze \(format {version}; this one reads format 5\)$"
     with pytest.raises(InvalidIndex, match=message):
         Manifest.from_json(json.dumps({**rest, "format_version": version}))
 
