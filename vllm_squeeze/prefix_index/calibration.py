@@ -65,7 +65,7 @@ def score_histogram(
     for rows in torch.arange(num_rows, device=query.device).split(max(memory_bytes // max(bytes_per_row, 1), 1)):
         weights = sizes[rows].long()[:, None].expand(-1, num_queries, -1)
         clusters = tuple(of_rows[rows] for of_rows in (centroids, log_weights, variances, sizes, *groups))
-        bins = _bins(query[rows], *clusters, scale, soft_cap, join)
+        bins = _bins(query[rows], clusters, scale, soft_cap, join)
         histogram.scatter_add_(0, bins.flatten(), weights.flatten())
     return histogram
 
@@ -77,21 +77,17 @@ def _groups(centroids: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def _bins(
-    query: torch.Tensor,
-    centroids: torch.Tensor,
-    log_weights: torch.Tensor,
-    variances: torch.Tensor,
-    sizes: torch.Tensor,
-    groups: torch.Tensor,
-    group_sizes: torch.Tensor,
-    scale: float,
-    soft_cap: float,
-    join: str,
+    query: torch.Tensor, clusters: tuple[torch.Tensor, ...], scale: float, soft_cap: float, join: str
 ) -> torch.Tensor:
-    """The bin of each cluster for each query token, [B, W, C]; arguments as in ``score_histogram``, and ``_groups``."""
+    """The bin of each cluster for each query token, [B, W, C].
+
+    Args:
+        query, scale, soft_cap, join: as in ``score_histogram``.
+        clusters: their centroids, and what ``log_ranks`` takes of them and of their groups.
+    """
+    centroids, *of_clusters = clusters
     query = query.transpose(0, 1).float()  # [W, B, G, D]
     scores = scores_of(query, centroids.float(), scale, soft_cap)
-    of_clusters = log_weights, variances, sizes, groups, group_sizes
     ranks = log_ranks(query, scores, *of_clusters, scale, soft_cap, join)  # [W, B, C]
     return ((ranks.transpose(0, 1) - LOWEST) / BIN_WIDTH).clamp(0, NUM_BINS - 1).long()
 
@@ -137,7 +133,7 @@ def attention_histogram(
             logits = capped(torch.einsum("wgd,td->wgt", some * scale, keys[row].float()), soft_cap)
             of_keys = logits.softmax(-1).sum(1)
             of_clusters = of_keys.new_zeros(len(some), num_centroids + 1).index_add_(1, cluster_of, of_keys)
-            bins = _bins(some[None], *clusters, scale, soft_cap, join)
+            bins = _bins(some[None], clusters, scale, soft_cap, join)
             histogram[row].scatter_add_(0, bins.flatten(), of_clusters[:, :-1].flatten())
     return histogram / (num_queries * group)
 
