@@ -12,7 +12,7 @@ from vllm_squeeze.kernels import workspace as workspaces
 from vllm_squeeze.kernels.reference import attend_causal, squeezed_attention_reference
 from vllm_squeeze.kernels.tables import Prefixes
 from vllm_squeeze.kernels.tiles import MAX_BLOCK, MAX_TILE_ROWS, PART_KEYS, most_tiles, tokens_per_tile
-from vllm_squeeze.kernels.workspace import MASS_SHARE, MAX_PROGRAMS_PER_MULTIPROCESSOR, MAX_SPLITS, Workspace
+from vllm_squeeze.kernels.workspace import MAX_MASSES, MAX_PROGRAMS_PER_MULTIPROCESSOR, SPLITS_PER_MASS, Workspace
 
 UNEVEN = ((1, 70, 3, 11, 1, 1, 40, 6, 29) * 2,)
 SIZES = {
@@ -301,15 +301,16 @@ def test_more_tiles_than_the_workspace_holds(make_scene, assert_close):
         assert_close(run(check, workspace=workspace_for(scene, max_tiles)), expected)
 
 
-@pytest.mark.parametrize("multiprocessors", [1, MAX_SPLITS // 2])
-def test_any_number_of_programs(make_scene, assert_close, monkeypatch: pytest.MonkeyPatch, multiprocessors: int):
+@pytest.mark.parametrize(("multiprocessors", "masses"), [(1, 1), (4, 3), (32, MAX_MASSES)])
+def test_any_number_of_programs(make_scene, assert_close, monkeypatch: pytest.MonkeyPatch, multiprocessors, masses):
     """Many blocks in one split, the first of empty clusters alone, and so many splits that most have nothing to do."""
     scene = make_scene(num_kv_heads=1, sizes=((0,) * 64 + SIZES["more-than-a-block"][0],), slot_of=(0,))
     scene.set_threshold(0.4)
     monkeypatch.setattr(workspaces, "INTERPRETED_MULTIPROCESSORS", multiprocessors)
     workspace = workspace_for(scene, 1)
     if not scene.query.is_cuda:
-        assert workspace.num_splits == 2 * multiprocessors and workspace.num_programs(2) == 2 * multiprocessors
+        assert workspace.num_splits == masses * SPLITS_PER_MASS
+        assert workspace.num_programs(2) == 2 * multiprocessors
     assert_close(run(scene, workspace=workspace), scene.apply(squeezed_attention_reference, True))
 
 
@@ -323,6 +324,23 @@ def test_runs_repeat_bit_for_bit_in_a_used_workspace(make_scene):
     run(scene.tile((1, -1, 0)), workspace=workspace)
     scene.block_table.copy_(scene.block_table.flip(0))
     assert torch.equal(run(scene, workspace=workspace), first)
+    assert (workspace.turns[0] == 3).all()
+
+
+@pytest.mark.parametrize("turns", [-2, 2**31 - 2])
+def test_turns_begin_anew(make_scene, turns: int):
+    """Tiles of few rows and of many; none is taken where there is no tile."""
+    few, many = (make_scene(num_kv_heads=1, group=4, sizes=(UNEVEN[0],), slot_of=(0,) * rows) for rows in (3, 6))
+    for scene in (few, many):
+        scene.set_threshold(0.4)
+    workspace = workspace_for(many)
+    expected = [run(scene, workspace=workspace_for(scene)) for scene in (few, many)]
+    workspace.turns.fill_(turns)
+    for _ in range(2):
+        for scene, output in zip((few, many), expected, strict=True):
+            assert torch.equal(run(scene, workspace=workspace), output)
+    assert workspace.turns[0].item() == (turns + 4 + 2**31) % 2**32 - 2**31
+    assert (workspace.turns[1:] == turns).all()
 
 
 def test_physical_pages_do_not_matter(make_scene):
@@ -376,8 +394,8 @@ def test_workspace_counts_its_bytes():
     centroids, keys = 16 + MAX_BLOCK, 32 + MAX_BLOCK
     assert workspace.logits.shape[-1] == centroids and workspace.list_places.shape[-1] == keys
     masses = workspace.masses.shape[2]
-    assert masses == max(splits // MASS_SHARE, 1)
-    per_split = 2 * (masses * MAX_TILE_ROWS + splits * (1 + 1)) + 2 * MAX_TILE_ROWS
+    assert splits == masses * SPLITS_PER_MASS
+    per_split = 2 * (2 * masses * MAX_TILE_ROWS + splits * (2 + 1)) + 2
     per_centroid = 2 * centroids * (MAX_TILE_ROWS + 1)
     parts = 2 * (centroids + keys // PART_KEYS) * 4
     assert workspace.nbytes == 4 * (per_centroid + per_split + parts + 2 * 2 * keys + 2 + programs * MAX_TILE_ROWS * 65)

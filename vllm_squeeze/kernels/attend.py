@@ -88,8 +88,8 @@ def attend_kernel(
     stride_query_token, stride_query_head, stride_block, stride_token, stride_head,
     stride_centroid_head, stride_centroid, stride_size_head, stride_always, stride_suffix, max_centroids, max_keys,
     GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    TILES: tl.constexpr, HP: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
-    S: tl.constexpr, STAGES: tl.constexpr, SOFT_CAP: tl.constexpr,
+    TILES: tl.constexpr, HP: tl.constexpr, SPLITS: tl.constexpr, SP: tl.constexpr,
+    BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, SOFT_CAP: tl.constexpr,
     REST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = ROWS * GP
@@ -122,7 +122,7 @@ def attend_kernel(
     b_bit = 1 << (o_m // GP)  # [M], of the row's token
     i_th_64 = (i_t * H + i_h).to(tl.int64)
     if begin == 0:
-        o_s = tl.arange(0, SPLITS)
+        o_s = tl.arange(0, SP)
         m_s = o_s * share_of(count, SPLITS) < count
         b_pairs = tl.load(kept_pairs + i_th_64 * SPLITS + o_s, mask=m_s, other=0)
         _count(counters, i_slot, count > 0, num_tokens, num_keys - num_always, tl.sum(b_pairs, 0))

@@ -1,8 +1,11 @@
 """Centroid look-up in Triton: which clusters each tile of queries needs, and the list of their keys.
 
-    score    grid (splits + masses, H, tiles)  what each of one share of a prefix's clusters contributes if it is not
-                                               chosen, or the log-sum-exp of one share of its groups
-    choose   grid (splits, H, tiles)           the choice among one share of the clusters, and the list of its keys
+    look_up    grid (masses + splits, H, tiles)  the log-sum-exp of one share of a prefix's groups; or, of one share of
+                                                 its clusters, what each contributes if it is not chosen, the choice
+                                                 among them, and the list of their keys
+
+Programs wait for each other: to choose, for the sums of all groups; to list, for how many keys the splits before keep.
+They wait only for such as started earlier, which wait for none after them.
 
 A tile holds up to ROWS query tokens of one prefix; with the G query heads of a KV head, padded to GP, they are the M
 rows of a matrix product. Each token chooses for itself. The list has every key that any of them chose, once, with a
@@ -34,18 +37,6 @@ def share_of(total, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _share_of_tile(tiles, i_tile, i_s, SPLITS: tl.constexpr):
-    """A tile's slot, tokens, row of the block table, first centroid and clusters, and which are split ``i_s``'s."""
-    p_tile = tiles + i_tile * FACTS
-    count = tl.load(p_tile + 4)
-    share = share_of(count, SPLITS)
-    begin = i_s * share
-    end = tl.minimum(begin + share, count)
-    i_row, first_centroid = tl.load(p_tile + 2).to(tl.int64), tl.load(p_tile + 3).to(tl.int64)
-    return tl.load(p_tile), tl.load(p_tile + 1), i_row, first_centroid, count, begin, end
-
-
-@triton.jit
 def log_of_size(b_size):
     """log N_i [N], minus infinity for empty clusters."""
     return tl.where(b_size > 0, tl.log2(tl.maximum(b_size, 1).to(tl.float32)), float("-inf"))
@@ -67,6 +58,26 @@ def _logits_of_rows(
 
 
 @triton.jit
+def _mass_of_rows(
+    b_q, p_centroids, p_scales, p_sizes, begin, end, scale, soft_cap, stride_centroid,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SOFT_CAP: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp [M] of what rows ``begin`` to ``end`` of clusters or groups attract; minus infinity of none."""
+    b_max = tl.full([b_q.shape[0]], float("-inf"), tl.float32)
+    b_sum = tl.zeros([b_q.shape[0]], tl.float32)
+    for i_c in tl.range(begin, end, BLOCK, num_stages=STAGES):
+        o_row = i_c + tl.arange(0, BLOCK)
+        b_logits = _logits_of_rows(
+            b_q, p_centroids, p_scales, p_sizes, o_row, end, scale, soft_cap, stride_centroid, D, DP, SOFT_CAP
+        )
+        b_next = tl.maximum(b_max, tl.max(b_logits, 1))
+        b_shift = finite_or_zero(b_next)
+        b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_logits - b_shift[:, None]), 1)
+        b_max = b_next
+    return tl.where(b_sum > 0, b_max + tl.log2(tl.where(b_sum > 0, b_sum, 1.0)), float("-inf"))
+
+
+@triton.jit
 def token_of_row(tokens, i_tile, GP: tl.constexpr, ROWS: tl.constexpr):
     """The query token [M] of each row of a tile; anything where padded."""
     return tl.load(tokens + i_tile * TOKENS + tl.arange(0, ROWS * GP) // GP).to(tl.int64)
@@ -84,122 +95,99 @@ def load_queries(
     return tl.load(p_q, mask=m_q[:, None] & (o_d < D)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["first_tile"])
-def score_kernel(
-    query, tokens, tiles, centroids, centroid_scales, sizes, variances, group_centroids, group_scales, group_sizes,
-    logits, masses, squares, kept,
-    first_tile, scale, soft_cap,
-    stride_query_token, stride_query_head, stride_centroid_head, stride_centroid, stride_size_head, stride_group_head,
-    stride_group_size_head, max_centroids,
-    GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    SPLITS: tl.constexpr, MASSES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SOFT_CAP: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    M: tl.constexpr = ROWS * GP
-    i_s, i_h, i_t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    # what is the same in all layers is loaded while the kernel before still runs
-    i_slot, num_tokens, _, first_centroid, count, begin, end = _share_of_tile(tiles, first_tile + i_t, i_s, SPLITS)
-    join = tl.load(tiles + (first_tile + i_t) * FACTS + 6)
-    b_token = token_of_row(tokens, first_tile + i_t, GP, ROWS)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    if i_slot < 0:
-        return
-    i_th = (i_t * tl.num_programs(1) + i_h).to(tl.int64)
-    o_m, o_c = tl.arange(0, M), tl.arange(0, BLOCK)
-    p_centroids = centroids + i_h.to(tl.int64) * stride_centroid_head + first_centroid * stride_centroid
-    p_scales = centroid_scales + i_h.to(tl.int64) * stride_size_head + first_centroid
-    p_sizes = sizes + i_h.to(tl.int64) * stride_size_head + first_centroid
-    if i_s < SPLITS:
-        # not known yet: `choose` will wait for it
-        tl.store(kept + i_th * SPLITS + i_s, -1)
-        if begin < end:
-            m_m = (o_m // GP < num_tokens) & (o_m % GP < GROUP)
-            b_q = load_queries(
-                query, b_token, num_tokens, i_h, stride_query_token, stride_query_head, GROUP, GP, ROWS, D, DP
-            )
-            b_square = tl.sum(b_q.to(tl.float32) * b_q.to(tl.float32), 1) * (scale * scale * LOG2_E / 2)
-            if i_s == 0:
-                tl.store(squares + i_th * M + o_m, b_square)
-            p_variances = variances + i_h.to(tl.int64) * stride_size_head + first_centroid
-            p_logits = logits + (i_th * M + o_m[:, None]) * max_centroids
-            for i_c in tl.range(begin, end, BLOCK, num_stages=STAGES):
-                o_row = i_c + o_c
-                b_variance = tl.load(p_variances + o_row, mask=o_row < end, other=0.0)
-                b_logits = _logits_of_rows(
-                    b_q, p_centroids, p_scales, p_sizes, o_row, end, scale, soft_cap, stride_centroid, D, DP, SOFT_CAP
-                )
-                b_logits += tl.minimum(b_square[:, None] * b_variance[None, :], REST_RAISE * LOG2_E)
-                tl.store(p_logits + o_row[None, :], b_logits, mask=m_m[:, None] & (o_row < end)[None, :])
-        return
-
-    i_m = i_s - SPLITS
-    num_rows = count
-    if join != MEAN:
-        first_group = first_centroid // OF_GROUP
-        num_rows = tl.cdiv(count, OF_GROUP)
-        p_centroids = group_centroids + i_h.to(tl.int64) * stride_group_head + first_group * stride_centroid
-        p_scales = group_scales + i_h.to(tl.int64) * stride_group_size_head + first_group
-        p_sizes = group_sizes + i_h.to(tl.int64) * stride_group_size_head + first_group
-    begin = i_m * share_of(num_rows, MASSES)
-    end = tl.minimum(begin + share_of(num_rows, MASSES), num_rows)
-    b_max = tl.full([M], float("-inf"), tl.float32)
-    b_sum = tl.zeros([M], tl.float32)
-    if begin < end:
-        b_q = load_queries(
-            query, b_token, num_tokens, i_h, stride_query_token, stride_query_head, GROUP, GP, ROWS, D, DP
-        )
-        for i_c in tl.range(begin, end, BLOCK, num_stages=STAGES):
-            b_logits = _logits_of_rows(
-                b_q, p_centroids, p_scales, p_sizes, i_c + o_c, end, scale, soft_cap, stride_centroid, D, DP, SOFT_CAP
-            )
-            b_next = tl.maximum(b_max, tl.max(b_logits, 1))
-            b_shift = finite_or_zero(b_next)
-            b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_logits - b_shift[:, None]), 1)
-            b_max = b_next
-    b_mass = tl.where(b_sum > 0, b_max + tl.log2(tl.where(b_sum > 0, b_sum, 1.0)), float("-inf"))
-    tl.store(masses + (i_th * MASSES + i_m) * M + o_m, b_mass)
+@triton.jit
+def _facts_of_clusters(p_logits, p_sizes, p_starts, p_weights, p_variances, o_row, end, m_q):
+    """Logits [ROWS, GP, N], sizes, starts, log weights and variances [N] of clusters ``o_row`` [N] before ``end``."""
+    m_c = o_row < end
+    b_logits = tl.load(p_logits + o_row[None, None, :], mask=m_q & m_c[None, None, :], other=float("-inf"))
+    b_size, b_start = tl.load(p_sizes + o_row, mask=m_c, other=0), tl.load(p_starts + o_row, mask=m_c, other=0)
+    b_weight = tl.load(p_weights + o_row, mask=m_c, other=0.0) * LOG2_E
+    return b_logits, b_size, b_start, b_weight, tl.load(p_variances + o_row, mask=m_c, other=0.0)
 
 
 @triton.jit
-def _kept_before(p_kept, i_s, SPLITS: tl.constexpr):
-    """Keys that the splits before ``i_s`` keep.
+def _say(p_words, b_word, turn):
+    """Tells other programs 32 bits each, together with the turn: in 64, so that nobody hears half of it."""
+    tl.atomic_xchg(p_words, (turn.to(tl.int64) << 32) | (b_word.to(tl.int64) & 0xFFFFFFFF), sem="relaxed")
 
-    The list is without gaps: a split waits to hear it of them. They started earlier, and wait for none after them.
-    """
-    o_s = tl.arange(0, SPLITS)
-    b_kept = tl.load(p_kept + o_s, mask=o_s < i_s, other=0, volatile=True)
-    while tl.min(b_kept, 0) < 0:
-        b_kept = tl.load(p_kept + o_s, mask=o_s < i_s, other=0, volatile=True)
-    return tl.sum(b_kept, 0)
+
+@triton.jit
+def _hear(p_words, m_words, turn):
+    """What other programs say in this turn, once all have; 0 where masked."""
+    b_word = tl.load(p_words, mask=m_words, other=0, volatile=True)
+    while tl.max((m_words & ((b_word >> 32).to(tl.int32) != turn)).to(tl.int32)) > 0:
+        b_word = tl.load(p_words, mask=m_words, other=0, volatile=True)
+    return b_word.to(tl.int32)
+
+
+@triton.jit
+def _kept_before(p_kept, i_s, turn, SP: tl.constexpr):
+    """Keys that the splits before ``i_s`` keep: the list is without gaps."""
+    o_s = tl.arange(0, SP)
+    return tl.sum(_hear(p_kept + o_s, o_s < i_s, turn), 0)
 
 
 @triton.jit(do_not_specialize=["first_tile", "stride_row"])
-def choose_kernel(
-    tiles, log_threshold, log_weights, variances, starts, sizes, members, block_table, always_places,
-    logits, masses, squares, chosen, picked, list_places, list_bits, listed, kept, kept_pairs,
-    first_tile, stride_size_head, stride_member_head, stride_row, stride_always, max_centroids, max_parts, max_keys,
-    GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, MASSES: tl.constexpr,
-    BLOCK: tl.constexpr, PARTS_BLOCK: tl.constexpr, S: tl.constexpr, PDL: tl.constexpr,
+def look_up_kernel(
+    query, tokens, tiles, log_threshold,
+    centroids, centroid_scales, sizes, starts, log_weights, variances, group_centroids, group_scales, group_sizes,
+    members, block_table, always_places,
+    logits, chosen, picked, list_places, list_bits, listed, turns, masses, kept, kept_pairs,
+    first_tile, scale, soft_cap,
+    stride_query_token, stride_query_head, stride_centroid_head, stride_centroid, stride_size_head, stride_group_head,
+    stride_group_size_head, stride_member_head, stride_row, stride_always, max_centroids, max_parts, max_keys,
+    GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    SPLITS: tl.constexpr, SP: tl.constexpr, MASSES: tl.constexpr, MP: tl.constexpr, MASS_ROWS: tl.constexpr,
+    SCORED: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, PARTS_BLOCK: tl.constexpr, S: tl.constexpr,
+    SOFT_CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = ROWS * GP
-    i_s, i_h, i_t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_p, i_h, i_t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    i_slot, num_tokens, i_row, first_centroid, count, begin, end = _share_of_tile(tiles, first_tile + i_t, i_s, SPLITS)
+    # what is the same in all layers is loaded while the kernel before still runs
     p_tile = tiles + (first_tile + i_t) * FACTS
+    i_slot, num_tokens, i_row = tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2).to(tl.int64)
+    first_centroid, count = tl.load(p_tile + 3).to(tl.int64), tl.load(p_tile + 4)
     num_always, join = tl.load(p_tile + 5), tl.load(p_tile + 6)
+    b_token = token_of_row(tokens, first_tile + i_t, GP, ROWS)
     threshold = tl.load(log_threshold + tl.maximum(i_slot, 0)) * LOG2_E
     if PDL:
-        # before any return: were there no clusters at all, `attend` would not wait for `score` through this kernel
         tl.extra.cuda.gdc_wait()
-    # without clusters nothing is listed, and nobody asks what was kept
-    if (i_slot < 0) | (begin >= end):
+    # without clusters nothing is listed
+    if (i_slot < 0) | (count == 0):
         return
     i_th = (i_t * tl.num_programs(1) + i_h).to(tl.int64)
+    turn = tl.load(turns + i_th) + 1
+    o_m, o_c, o_scored = tl.arange(0, M), tl.arange(0, BLOCK), tl.arange(0, SCORED)
+    p_centroids = centroids + i_h.to(tl.int64) * stride_centroid_head + first_centroid * stride_centroid
+    p_scales = centroid_scales + i_h.to(tl.int64) * stride_size_head + first_centroid
     p_sizes = sizes + i_h.to(tl.int64) * stride_size_head + first_centroid
+    p_masses = masses + i_th * MASSES * MASS_ROWS
+    b_q = load_queries(query, b_token, num_tokens, i_h, stride_query_token, stride_query_head, GROUP, GP, ROWS, D, DP)
+
+    if i_p < MASSES:
+        num_rows = count
+        if join != MEAN:
+            first_group = first_centroid // OF_GROUP
+            num_rows = tl.cdiv(count, OF_GROUP)
+            p_centroids = group_centroids + i_h.to(tl.int64) * stride_group_head + first_group * stride_centroid
+            p_scales = group_scales + i_h.to(tl.int64) * stride_group_size_head + first_group
+            p_sizes = group_sizes + i_h.to(tl.int64) * stride_group_size_head + first_group
+        begin = i_p * share_of(num_rows, MASSES)
+        end = tl.minimum(begin + share_of(num_rows, MASSES), num_rows)
+        b_mass = _mass_of_rows(
+            b_q, p_centroids, p_scales, p_sizes, begin, end, scale, soft_cap, stride_centroid,
+            D, DP, SCORED, STAGES, SOFT_CAP,
+        )  # fmt: skip
+        _say(p_masses + i_p * MASS_ROWS + o_m, b_mass.to(tl.int32, bitcast=True), turn)
+        return
+
+    i_s = i_p - MASSES
+    begin = i_s * share_of(count, SPLITS)
+    end = tl.minimum(begin + share_of(count, SPLITS), count)
+    if begin >= end:
+        return
     p_starts = starts + i_h.to(tl.int64) * stride_size_head + first_centroid
     p_weights = log_weights + i_h.to(tl.int64) * stride_size_head + first_centroid
     p_variances = variances + i_h.to(tl.int64) * stride_size_head + first_centroid
@@ -208,28 +196,43 @@ def choose_kernel(
     before = begin + (tl.load(p_starts + begin) - tl.load(p_starts)) // PART
     p_picked = picked + 4 * (i_th * max_parts + before)
 
-    o_m, o_c, o_s = tl.arange(0, M), tl.arange(0, BLOCK), tl.arange(0, MASSES)
-    o_r, o_g = tl.arange(0, ROWS), tl.arange(0, GP)
+    m_m = (o_m // GP < num_tokens) & (o_m % GP < GROUP)
+    b_square = tl.sum(b_q.to(tl.float32) * b_q.to(tl.float32), 1) * (scale * scale * LOG2_E / 2)
+    p_logits = logits + (i_th * M + o_m[:, None]) * max_centroids
+    for i_c in tl.range(begin, end, SCORED, num_stages=STAGES):
+        o_row = i_c + o_scored
+        b_variance = tl.load(p_variances + o_row, mask=o_row < end, other=0.0)
+        b_score = _logits_of_rows(
+            b_q, p_centroids, p_scales, p_sizes, o_row, end, scale, soft_cap, stride_centroid, D, DP, SOFT_CAP
+        )
+        b_score += tl.minimum(b_square[:, None] * b_variance[None, :], REST_RAISE * LOG2_E)
+        tl.store(p_logits + o_row[None, :], b_score, mask=m_m[:, None] & (o_row < end)[None, :])
+    # what other threads stored is read below
+    tl.debug_barrier()
+
+    o_r, o_g, o_i = tl.arange(0, ROWS), tl.arange(0, GP), tl.arange(0, MP)
     m_r, m_g = (o_r < num_tokens)[:, None, None], (o_g < GROUP)[None, :, None]
     p_logits = logits + (i_th * M + o_r[:, None, None] * GP + o_g[None, :, None]) * max_centroids
-    b_masses = tl.load(masses + (i_th * MASSES + o_s[:, None]) * M + o_m[None, :])  # [MASSES, M]
+    # loaded while the sums are under way
+    b_logits, b_size, b_start, b_weight, b_variance = _facts_of_clusters(
+        p_logits, p_sizes, p_starts, p_weights, p_variances, begin + o_c, end, m_r & m_g
+    )
+    m_i = (o_i < MASSES)[:, None]
+    b_word = _hear(p_masses + o_i[:, None] * MASS_ROWS + o_m[None, :], m_i, turn)
+    b_masses = tl.where(m_i, b_word.to(tl.float32, bitcast=True), float("-inf"))  # [MP, M]
     b_largest = finite_or_zero(tl.max(b_masses, 0))
     b_total = tl.sum(tl.exp2(b_masses - b_largest[None, :]), 0)
     # if all clusters are empty the sum is 0, and any number will do
     b_mass = b_largest + tl.log2(tl.where(b_total > 0, b_total, 1.0))  # [M]
-    b_mass = tl.reshape(b_mass, [ROWS, GP, 1])
-    p_square = squares + i_th * M + o_r[:, None, None] * GP + o_g[None, :, None]
-    b_square = tl.load(p_square, mask=m_r & m_g, other=0.0)  # [ROWS, GP, 1]
+    b_mass, b_square = tl.reshape(b_mass, [ROWS, GP, 1]), tl.reshape(b_square, [ROWS, GP, 1])
     num_picked, num_kept, num_pairs = 0, 0, 0
     for i_c in range(begin, end, BLOCK):
         o_row = i_c + o_c
         m_c = o_row < end
-        m_logits = m_r & m_g & m_c[None, None, :]
-        b_logits = tl.load(p_logits + o_row[None, None, :], mask=m_logits, other=float("-inf"))  # [ROWS, GP, BLOCK]
-        b_size = tl.load(p_sizes + o_row, mask=m_c, other=0)
-        b_start = tl.load(p_starts + o_row, mask=m_c, other=0)
-        b_weight = tl.load(p_weights + o_row, mask=m_c, other=0.0) * LOG2_E
-        b_variance = tl.load(p_variances + o_row, mask=m_c, other=0.0)
+        if i_c > begin:
+            b_logits, b_size, b_start, b_weight, b_variance = _facts_of_clusters(
+                p_logits, p_sizes, p_starts, p_weights, p_variances, o_row, end, m_r & m_g
+            )
         # less what logits were raised by already
         b_raise = tl.maximum(b_square * b_variance[None, None, :] - REST_RAISE * LOG2_E, 0.0)
         b_raise = tl.minimum(b_raise, (RAISE - REST_RAISE) * LOG2_E)
@@ -263,7 +266,7 @@ def choose_kernel(
     tl.store(kept_pairs + i_th * SPLITS + i_s, num_pairs)
 
     p_kept = kept + i_th * SPLITS
-    tl.atomic_xchg(p_kept + i_s, num_kept, sem="relaxed")
+    _say(p_kept + i_s, num_kept, turn)
     p_places, p_bits = list_places + i_th * max_keys, list_bits + i_th * max_keys
     if i_s == 0:
         p_always = always_places + i_slot.to(tl.int64) * stride_always
@@ -281,15 +284,17 @@ def choose_kernel(
         m_p = i_p + o_k // PART < num_picked
         p_part = p_picked + 4 * (i_p + o_k // PART)
         m_n = o_k % PART < tl.load(p_part + 2, mask=m_p, other=0)
-        b_key, b_start = tl.load(p_part, mask=m_p, other=0), tl.load(p_part + 1, mask=m_p, other=0)
+        b_key, b_member = tl.load(p_part, mask=m_p, other=0), tl.load(p_part + 1, mask=m_p, other=0)
         b_bits = tl.load(p_part + 3, mask=m_p, other=0)
-        b_position = tl.load(p_members + b_start + o_k % PART, mask=m_n, other=0)
+        b_position = tl.load(p_members + b_member + o_k % PART, mask=m_n, other=0)
         b_block = tl.load(p_blocks + b_position // S, mask=m_n, other=0)
         if first < 0:
             # while these loads are under way
-            first = num_always + _kept_before(p_kept, i_s, SPLITS)
+            first = num_always + _kept_before(p_kept, i_s, turn, SP)
         o_key = first + b_key + o_k % PART
         tl.store(p_places + o_key, b_block * S + b_position % S, mask=m_n)
         tl.store(p_bits + o_key, b_bits, mask=m_n)
     if end == count:
-        tl.store(listed + i_th, num_always + _kept_before(p_kept, i_s, SPLITS) + num_kept)
+        tl.store(listed + i_th, num_always + _kept_before(p_kept, i_s, turn, SP) + num_kept)
+        # which all others know by now, as they have said something in it
+        tl.store(turns + i_th, turn)

@@ -1,6 +1,6 @@
-"""Squeezed attention on the GPU: four kernels, the formulas of ``reference``.
+"""Squeezed attention on the GPU: three kernels, the formulas of ``reference``.
 
-score, choose    ``look_up``    which keys each tile of queries needs, and attention over the rest
+look_up          ``look_up``    which keys each tile of queries needs
 attend, merge    ``attend``     attention over those keys, joined to the rest and to the suffix
 """
 
@@ -11,10 +11,13 @@ from typing import NamedTuple
 import torch
 
 from vllm_squeeze.kernels.attend import attend_kernel, merge_kernel
-from vllm_squeeze.kernels.look_up import choose_kernel, score_kernel
+from vllm_squeeze.kernels.look_up import look_up_kernel
 from vllm_squeeze.kernels.tables import MAX_GROUP, ClusterTable, Prefixes
 from vllm_squeeze.kernels.tiles import MIN_TILE_ROWS, QueryTiles, most_tiles, padded, tokens_per_tile
 from vllm_squeeze.kernels.workspace import Workspace
+
+REGISTERS = 65536
+"""Of a multiprocessor."""
 
 
 @dataclass(frozen=True)
@@ -22,15 +25,14 @@ class Tuning:
     """Rows per block and warps per program.
 
     Attributes:
-        score: clusters scored at once, warps, and pipeline stages.
-        choose: clusters chosen from at once, parts of chosen clusters whose keys are listed at once, and warps.
+        look_up: clusters scored at once, pipeline stages of that, clusters chosen from at once, parts of chosen
+            clusters whose keys are listed at once, and warps.
         attend: keys attended to at once, clusters of the rest, warps, pipeline stages, and programs for each
             multiprocessor.
         merge: parts merged at once, columns of the output, and warps.
     """
 
-    score: tuple[int, int, int]
-    choose: tuple[int, int, int]
+    look_up: tuple[int, int, int, int, int]
     attend: tuple[int, int, int, int, int]
     merge: tuple[int, int, int]
 
@@ -39,13 +41,15 @@ def tuning(head_size: int, element_size: int, tile_rows: int) -> Tuning:
     """The blocks for D = ``head_size``, elements of so many bytes and M = ``tile_rows``."""
     width = padded(head_size) * element_size
     block = min(max(16384 // width, 16), 64)
-    # centroids have one byte an element, whatever keys have
-    centroids = min(max(8192 // padded(head_size), 16), 64)
     if tile_rows > MIN_TILE_ROWS:
-        score = min(centroids, 32), 4, 3
-        return Tuning(score=score, choose=(32, 32, 4), attend=(block, block, 4, 3, 2), merge=(64, 64, 2))
+        return Tuning(look_up=(16, 3, 32, 16, 4), attend=(block, min(block, 32), 4, 3, 2), merge=(64, 64, 2))
     block = min(block, 32)
-    return Tuning(score=(centroids, 2, 4), choose=(128, 32, 4), attend=(block, block, 4, 3, 4), merge=(64, 32, 2))
+    return Tuning(look_up=(32, 3, 64, 16, 4), attend=(block, block, 4, 3, 3), merge=(64, 32, 2))
+
+
+def registers_of(per_multiprocessor: int, warps: int) -> int:
+    """All registers that each thread of so many programs can have; by itself the compiler leaves some of them."""
+    return min(REGISTERS // (per_multiprocessor * warps * 32) // 8 * 8, 255)
 
 
 def squeezed_attention(
@@ -133,8 +137,9 @@ def squeezed_attention(
             first_tile, tiles_now, num_kv_heads, scale, soft_cap,
             *query.stride()[:2], *key_cache.stride()[:3], *table.centroids.stride()[:2], table.sizes.stride(0),
             queries.always_places.stride(0), queries.suffix_places.stride(0), max_centroids, max_keys,
-            SPLITS=workspace.num_splits, BLOCK=key_block, REST_BLOCK=rest_block, S=page_size, STAGES=key_stages,
-            SOFT_CAP=soft_cap > 0, num_warps=key_warps, **tile, **head, **plan, **launch,
+            SPLITS=workspace.num_splits, SP=padded(workspace.num_splits), BLOCK=key_block, REST_BLOCK=rest_block,
+            S=page_size, STAGES=key_stages, SOFT_CAP=soft_cap > 0, num_warps=key_warps,
+            maxnreg=registers_of(per_multiprocessor, key_warps), **tile, **head, **plan, **launch,
         )  # fmt: skip
         if suffix_done is not None and first_tile == 0:
             torch.cuda.current_stream().wait_event(suffix_done)
@@ -175,29 +180,23 @@ def look_up(
         return  # all prefixes are exact
     num_kv_heads = len(table.centroids)
     tile, head, tuned, launch = _common(query, queries, num_kv_heads)
-    splits, masses = workspace.num_splits, workspace.masses.shape[2]
+    splits, (*_, masses, mass_rows) = workspace.num_splits, workspace.masses.shape
     max_keys, max_centroids = workspace.list_places.shape[-1], workspace.logits.shape[-1]
-    block, warps, stages = tuned.score
-    score_kernel[(splits + masses, num_kv_heads, tiles_now)](
-        query, queries.tokens, queries.tiles, table.centroids, table.centroid_scales, table.sizes, table.variances,
+    scored, stages, block, parts_block, warps = tuned.look_up
+    look_up_kernel[(masses + splits, num_kv_heads, tiles_now)](
+        query, queries.tokens, queries.tiles, prefixes.log_threshold,
+        table.centroids, table.centroid_scales, table.sizes, table.starts, table.log_weights, table.variances,
         table.group_centroids, table.group_scales, table.group_sizes,
-        workspace.logits, workspace.masses, workspace.squares, workspace.kept,
+        table.members, block_table, queries.always_places,
+        workspace.logits, workspace.chosen, workspace.picked, workspace.list_places, workspace.list_bits,
+        workspace.listed, workspace.turns, workspace.masses, workspace.kept, workspace.kept_pairs,
         first_tile, scale, soft_cap,
         *query.stride()[:2], *table.centroids.stride()[:2], table.sizes.stride(0),
-        table.group_centroids.stride(0), table.group_sizes.stride(0), max_centroids,
-        SPLITS=splits, MASSES=masses, BLOCK=block, STAGES=stages, SOFT_CAP=soft_cap > 0, num_warps=warps,
-        **tile, **head, **launch,
-    )  # fmt: skip
-    block, parts_block, warps = tuned.choose
-    choose_kernel[(splits, num_kv_heads, tiles_now)](
-        queries.tiles, prefixes.log_threshold, table.log_weights, table.variances, table.starts, table.sizes,
-        table.members, block_table, queries.always_places, workspace.logits, workspace.masses,
-        workspace.squares, workspace.chosen, workspace.picked,
-        workspace.list_places, workspace.list_bits, workspace.listed, workspace.kept, workspace.kept_pairs,
-        first_tile, table.sizes.stride(0), table.members.stride(0), block_table.stride(0),
+        table.group_centroids.stride(0), table.group_sizes.stride(0), table.members.stride(0), block_table.stride(0),
         queries.always_places.stride(0), max_centroids, workspace.picked.shape[2], max_keys,
-        SPLITS=splits, MASSES=masses, BLOCK=block, PARTS_BLOCK=parts_block, S=page_size,
-        num_warps=warps, **tile, **launch,
+        SPLITS=splits, SP=padded(splits), MASSES=masses, MP=padded(masses), MASS_ROWS=mass_rows,
+        SCORED=scored, STAGES=stages, BLOCK=block, PARTS_BLOCK=parts_block, S=page_size, SOFT_CAP=soft_cap > 0,
+        num_warps=warps, **tile, **head, **launch,
     )  # fmt: skip
 
 

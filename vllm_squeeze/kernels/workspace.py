@@ -5,14 +5,18 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_squeeze.kernels.tiles import MAX_BLOCK, MAX_TILE_ROWS, MAX_TILES_AT_ONCE, PART_KEYS, padded
+from vllm_squeeze.kernels.tiles import MAX_BLOCK, MAX_TILE_ROWS, MAX_TILES_AT_ONCE, PART_KEYS
 
-MAX_PROGRAMS_PER_MULTIPROCESSOR = 4
+MAX_PROGRAMS_PER_MULTIPROCESSOR = 3
 """Of programs that attend: small tiles need more of them at a time to hide their waits, and large ones have no room."""
 
-MAX_SPLITS, MASS_SHARE = 64, 4
-"""Programs that look up the clusters of one tile and KV head, and how many of them there are for one that sums up groups:
-so that they take about as long."""
+LOOK_UPS_PER_MULTIPROCESSOR = 4
+"""Programs that look up clusters, if there is one tile of few rows: as many as run at a time, so that none waits for one
+that has yet to start."""
+
+MAX_MASSES, SPLITS_PER_MASS = 16, 4
+"""Programs that sum up the groups of one tile and KV head, and how many look up its clusters for each of them: so that
+they take about as long."""
 
 INTERPRETED_MULTIPROCESSORS = 2
 """Stands for the device's number under Triton's interpreter, which runs one program after the other."""
@@ -28,8 +32,6 @@ class Workspace:
         num_splits: programs that look up the clusters of one tile and KV head.
         multiprocessors: of the device.
         logits: [N, H, M, C] float32, of all keys of a cluster together: s q.c_i + log N_i, raised as if not chosen.
-        masses: [N, H, SPLITS / MASS_SHARE, M] float32, log-sum-exp of the logits of one share of the groups.
-        squares: [N, H, M] float32, |s q|^2 / 2 to the base 2: what a cluster's variance is multiplied by for its raise.
         chosen: [N, H, C] int32, a bit for each token of the tile that chose the cluster.
         picked: [N, H, parts, 4] int32, the chosen clusters in parts of up to PART_KEYS keys, those of a split together:
             where a part's keys begin in the split's share of the list and among the members, how many they are, and
@@ -38,8 +40,11 @@ class Workspace:
             the block.
         list_bits: [N, H, T] int32, a bit for each token of the tile that attends to the key.
         listed: [N, H] int32, keys in the list, those always attended to among them.
-        kept: [N, H, SPLITS] int32, keys of chosen clusters in one split; -1 until known.
-        kept_pairs: [N, H, SPLITS] int32, the same, counted once for each token that chose them.
+        turns: [N, H] int32, how often clusters were looked up for the tile and head of this number, modulo 2**32.
+        masses: [N, H, SPLITS / SPLITS_PER_MASS, M] int64, log-sum-exp of the logits of one share of the groups, float32,
+            in the lower half; the turn in which it was said in the upper one.
+        kept: [N, H, SPLITS] int64, the same of keys of chosen clusters in one split.
+        kept_pairs: [N, H, SPLITS] int32, the same keys, counted once for each token that chose them.
         partial_output: [programs, M, D] float32, attention of one program.
         partial_lse: [programs, M] float32, and its log-sum-exp; minus infinity where it had nothing to attend to.
     """
@@ -47,13 +52,13 @@ class Workspace:
     num_splits: int
     multiprocessors: int
     logits: torch.Tensor
-    masses: torch.Tensor
-    squares: torch.Tensor
     chosen: torch.Tensor
     picked: torch.Tensor
     list_places: torch.Tensor
     list_bits: torch.Tensor
     listed: torch.Tensor
+    turns: torch.Tensor
+    masses: torch.Tensor
     kept: torch.Tensor
     kept_pairs: torch.Tensor
     partial_output: torch.Tensor
@@ -92,7 +97,9 @@ class Workspace:
         multiprocessors = INTERPRETED_MULTIPROCESSORS
         if device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        num_splits = min(padded(-(-2 * multiprocessors // num_kv_heads)), MAX_SPLITS)
+        look_ups = LOOK_UPS_PER_MULTIPROCESSOR * multiprocessors // num_kv_heads
+        num_masses = min(max(look_ups // (1 + SPLITS_PER_MASS), 1), MAX_MASSES)
+        num_splits = num_masses * SPLITS_PER_MASS
         # the plan gives each tile and KV head one program more than its share, at most
         num_programs = max(MAX_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, 2 * max_tiles * num_kv_heads)
         # whole rows of 64 bytes, so that Triton compiles one variant of the kernels for all of them; and the last
@@ -108,14 +115,15 @@ class Workspace:
             num_splits=num_splits,
             multiprocessors=multiprocessors,
             logits=empty(*heads, MAX_TILE_ROWS, max_centroids),
-            masses=empty(*heads, max(num_splits // MASS_SHARE, 1), MAX_TILE_ROWS),
-            squares=empty(*heads, MAX_TILE_ROWS),
             chosen=empty(*heads, max_centroids, dtype=torch.int32),
             picked=empty(*heads, max_centroids + max_keys // PART_KEYS, 4, dtype=torch.int32),
             list_places=empty(*heads, max_keys, dtype=torch.int32),
             list_bits=empty(*heads, max_keys, dtype=torch.int32),
             listed=empty(*heads, dtype=torch.int32),
-            kept=empty(*heads, num_splits, dtype=torch.int32),
+            # nothing said yet
+            turns=empty(*heads, dtype=torch.int32).zero_(),
+            masses=empty(*heads, num_masses, MAX_TILE_ROWS, dtype=torch.int64).zero_(),
+            kept=empty(*heads, num_splits, dtype=torch.int64).zero_(),
             kept_pairs=empty(*heads, num_splits, dtype=torch.int32),
             partial_output=empty(num_programs, MAX_TILE_ROWS, head_size),
             partial_lse=empty(num_programs, MAX_TILE_ROWS),
