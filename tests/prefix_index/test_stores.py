@@ -1,5 +1,7 @@
 """Indexes at URLs: whole or not there, whatever stops an upload."""
 
+import re
+import tempfile
 from pathlib import Path
 
 import fsspec
@@ -72,6 +74,22 @@ def test_an_upload_that_stops_is_no_index(disk, tmp_path, monkeypatch, files, re
     PrefixIndex.open(put(disk, tmp_path)).verify()
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_cannot_be_uploaded_is_kept(disk, tmp_path, monkeypatch, keep):
+    monkeypatch.setattr(Disk, "left", 1)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    kept = r"; it is in (/\S+), to be copied from there$" if keep else "$"
+    with pytest.raises(
+        OSError, match="^--out: disk://.*: the index could not be uploaded: the line is cut" + kept
+    ) as no:
+        with store_at(disk, keep) as store:
+            write_index(store)
+    assert store.exists() == keep
+    if keep:
+        assert re.search(kept, str(no.value)).group(1) == str(store)
+        PrefixIndex.open(find_indexes(store)[0]).verify()
+
+
 def test_nothing_of_a_former_index_stays(disk, tmp_path):
     index = put(disk, tmp_path)
     write_quality(index, make_quality(PrefixIndex.open(index).manifest))
@@ -94,9 +112,12 @@ def test_an_index_that_lacks_something_is_not_there(tmp_path, file, damage):
     assert find_manifest(tmp_path / "there", index.name) is None
 
 
-def test_where_no_index_can_be_put(tmp_path):
+def test_where_no_index_can_be_put(disk, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="^--out: nowhere://a: .*nowhere"):
         check_out("nowhere://a")
+    monkeypatch.setattr(Disk, "exists", lambda self, path: self.info(f"{path}/unplugged"))
+    with pytest.raises(ValueError, match=f"^--out: {disk} cannot be reached: .*unplugged"):
+        check_out(disk)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is not a folder"):
         check_out(str(tmp_path / "file"))

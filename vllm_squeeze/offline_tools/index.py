@@ -82,6 +82,7 @@ def index(
 
     Raises:
         ValueError: an argument that cannot be used.
+        OSError: the index could not be uploaded; it says where it is.
     """
     started = time.monotonic()
     if token_ids is not None:
@@ -91,7 +92,7 @@ def index(
     given_questions = read_questions(questions) if questions else None
     indexer = Indexer(model, chat, parameters, engine_args, given_questions, measured, extend=extend)
     asked = indexer.prepare(document)
-    with store_at(out) as store:
+    with store_at(out, keep=True) as store:
         made = indexer.write(asked, store)
         place = place_in(out, made.folder)
         summarise(place, made, time.monotonic() - started)

@@ -4,6 +4,7 @@ A folder is written in place. What goes to a URL is made in a temporary folder, 
 index without one is none to any reader, and a part of a manifest is no manifest.
 """
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,12 +32,17 @@ def check_out(out: Path | str) -> None:
     """Checks that indexes may be put somewhere, as far as can be told without writing.
 
     Raises:
-        ValueError: it is no folder of indexes, or a URL whose protocol is unknown or lacks its package.
+        ValueError: it is no folder of indexes, or a URL that cannot be reached, whose protocol is unknown or lacks its
+            package.
     """
-    if is_url(out):
-        file_system(out)
-    else:
+    if not is_url(out):
         check_store(Path(out))
+        return
+    system, path = file_system(out)
+    try:
+        system.exists(path)
+    except Exception as error:  # each file system has errors of its own
+        raise ValueError(f"--out: {out} cannot be reached: {error}") from error
 
 
 def file_system(out: Path | str) -> tuple[Any, str]:
@@ -53,16 +59,36 @@ def file_system(out: Path | str) -> tuple[Any, str]:
 
 
 @contextmanager
-def store_at(out: Path | str) -> Iterator[Path]:
-    """The folder of indexes to write into: the one given; or a temporary one, whose indexes are then uploaded."""
+def store_at(out: Path | str, keep: bool = False) -> Iterator[Path]:
+    """The folder of indexes to write into: the one given; or a temporary one, whose indexes are then uploaded.
+
+    Args:
+        out: folder or URL.
+        keep: whether the temporary folder stays if they cannot be uploaded.
+
+    Raises:
+        ValueError: nothing can be put there, see ``check_out``.
+        OSError: they could not be uploaded; it says where they are, if they were kept.
+    """
     if not is_url(out):
         yield Path(out)
         return
-    with tempfile.TemporaryDirectory(prefix="vllm-squeeze-") as folder:
-        check_out(out)
-        yield Path(folder)
-        for index in find_indexes(Path(folder)):
+    check_out(out)
+    folder, unsent = Path(tempfile.mkdtemp(prefix="vllm-squeeze-")), False
+    try:
+        yield folder
+        unsent = True
+        for index in find_indexes(folder):
             upload(index, out)
+        unsent = False
+    except Exception as error:  # each file system has errors of its own
+        if not unsent:
+            raise
+        left = f"; it is in {folder}, to be copied from there" if keep else ""
+        raise OSError(f"--out: {out}: the index could not be uploaded: {error}{left}") from error
+    finally:
+        if not (unsent and keep):
+            shutil.rmtree(folder)
 
 
 def place_in(out: Path | str, folder: Path) -> Path | str:
