@@ -37,6 +37,13 @@ def share_of(total, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def _range_of(i_split, total, SPLITS: tl.constexpr):
+    """The first of one split's share of ``total`` clusters, and the first after it."""
+    begin = i_split * share_of(total, SPLITS)
+    return begin, tl.minimum(begin + share_of(total, SPLITS), total)
+
+
+@triton.jit
 def log_of_size(b_size):
     """log N_i [N], minus infinity for empty clusters."""
     return tl.where(b_size > 0, tl.log2(tl.maximum(b_size, 1).to(tl.float32)), float("-inf"))
@@ -174,8 +181,7 @@ def look_up_kernel(
             p_centroids = group_centroids + i_h.to(tl.int64) * stride_group_head + first_group * stride_centroid
             p_scales = group_scales + i_h.to(tl.int64) * stride_group_size_head + first_group
             p_sizes = group_sizes + i_h.to(tl.int64) * stride_group_size_head + first_group
-        begin = i_p * share_of(num_rows, MASSES)
-        end = tl.minimum(begin + share_of(num_rows, MASSES), num_rows)
+        begin, end = _range_of(i_p, num_rows, MASSES)
         b_mass = _mass_of_rows(
             b_q, p_centroids, p_scales, p_sizes, begin, end, scale, soft_cap, stride_centroid,
             D, DP, SCORED, STAGES, SOFT_CAP,
@@ -184,8 +190,7 @@ def look_up_kernel(
         return
 
     i_s = i_p - MASSES
-    begin = i_s * share_of(count, SPLITS)
-    end = tl.minimum(begin + share_of(count, SPLITS), count)
+    begin, end = _range_of(i_s, count, SPLITS)
     if begin >= end:
         return
     p_starts = starts + i_h.to(tl.int64) * stride_size_head + first_centroid
