@@ -74,20 +74,19 @@ def store_at(out: Path | str, keep: bool = False) -> Iterator[Path]:
         yield Path(out)
         return
     check_out(out)
-    folder, unsent = Path(tempfile.mkdtemp(prefix="vllm-squeeze-")), False
+    folder, left = Path(tempfile.mkdtemp(prefix="vllm-squeeze-")), False
     try:
         yield folder
-        unsent = True
-        for index in find_indexes(folder):
-            upload(index, out)
-        unsent = False
-    except Exception as error:  # each file system has errors of its own
-        if not unsent:
-            raise
-        left = f"; it is in {folder}, to be copied from there" if keep else ""
-        raise OSError(f"--out: {out}: the index could not be uploaded: {error}{left}") from error
+        left = keep
+        try:
+            for index in find_indexes(folder):
+                upload(index, out)
+        except Exception as error:  # each file system has errors of its own
+            where = f"; it is in {folder}, to be copied from there" if left else ""
+            raise OSError(f"--out: {out}: the index could not be uploaded: {error}{where}") from error
+        left = False
     finally:
-        if not (unsent and keep):
+        if not left:
             shutil.rmtree(folder)
 
 
