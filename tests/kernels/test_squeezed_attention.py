@@ -314,6 +314,19 @@ def test_any_number_of_programs(make_scene, assert_close, monkeypatch: pytest.Mo
     assert_close(run(scene, workspace=workspace), scene.apply(squeezed_attention_reference, True))
 
 
+def test_programs_that_are_not_there_attract_nothing(make_scene, assert_close, monkeypatch: pytest.MonkeyPatch):
+    """Three sum up groups, in the place of four; all that these attract is less than a logit of 0 would be."""
+    scene = make_scene(num_kv_heads=1, group=1, slot_of=(0,))
+    away = (-127 * scene.query.sign()).to(torch.int8).expand_as(scene.table.group_centroids).contiguous()
+    table = dataclasses.replace(
+        scene.table, group_centroids=away, group_scales=torch.full_like(scene.table.group_scales, 0.05)
+    )
+    scene = dataclasses.replace(scene, table=table)
+    scene.set_threshold(0.4)
+    monkeypatch.setattr(workspaces, "INTERPRETED_MULTIPROCESSORS", 4)
+    assert_close(run(scene), scene.apply(squeezed_attention_reference, True))
+
+
 def test_runs_repeat_bit_for_bit_in_a_used_workspace(make_scene):
     """A second run finds what other prefixes left behind in the workspace."""
     scene = make_scene(num_kv_heads=1, sizes=(UNEVEN[0], (3, 0, 41)), slot_of=(0, 0, 1))
