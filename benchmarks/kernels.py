@@ -109,6 +109,7 @@ def make_layer(shape: Shape, kept: float, likeness: float, beside: bool) -> Laye
         variances=torch.zeros_like(value_scales),
         starts=starts,
         sizes=sizes,
+        log_sizes=sizes.log(),
         members=torch.stack([torch.randperm(num_members, device=device) for _ in range(heads)]).int() + NUM_SINKS,
         **dict(zip(("group_centroids", "group_scales", "group_sizes"), group_means(means[0], sizes))),
     )

@@ -151,7 +151,7 @@ def test_a_layer_attends_to_the_prefix_and_to_what_follows_it(rows, monkeypatch,
         impl = SqueezeTritonImpl(2 * heads, size, 0.1, heads, None, None, "auto")
     nothing = quantised(torch.zeros(heads, 0, size, device=device))
     numbers = torch.zeros(heads, 0, dtype=torch.int32, device=device)
-    facts = nothing[1], nothing[1], *[numbers] * 3
+    facts = nothing[1], nothing[1], *[numbers] * 2, nothing[1], numbers
     impl.table, impl.rows = ClusterTable(*nothing, *nothing, *facts, *nothing, numbers), step
     impl.residency, impl.dtype = step._residency, torch.float16
     impl._workspace = impl.make_workspace()

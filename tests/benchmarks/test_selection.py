@@ -42,7 +42,7 @@ def prefix() -> Prefix:
     variances = torch.rand(sizes.shape, generator=generator) * 3
     vectors = keys_of, key_scales, values_of, value_scales
     groups = group_means(unquantised(keys_of, key_scales), sizes)
-    table = ClusterTable(*vectors, log_weights, variances, starts, sizes, found.members, *groups)
+    table = ClusterTable(*vectors, log_weights, variances, starts, sizes, sizes.log(), found.members, *groups)
     return Prefix(keys[:, :TOKENS], values[:, :TOKENS], table, SINKS, SIZE**-0.5)
 
 

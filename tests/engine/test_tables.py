@@ -41,6 +41,7 @@ def check_layer(table, span, held, covered):
     for name in ("centroids", "centroid_scales", "value_centroids", "value_scales", "log_weights", "variances"):
         assert torch.equal(getattr(of_prefix, name)[:, :count], getattr(held, name)), name
     assert not of_prefix.sizes[:, count:].any()
+    assert torch.equal(of_prefix.log_sizes, of_prefix.sizes.log())
     for head, sizes in enumerate(held.sizes.tolist()):
         for cluster, members in enumerate(held.members[head].split(sizes)):
             start, size = of_prefix.starts[head, cluster], of_prefix.sizes[head, cluster]

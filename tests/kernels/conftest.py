@@ -327,6 +327,7 @@ def build_scene(
         variances=torch.where(of_keys[1].isnan(), torch.nan, 3 * randn(*of_keys[1].shape).to(device).square()),
         starts=starts_per_head.to(device),
         sizes=sizes_per_head.to(device),
+        log_sizes=sizes_per_head.log().to(device),
         members=torch.cat(members, 1).int().to(device),
         group_centroids=group_centroids,
         group_scales=group_scales,

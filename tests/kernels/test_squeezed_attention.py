@@ -303,8 +303,8 @@ def test_more_tiles_than_the_workspace_holds(make_scene, assert_close):
 
 @pytest.mark.parametrize(("multiprocessors", "masses"), [(1, 1), (4, 3), (32, MAX_MASSES)])
 def test_any_number_of_programs(make_scene, assert_close, monkeypatch: pytest.MonkeyPatch, multiprocessors, masses):
-    """Many blocks in one split, the first of empty clusters alone, and so many splits that most have nothing to do."""
-    scene = make_scene(num_kv_heads=1, sizes=((0,) * 64 + SIZES["more-than-a-block"][0],), slot_of=(0,))
+    """Two blocks to choose from in a split, one of empty clusters alone, and so many splits that each has few."""
+    scene = make_scene(num_kv_heads=1, sizes=((0,) * 600 + SIZES["more-than-a-block"][0] + (1,) * 200,), slot_of=(0,))
     scene.set_threshold(0.4)
     monkeypatch.setattr(workspaces, "INTERPRETED_MULTIPROCESSORS", multiprocessors)
     workspace = workspace_for(scene, 1)
@@ -408,7 +408,7 @@ def test_workspace_counts_its_bytes():
     assert workspace.logits.shape[-1] == centroids and workspace.list_places.shape[-1] == keys
     masses = workspace.masses.shape[2]
     assert splits == masses * SPLITS_PER_MASS
-    per_split = 2 * (2 * masses * MAX_TILE_ROWS + splits * (2 + 1)) + 2
+    per_split = 2 * (2 * masses * MAX_TILE_ROWS + splits * (2 * MAX_TILE_ROWS + 2 + 1)) + 2
     per_centroid = 2 * centroids * (MAX_TILE_ROWS + 1)
     parts = 2 * (centroids + keys // PART_KEYS) * 4
     assert workspace.nbytes == 4 * (per_centroid + per_split + parts + 2 * 2 * keys + 2 + programs * MAX_TILE_ROWS * 65)

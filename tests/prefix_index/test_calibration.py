@@ -58,7 +58,7 @@ def histogram_of(query: torch.Tensor, centroids: torch.Tensor, sizes: torch.Tens
 def table(centroids: torch.Tensor, sizes: torch.Tensor) -> ClusterTable:
     starts = sizes.cumsum(1, dtype=torch.int32) - sizes
     in_8_bits = quantised(centroids)
-    facts = log_weights(centroids), variances(centroids), starts, sizes
+    facts = log_weights(centroids), variances(centroids), starts, sizes, sizes.log()
     return ClusterTable(*in_8_bits, *in_8_bits, *facts, sizes.new_zeros(len(sizes), 0), *group_means(centroids, sizes))
 
 

@@ -545,7 +545,8 @@ def assert_attention_is_finite(clusters: LayerClusters, num_sinks: int) -> None:
     """By the kernels' formulas, whatever is chosen, also of queries as large as they get in half precision."""
     keys = torch.randn(NUM_TOKENS, HEAD_SIZE, generator=torch.Generator().manual_seed(0))
     starts = clusters.sizes.cumsum(1, dtype=torch.int32) - clusters.sizes
-    facts = (clusters.log_weights, clusters.variances, starts, clusters.sizes, clusters.members)
+    sizes = clusters.sizes, clusters.sizes.log()
+    facts = (clusters.log_weights, clusters.variances, starts, *sizes, clusters.members)
     groups = group_means(unquantised(clusters.centroids, clusters.centroid_scales), clusters.sizes)
     table = ClusterTable(
         clusters.centroids, clusters.centroid_scales, clusters.value_centroids, clusters.value_scales, *facts, *groups

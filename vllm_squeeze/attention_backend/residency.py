@@ -83,6 +83,7 @@ class Residency:
             variances=empty(self.room.num_centroids, dtype=torch.float32),
             starts=empty(self.room.num_centroids, dtype=torch.int32),
             sizes=empty(self.room.num_centroids, dtype=torch.int32),
+            log_sizes=empty(self.room.num_centroids, dtype=torch.float32),
             members=empty(self.room.num_members, dtype=torch.int32),
             group_centroids=empty(groups, head_size, dtype=torch.int8),
             group_scales=empty(groups, dtype=torch.float32),
@@ -161,6 +162,7 @@ class Residency:
         table.starts[:, span.centroids] = (span.first_member + starts).int().to(self.device)
         sizes = (before.gather(1, ends) - before.gather(1, starts)).int()
         table.sizes[:, span.centroids] = sizes.to(self.device)
+        table.log_sizes[:, span.centroids] = sizes.log().to(self.device)
         centroids = unquantised(clusters.centroids[heads], clusters.centroid_scales[heads])
         of_groups = group_means(pad(centroids, (0, 0, 0, span.num_centroids - count)), sizes)
         for held, of_group in zip((table.group_centroids, table.group_scales, table.group_sizes), of_groups):

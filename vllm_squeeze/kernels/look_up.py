@@ -44,24 +44,17 @@ def _range_of(i_split, total, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def log_of_size(b_size):
-    """log N_i [N], minus infinity for empty clusters."""
-    return tl.where(b_size > 0, tl.log2(tl.maximum(b_size, 1).to(tl.float32)), float("-inf"))
-
-
-@triton.jit
 def _logits_of_rows(
-    b_q, p_centroids, p_scales, p_sizes, o_row, end, scale, soft_cap, stride_centroid,
+    b_q, p_centroids, p_scales, o_row, end, scale, soft_cap, stride_centroid,
     D: tl.constexpr, DP: tl.constexpr, SOFT_CAP: tl.constexpr,
 ):  # fmt: skip
-    """s q.c + log N [M, N] of rows ``o_row`` [N] of clusters or groups, minus infinity from ``end`` on."""
+    """s q.c [M, N] of rows ``o_row`` [N] of clusters or groups; anything from ``end`` on."""
     o_d, m_c = tl.arange(0, DP), o_row < end
     p_c = p_centroids + o_row[:, None].to(tl.int64) * stride_centroid + o_d[None, :]
     b_c = tl.load(p_c, mask=m_c[:, None] & (o_d < D)[None, :], other=0)  # [N, DP]
-    b_scale = tl.load(p_scales + o_row, mask=m_c, other=0.0)
-    b_size = tl.load(p_sizes + o_row, mask=m_c, other=0)
-    b_s, unit = logits_of(b_q, b_c.to(b_q.dtype), scale * b_scale[None, :], soft_cap, SOFT_CAP)
-    return b_s * unit + log_of_size(b_size)[None, :]
+    b_scale = scale * tl.load(p_scales + o_row, mask=m_c, other=0.0)
+    b_s, unit = logits_of(b_q, b_c.to(b_q.dtype), b_scale[None, :], soft_cap, SOFT_CAP)
+    return b_s * unit
 
 
 @triton.jit
@@ -74,12 +67,12 @@ def _mass_of_rows(
     b_sum = tl.zeros([b_q.shape[0]], tl.float32)
     for i_c in tl.range(begin, end, BLOCK, num_stages=STAGES):
         o_row = i_c + tl.arange(0, BLOCK)
-        b_logits = _logits_of_rows(
-            b_q, p_centroids, p_scales, p_sizes, o_row, end, scale, soft_cap, stride_centroid, D, DP, SOFT_CAP
-        )
-        b_next = tl.maximum(b_max, tl.max(b_logits, 1))
+        b_size = tl.load(p_sizes + o_row, mask=o_row < end, other=0).to(tl.float32)
+        b_s = _logits_of_rows(b_q, p_centroids, p_scales, o_row, end, scale, soft_cap, stride_centroid, D, DP, SOFT_CAP)
+        b_s = tl.where(b_size[None, :] > 0, b_s, float("-inf"))
+        b_next = tl.maximum(b_max, tl.max(b_s, 1))
         b_shift = finite_or_zero(b_next)
-        b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_logits - b_shift[:, None]), 1)
+        b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_s - b_shift[:, None]) * b_size[None, :], 1)
         b_max = b_next
     return tl.where(b_sum > 0, b_max + tl.log2(tl.where(b_sum > 0, b_sum, 1.0)), float("-inf"))
 
@@ -103,13 +96,40 @@ def load_queries(
 
 
 @triton.jit
-def _facts_of_clusters(p_logits, p_sizes, p_starts, p_weights, p_variances, o_row, end, m_q):
-    """Logits [ROWS, GP, N], sizes, starts, log weights and variances [N] of clusters ``o_row`` [N] before ``end``."""
+def _facts_of_clusters(p_sizes, p_log_sizes, p_starts, p_weights, p_variances, o_row, end, threshold):
+    """Sizes, starts, what a predicted log probability must exceed, and variances of clusters ``o_row`` [N]."""
     m_c = o_row < end
-    b_logits = tl.load(p_logits + o_row[None, None, :], mask=m_q & m_c[None, None, :], other=float("-inf"))
     b_size, b_start = tl.load(p_sizes + o_row, mask=m_c, other=0), tl.load(p_starts + o_row, mask=m_c, other=0)
-    b_weight = tl.load(p_weights + o_row, mask=m_c, other=0.0) * LOG2_E
-    return b_logits, b_size, b_start, b_weight, tl.load(p_variances + o_row, mask=m_c, other=0.0)
+    b_log_size, b_weight = tl.load(p_log_sizes + o_row, mask=m_c), tl.load(p_weights + o_row, mask=m_c)
+    b_wanted = tl.where(b_size > 0, threshold + (b_log_size - b_weight) * LOG2_E, float("inf"))
+    return b_size, b_start, b_wanted, tl.load(p_variances + o_row, mask=m_c)
+
+
+@triton.jit
+def _choose(
+    p_logits, p_masses, p_squares, b_wanted, b_variance, b_size, o_row, end, num_tokens, stride_logits,
+    GROUP: tl.constexpr, GP: tl.constexpr, OF_MEAN: tl.constexpr,
+):  # fmt: skip
+    """A bit for each token that chooses cluster ``o_row`` [N], and the cluster's keys, once for each of these."""
+    o_g = tl.arange(0, GP)
+    m_s = (o_g < GROUP)[:, None] & (o_row < end)[None, :]
+    b_bits, b_pairs = tl.zeros_like(b_size), tl.zeros_like(b_size)
+    # a token at a time, so that each thread has all query heads of its clusters; several are on their way
+    for i_r in tl.range(0, num_tokens, loop_unroll_factor=4):
+        o_m = i_r * GP + o_g
+        b_s = tl.load(p_logits + o_m[:, None] * stride_logits + o_row[None, :], mask=m_s, other=float("-inf"))
+        # less what logits were raised by already
+        b_raise = tl.maximum(tl.load(p_squares + o_m)[:, None] * b_variance[None, :] - REST_RAISE * LOG2_E, 0.0)
+        b_raise = tl.minimum(b_raise, (RAISE - REST_RAISE) * LOG2_E)
+        b_log_p = b_s - tl.load(p_masses + o_m)[:, None] + b_raise  # of all keys of a cluster together
+        b_joined = tl.max(b_log_p, 0)
+        if OF_MEAN:
+            b_peak = finite_or_zero(b_joined)
+            b_joined = b_peak + tl.log2(tl.sum(tl.exp2(b_log_p - b_peak[None, :]), 0) / GROUP)
+        b_chosen = b_joined > b_wanted
+        b_bits |= b_chosen.to(tl.int32) << i_r
+        b_pairs += tl.where(b_chosen, b_size, 0)
+    return b_bits, b_pairs
 
 
 @triton.jit
@@ -137,9 +157,10 @@ def _kept_before(p_kept, i_s, turn, SP: tl.constexpr):
 @triton.jit(do_not_specialize=["first_tile", "stride_row"])
 def look_up_kernel(
     query, tokens, tiles, log_threshold,
-    centroids, centroid_scales, sizes, starts, log_weights, variances, group_centroids, group_scales, group_sizes,
+    centroids, centroid_scales, sizes, log_sizes, starts, log_weights, variances,
+    group_centroids, group_scales, group_sizes,
     members, block_table, always_places,
-    logits, chosen, picked, list_places, list_bits, listed, turns, masses, kept, kept_pairs,
+    logits, row_facts, chosen, picked, list_places, list_bits, listed, turns, masses, kept, kept_pairs,
     first_tile, scale, soft_cap,
     stride_query_token, stride_query_head, stride_centroid_head, stride_centroid, stride_size_head, stride_group_head,
     stride_group_size_head, stride_member_head, stride_row, stride_always, max_centroids, max_parts, max_keys,
@@ -193,6 +214,7 @@ def look_up_kernel(
     begin, end = _range_of(i_s, count, SPLITS)
     if begin >= end:
         return
+    p_log_sizes = log_sizes + i_h.to(tl.int64) * stride_size_head + first_centroid
     p_starts = starts + i_h.to(tl.int64) * stride_size_head + first_centroid
     p_weights = log_weights + i_h.to(tl.int64) * stride_size_head + first_centroid
     p_variances = variances + i_h.to(tl.int64) * stride_size_head + first_centroid
@@ -203,24 +225,22 @@ def look_up_kernel(
 
     m_m = (o_m // GP < num_tokens) & (o_m % GP < GROUP)
     b_square = tl.sum(b_q.to(tl.float32) * b_q.to(tl.float32), 1) * (scale * scale * LOG2_E / 2)
-    p_logits = logits + (i_th * M + o_m[:, None]) * max_centroids
+    p_all = row_facts + (i_th * SPLITS + i_s) * 2 * M
+    p_squares = p_all + M
+    tl.store(p_squares + o_m, b_square)
+    p_logits = logits + i_th * M * max_centroids
     for i_c in tl.range(begin, end, SCORED, num_stages=STAGES):
         o_row = i_c + o_scored
-        b_variance = tl.load(p_variances + o_row, mask=o_row < end, other=0.0)
-        b_score = _logits_of_rows(
-            b_q, p_centroids, p_scales, p_sizes, o_row, end, scale, soft_cap, stride_centroid, D, DP, SOFT_CAP
-        )
-        b_score += tl.minimum(b_square[:, None] * b_variance[None, :], REST_RAISE * LOG2_E)
-        tl.store(p_logits + o_row[None, :], b_score, mask=m_m[:, None] & (o_row < end)[None, :])
-    # what other threads stored is read below
-    tl.debug_barrier()
+        m_c = o_row < end
+        b_log_size, b_variance = tl.load(p_log_sizes + o_row, mask=m_c), tl.load(p_variances + o_row, mask=m_c)
+        b_s = _logits_of_rows(b_q, p_centroids, p_scales, o_row, end, scale, soft_cap, stride_centroid, D, DP, SOFT_CAP)
+        b_s += tl.minimum(b_square[:, None] * b_variance[None, :], REST_RAISE * LOG2_E) + b_log_size[None, :] * LOG2_E
+        tl.store(p_logits + o_m[:, None] * max_centroids + o_row[None, :], b_s, mask=m_m[:, None] & m_c[None, :])
 
-    o_r, o_g, o_i = tl.arange(0, ROWS), tl.arange(0, GP), tl.arange(0, MP)
-    m_r, m_g = (o_r < num_tokens)[:, None, None], (o_g < GROUP)[None, :, None]
-    p_logits = logits + (i_th * M + o_r[:, None, None] * GP + o_g[None, :, None]) * max_centroids
+    o_i = tl.arange(0, MP)
     # loaded while the sums are under way
-    b_logits, b_size, b_start, b_weight, b_variance = _facts_of_clusters(
-        p_logits, p_sizes, p_starts, p_weights, p_variances, begin + o_c, end, m_r & m_g
+    b_size, b_start, b_wanted, b_spread = _facts_of_clusters(
+        p_sizes, p_log_sizes, p_starts, p_weights, p_variances, begin + o_c, end, threshold
     )
     m_i = (o_i < MASSES)[:, None]
     b_word = _hear(p_masses + o_i[:, None] * MASS_ROWS + o_m[None, :], m_i, turn)
@@ -228,28 +248,28 @@ def look_up_kernel(
     b_largest = finite_or_zero(tl.max(b_masses, 0))
     b_total = tl.sum(tl.exp2(b_masses - b_largest[None, :]), 0)
     # if all clusters are empty the sum is 0, and any number will do
-    b_mass = b_largest + tl.log2(tl.where(b_total > 0, b_total, 1.0))  # [M]
-    b_mass, b_square = tl.reshape(b_mass, [ROWS, GP, 1]), tl.reshape(b_square, [ROWS, GP, 1])
+    tl.store(p_all + o_m, b_largest + tl.log2(tl.where(b_total > 0, b_total, 1.0)))
+    # what other threads stored is read below
+    tl.debug_barrier()
     num_picked, num_kept, num_pairs = 0, 0, 0
     for i_c in range(begin, end, BLOCK):
         o_row = i_c + o_c
         m_c = o_row < end
         if i_c > begin:
-            b_logits, b_size, b_start, b_weight, b_variance = _facts_of_clusters(
-                p_logits, p_sizes, p_starts, p_weights, p_variances, o_row, end, m_r & m_g
+            b_size, b_start, b_wanted, b_spread = _facts_of_clusters(
+                p_sizes, p_log_sizes, p_starts, p_weights, p_variances, o_row, end, threshold
             )
-        # less what logits were raised by already
-        b_raise = tl.maximum(b_square * b_variance[None, None, :] - REST_RAISE * LOG2_E, 0.0)
-        b_raise = tl.minimum(b_raise, (RAISE - REST_RAISE) * LOG2_E)
-        b_log_p = b_logits - b_mass + b_raise  # of all keys of a cluster together
-        b_joined = tl.max(b_log_p, 1)  # [ROWS, BLOCK]
         if join == MEAN:
-            b_peak = finite_or_zero(b_joined)
-            b_joined = b_peak + tl.log2(tl.sum(tl.exp2(b_log_p - b_peak[:, None, :]), 1) / GROUP)
-        # an empty cluster adds nothing on either side
-        b_wanted = threshold + (log_of_size(tl.maximum(b_size, 1)) - b_weight)[None, :]
-        b_chosen = (b_joined > b_wanted) & (o_r < num_tokens)[:, None] & (b_size > 0)[None, :]
-        b_bits = tl.sum(b_chosen.to(tl.int32) << o_r[:, None], 0)  # [BLOCK]
+            b_bits, b_pairs = _choose(
+                p_logits, p_all, p_squares, b_wanted, b_spread, b_size, o_row, end, num_tokens, max_centroids,
+                GROUP, GP, True,
+            )  # fmt: skip
+        else:
+            b_bits, b_pairs = _choose(
+                p_logits, p_all, p_squares, b_wanted, b_spread, b_size, o_row, end, num_tokens, max_centroids,
+                GROUP, GP, False,
+            )  # fmt: skip
+        num_pairs += tl.sum(b_pairs, 0)
         tl.store(p_chosen + o_row, b_bits, mask=m_c)
         # one scan counts parts of chosen clusters, above, and their keys
         b_parts = tl.where(b_bits != 0, tl.cdiv(b_size, PART), 0)
@@ -267,7 +287,6 @@ def look_up_kernel(
         total = tl.sum(b_picked, 0)
         num_picked += (total >> 32).to(tl.int32)
         num_kept += total.to(tl.int32)
-        num_pairs += tl.sum(tl.sum(b_chosen.to(tl.int32), 0) * b_size, 0)
     tl.store(kept_pairs + i_th * SPLITS + i_s, num_pairs)
 
     p_kept = kept + i_th * SPLITS

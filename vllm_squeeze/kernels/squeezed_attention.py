@@ -14,7 +14,7 @@ from vllm_squeeze.kernels.attend import attend_kernel, merge_kernel
 from vllm_squeeze.kernels.look_up import look_up_kernel
 from vllm_squeeze.kernels.tables import MAX_GROUP, ClusterTable, Prefixes
 from vllm_squeeze.kernels.tiles import MIN_TILE_ROWS, QueryTiles, most_tiles, padded, tokens_per_tile
-from vllm_squeeze.kernels.workspace import Workspace
+from vllm_squeeze.kernels.workspace import LOOK_UPS_PER_MULTIPROCESSOR, Workspace
 
 REGISTERS = 65536
 """Of a multiprocessor."""
@@ -39,12 +39,13 @@ class Tuning:
 
 def tuning(head_size: int, element_size: int, tile_rows: int) -> Tuning:
     """The blocks for D = ``head_size``, elements of so many bytes and M = ``tile_rows``."""
+    look_up = 32, 3, 128, 16, 4
     width = padded(head_size) * element_size
     block = min(max(16384 // width, 16), 64)
     if tile_rows > MIN_TILE_ROWS:
-        return Tuning(look_up=(16, 3, 32, 16, 4), attend=(block, min(block, 32), 4, 3, 2), merge=(64, 64, 2))
+        return Tuning(look_up, attend=(block, min(block, 32), 4, 3, 2), merge=(64, 64, 2))
     block = min(block, 32)
-    return Tuning(look_up=(32, 3, 64, 16, 4), attend=(block, block, 4, 3, 3), merge=(64, 32, 2))
+    return Tuning(look_up, attend=(block, block, 4, 3, 3), merge=(64, 32, 2))
 
 
 def registers_of(per_multiprocessor: int, warps: int) -> int:
@@ -104,7 +105,8 @@ def squeezed_attention(
     assert key_cache.stride() == value_cache.stride() and all(s % head_size == 0 for s in key_cache.stride()[:2])
     # where a key lies is told in 32 bits, in units of D elements
     assert key_cache.shape[0] * key_cache.stride(0) < 2**31 * head_size
-    per_cluster = (table.starts, table.centroid_scales, table.value_scales, table.log_weights, table.variances)
+    per_cluster = (table.log_sizes, table.starts, table.log_weights, table.variances)
+    per_cluster += (table.centroid_scales, table.value_scales)
     assert all(tensor.stride() == table.sizes.stride() for tensor in per_cluster)
     assert table.centroids.stride() == table.value_centroids.stride()
     assert table.group_centroids.stride()[1:] == table.centroids.stride()[1:]
@@ -185,18 +187,18 @@ def look_up(
     scored, stages, block, parts_block, warps = tuned.look_up
     look_up_kernel[(masses + splits, num_kv_heads, tiles_now)](
         query, queries.tokens, queries.tiles, prefixes.log_threshold,
-        table.centroids, table.centroid_scales, table.sizes, table.starts, table.log_weights, table.variances,
-        table.group_centroids, table.group_scales, table.group_sizes,
+        table.centroids, table.centroid_scales, table.sizes, table.log_sizes, table.starts, table.log_weights,
+        table.variances, table.group_centroids, table.group_scales, table.group_sizes,
         table.members, block_table, queries.always_places,
-        workspace.logits, workspace.chosen, workspace.picked, workspace.list_places, workspace.list_bits,
-        workspace.listed, workspace.turns, workspace.masses, workspace.kept, workspace.kept_pairs,
+        workspace.logits, workspace.row_facts, workspace.chosen, workspace.picked, workspace.list_places,
+        workspace.list_bits, workspace.listed, workspace.turns, workspace.masses, workspace.kept, workspace.kept_pairs,
         first_tile, scale, soft_cap,
         *query.stride()[:2], *table.centroids.stride()[:2], table.sizes.stride(0),
         table.group_centroids.stride(0), table.group_sizes.stride(0), table.members.stride(0), block_table.stride(0),
         queries.always_places.stride(0), max_centroids, workspace.picked.shape[2], max_keys,
         SPLITS=splits, SP=padded(splits), MASSES=masses, MP=padded(masses), MASS_ROWS=mass_rows,
         SCORED=scored, STAGES=stages, BLOCK=block, PARTS_BLOCK=parts_block, S=page_size, SOFT_CAP=soft_cap > 0,
-        num_warps=warps, **tile, **head, **launch,
+        num_warps=warps, maxnreg=registers_of(LOOK_UPS_PER_MULTIPROCESSOR, warps), **tile, **head, **launch,
     )  # fmt: skip
 
 

@@ -80,6 +80,7 @@ class ClusterTable:
         starts: [H, C] int32, where the members of a cluster begin in ``members``; never decreasing along C.
         sizes: [H, C] int32, how many members a cluster has. 0 marks an empty cluster, which is
             never chosen; its scales, weight and variance must be finite all the same.
+        log_sizes: [H, C] float32, natural log of sizes; minus infinity of 0.
         members: [H, M] int32, positions of tokens in the prefix, ascending inside a cluster.
         group_centroids: [H, G, D] int8, the mean key of each group, over its scale.
         group_scales: [H, G] float32.
@@ -94,6 +95,7 @@ class ClusterTable:
     variances: torch.Tensor
     starts: torch.Tensor
     sizes: torch.Tensor
+    log_sizes: torch.Tensor
     members: torch.Tensor
     group_centroids: torch.Tensor
     group_scales: torch.Tensor
@@ -112,6 +114,7 @@ class ClusterTable:
             self.variances[:, clusters],
             self.starts[:, clusters],
             self.sizes[:, clusters],
+            self.log_sizes[:, clusters],
             self.members if num_centroids else self.members[:, :0],
             self.group_centroids[:, groups],
             self.group_scales[:, groups],

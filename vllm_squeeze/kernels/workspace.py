@@ -32,6 +32,8 @@ class Workspace:
         num_splits: programs that look up the clusters of one tile and KV head.
         multiprocessors: of the device.
         logits: [N, H, M, C] float32, of all keys of a cluster together: s q.c_i + log N_i, raised as if not chosen.
+        row_facts: [N, H, SPLITS, 2, M] float32, what each split notes of the tile's rows: the log-sum-exp of what all
+            clusters attract, and half the squared length of the scaled query, both to the base 2.
         chosen: [N, H, C] int32, a bit for each token of the tile that chose the cluster.
         picked: [N, H, parts, 4] int32, the chosen clusters in parts of up to PART_KEYS keys, those of a split together:
             where a part's keys begin in the split's share of the list and among the members, how many they are, and
@@ -52,6 +54,7 @@ class Workspace:
     num_splits: int
     multiprocessors: int
     logits: torch.Tensor
+    row_facts: torch.Tensor
     chosen: torch.Tensor
     picked: torch.Tensor
     list_places: torch.Tensor
@@ -115,6 +118,7 @@ class Workspace:
             num_splits=num_splits,
             multiprocessors=multiprocessors,
             logits=empty(*heads, MAX_TILE_ROWS, max_centroids),
+            row_facts=empty(*heads, num_splits, 2, MAX_TILE_ROWS),
             chosen=empty(*heads, max_centroids, dtype=torch.int32),
             picked=empty(*heads, max_centroids + max_keys // PART_KEYS, 4, dtype=torch.int32),
             list_places=empty(*heads, max_keys, dtype=torch.int32),

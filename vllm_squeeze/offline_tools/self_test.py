@@ -85,6 +85,7 @@ class RandomPrefix:
             variances=randn(KV_HEADS, NUM_CENTROIDS).square(),
             starts=sizes.cumsum(1, dtype=torch.int32) - sizes,
             sizes=sizes,
+            log_sizes=sizes.log(),
             members=members.int(),
             group_centroids=group_centroids,
             group_scales=group_scales,
