@@ -1,7 +1,7 @@
 """What a byte budget means: the bytes that attention over a prefix reads, divided by those that a dense pass reads.
 
-Read are the keys and values of kept and of always attended tokens, the centroids with their scales and the place, size,
-weight and variance of their clusters, those of groups of clusters, and the member list of kept clusters.
+Read are the keys and values of kept and of always attended tokens, the centroids with their scales and the place, size with
+its logarithm, weight and variance of their clusters, those of groups of clusters, and the member list of kept clusters.
 """
 
 import functools
@@ -20,6 +20,8 @@ BYTES_PER_PLACE = 4
 """Where the members of a cluster start, int32."""
 BYTES_PER_SIZE = 4
 """How many members a cluster has, int32."""
+BYTES_PER_LOG_SIZE = 4
+"""Its logarithm, float32."""
 BYTES_PER_MEMBER = 4
 """Position of a member in the prefix, int32."""
 
@@ -27,7 +29,7 @@ BYTES_PER_MEMBER = 4
 def bytes_per_cluster(head_size: int, rest: bool) -> int:
     """Bytes that are read of each cluster, or held of it; ``rest`` says whether those of its mean value are."""
     centroid = head_size + BYTES_PER_SCALE
-    facts = BYTES_PER_PLACE + BYTES_PER_SIZE + BYTES_PER_WEIGHT + BYTES_PER_VARIANCE
+    facts = BYTES_PER_PLACE + BYTES_PER_SIZE + BYTES_PER_LOG_SIZE + BYTES_PER_WEIGHT + BYTES_PER_VARIANCE
     return centroid * (2 if rest else 1) + facts
 
 

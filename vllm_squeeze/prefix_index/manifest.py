@@ -13,7 +13,7 @@ from itertools import pairwise
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, BYTES_PER_PLACE, bytes_per_cluster
+from vllm_squeeze.prefix_index.budget import BYTES_PER_LOG_SIZE, BYTES_PER_MEMBER, BYTES_PER_PLACE, bytes_per_cluster
 from vllm_squeeze.prefix_index.identity import ModelIdentity, check_ranges
 
 FORMAT_VERSION = 5
@@ -208,8 +208,8 @@ class Manifest:
 
     def tensor_bytes(self, layer: LayerEntry) -> int:
         """Bytes of a layer's tensors, those of LayerClusters."""
-        # all that a server reads of a cluster but where its members start, which their order tells
-        per_cluster = bytes_per_cluster(self.model.head_size, rest=True) - BYTES_PER_PLACE
+        # all that a server reads of a cluster but where its members start and the logarithm of its size, which others tell
+        per_cluster = bytes_per_cluster(self.model.head_size, rest=True) - BYTES_PER_PLACE - BYTES_PER_LOG_SIZE
         return self.model.num_kv_heads * (layer.num_centroids * per_cluster + self.num_members * BYTES_PER_MEMBER)
 
     @functools.cached_property
