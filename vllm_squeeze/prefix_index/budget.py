@@ -1,6 +1,6 @@
 """What a byte budget means: the bytes that attention over a prefix reads, divided by those that a dense pass reads.
 
-Read are the keys and values of kept and of always attended tokens, the centroids with their scales and the place, size with
+Read are the keys and values of kept and of always attended tokens, the centroids with their scales and the place, size,
 its logarithm, weight and variance of their clusters, those of groups of clusters, and the member list of kept clusters.
 """
 

@@ -208,7 +208,7 @@ class Manifest:
 
     def tensor_bytes(self, layer: LayerEntry) -> int:
         """Bytes of a layer's tensors, those of LayerClusters."""
-        # all that a server reads of a cluster but where its members start and the logarithm of its size, which others tell
+        # all that a server reads of a cluster, but where its members start and the logarithm of its size: others tell
         per_cluster = bytes_per_cluster(self.model.head_size, rest=True) - BYTES_PER_PLACE - BYTES_PER_LOG_SIZE
         return self.model.num_kv_heads * (layer.num_centroids * per_cluster + self.num_members * BYTES_PER_MEMBER)
 
