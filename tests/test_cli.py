@@ -101,6 +101,8 @@ def test_questions_that_are_none(capsys, model, tmp_path):
         (["--centroids", "0"], "centroids is 0.0, must be above 0 and at most 1"),
         (["--centroids", "nan"], "centroids is nan"),
         (["--window", "0"], "window is 0"),
+        (["--num-sinks", "-1"], "num_sinks is -1"),
+        (["--observation-window", "0"], "observation_window is 0"),
         (["--seed", "-1"], "seed is -1"),
         (["--rule", "median"], "rule is 'median', must be one of error, paper"),
     ],
@@ -113,7 +115,15 @@ def test_parameters_out_of_range(capsys, model, tmp_path, flags, message):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--centroids", "0.05"], ["--window", "8192"], ["--seed", "0"], ["--rule", "error"], ["--extend", "old"]],
+    [
+        ["--centroids", "0.05"],
+        ["--window", "8192"],
+        ["--num-sinks", "16"],
+        ["--observation-window", "100"],
+        ["--seed", "0"],
+        ["--rule", "error"],
+        ["--extend", "old"],
+    ],
     ids=lambda f: f[0],
 )
 def test_an_exact_index_has_no_clustering_to_set(capsys, model, tmp_path, flags):

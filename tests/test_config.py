@@ -39,7 +39,7 @@ def test_nothing_is_squeezed_by_default(additional_config):
         ({"rest": "keep"}, ["squeeze.rest", "'keep'", "value_centroids, drop"]),
         ({"prefill": "exact"}, ["squeeze.prefill", "'exact'", "dense, squeezed"]),
         ({"prefill": "squeezed", "budget": "auto"}, ["squeeze.prefill", "'squeezed'", '"dense"', '"auto"']),
-        ({"mode": "dense"}, ["squeeze.mode", "'dense'", "auto, squeezed, exact"]),
+        ({"mode": "dense"}, ["squeeze.mode", "'dense'", "auto, squeezed, exact, off"]),
         ({"rest": None}, ["squeeze.rest", "None", "value_centroids, drop"]),
         ({"rest": ["drop"]}, ["squeeze.rest", "['drop']", "value_centroids, drop"]),
         ({"memory_limit_gib": -0.1}, ["squeeze.memory_limit_gib", "-0.1", "at least 0"]),

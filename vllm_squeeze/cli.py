@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_squeeze.config import MODES, SqueezeConfig
+from vllm_squeeze.config import SERVING_MODES, SqueezeConfig
 
 
 def engine_args(text: str) -> dict[str, Any]:
@@ -107,6 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     index.add_argument("--centroids", type=float, help="centroids per token of the prefix (default 0.05)")
     index.add_argument("--window", type=int, help="most tokens clustered together (default 8192)")
+    index.add_argument("--num-sinks", type=int, help="first tokens, always attended to (default 16)")
+    index.add_argument("--observation-window", type=int, help="last tokens, always attended to as well (default 100)")
     index.add_argument("--seed", type=int, help="of the clustering (default 0)")
     index.add_argument("--rule", help="by which clusters are chosen: error, the default, or paper")
     add_engine_args(index)
@@ -196,7 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--budgets", type=float, nargs="+", help="to serve the prefix at, one after the other (default: the server's)"
     )
-    bench.add_argument("--mode", choices=MODES, help="of the server (default: the server's)")
+    bench.add_argument("--mode", choices=SERVING_MODES, help="of the server (default: the server's)")
     bench.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="requests that run together (default 1 8)")
     bench.add_argument("--tokens", type=int, default=64, help="of each answer (default %(default)s)")
     bench.add_argument("--repeats", type=int, default=3, help="of each timing (default %(default)s)")
@@ -209,14 +211,16 @@ def build_parser() -> argparse.ArgumentParser:
 def run_index(arguments: argparse.Namespace) -> int:
     from vllm_squeeze.prefix_index.manifest import IndexParameters
 
-    given = {name: getattr(arguments, name) for name in ("centroids", "window", "seed", "rule")}
+    names = "centroids", "window", "num_sinks", "observation_window", "seed", "rule"
+    given = {name: getattr(arguments, name) for name in names}
     chosen = {name: value for name, value in given.items() if value is not None}
     if arguments.exact and arguments.questions:
         raise ValueError("--questions: not together with --exact, which has no budget to calibrate")
     if arguments.exact and arguments.extend:
         raise ValueError("--extend: not together with --exact, which clusters nothing")
     if arguments.exact and chosen:
-        raise ValueError(f"--{next(iter(chosen))}: not together with --exact, which clusters nothing")
+        option = next(iter(chosen)).replace("_", "-")
+        raise ValueError(f"--{option}: not together with --exact, which clusters nothing")
     parameters = None if arguments.exact else IndexParameters(**chosen)
     if arguments.documents:
         if arguments.extend:

@@ -12,7 +12,8 @@ from vllm_squeeze.settings_file import read_settings
 INDEX_VARIABLE = "SQUEEZE_INDEX"
 CONFIG_VARIABLE = "SQUEEZE_CONFIG"
 REST_MODES = ("value_centroids", "drop")
-MODES = ("auto", "squeezed", "exact")
+SERVING_MODES = ("auto", "squeezed", "exact")
+OFF = "off"
 PREFILLS = ("dense", "squeezed")
 AUTO = "auto"
 
@@ -31,7 +32,8 @@ class SqueezeConfig:
             their centroid predicts, or "drop", nothing (the paper's way).
         mode: "auto": in each step what is fastest for the rows on a prefix, of "squeezed", "exact", and vLLM's own
             attention; on the CPU "squeezed". Or always "squeezed". Or always "exact": all keys of an indexed prefix
-            are attended to, each loaded once for all rows that share the prefix, whatever the budget.
+            are attended to, each loaded once for all rows that share the prefix, whatever the budget. Or "off": no
+            index is looked at, and all attention is vLLM's own.
         prefill: what the tokens of a prompt that follow its prefix attend to: "dense", all of the prefix, by vLLM's own
             attention, so that an answer begins as a dense one does and only its tokens are squeezed; or "squeezed",
             as the answer's (the paper's way). An exact prefix is attended to exactly either way.
@@ -62,8 +64,8 @@ class SqueezeConfig:
             raise ValueError(f"squeeze.max_kl: {self.max_kl!r} is not a number above 0")
         if self.rest not in REST_MODES:
             raise ValueError(f"squeeze.rest: {self.rest!r} is not one of {', '.join(REST_MODES)}")
-        if self.mode not in MODES:
-            raise ValueError(f"squeeze.mode: {self.mode!r} is not one of {', '.join(MODES)}")
+        if self.mode not in (*SERVING_MODES, OFF):
+            raise ValueError(f"squeeze.mode: {self.mode!r} is not one of {', '.join(SERVING_MODES)}, {OFF}")
         if self.prefill not in PREFILLS:
             raise ValueError(f"squeeze.prefill: {self.prefill!r} is not one of {', '.join(PREFILLS)}")
         if self.prefill != "dense" and self.budget == AUTO:
@@ -95,6 +97,8 @@ class SqueezeConfig:
         known = [field.name for field in fields(cls)]
         if unknown := sorted(str(name) for name in settings if name not in known):
             raise ValueError(f"squeeze.{unknown[0]}: unknown setting; known are {', '.join(known)}")
+        if settings.get("mode") is False:
+            settings["mode"] = OFF  # in YAML, off is false
         index = settings.get("index", environ.get(INDEX_VARIABLE, ()) or ())
         if isinstance(index, str | os.PathLike):
             index = (os.fspath(index),)

@@ -73,6 +73,12 @@ def test_without_an_index_there_is_no_connector(model, monkeypatch, variable):
     assert wired(model).kv_transfer_config is None
 
 
+@pytest.mark.parametrize("more", [{}, {"watch": 1}], ids=["once", "watched"])
+def test_a_server_that_is_off_looks_at_no_index(model, more):
+    settings = {"index": "/missing", "mode": "off", **more}
+    assert wired(model, additional_config={"squeeze": settings}).kv_transfer_config is None
+
+
 @pytest.mark.parametrize(
     "chosen",
     [

@@ -12,6 +12,7 @@ import pytest
 from tests.engine.conftest import ENGINE_ARGS, tokens
 from tests.offline_tools.test_report import Page
 from vllm_squeeze.cli import main
+from vllm_squeeze.config import CONFIG_VARIABLE
 from vllm_squeeze.offline_tools.bench import part as process
 from vllm_squeeze.offline_tools.bench.command import as_lines, bench
 from vllm_squeeze.offline_tools.bench.comparison import compare, wrong_rows
@@ -189,6 +190,16 @@ def test_an_index_of_another_model(models, index, plan, tmp_path):
     other = str(models("llama", seed=1))
     with pytest.raises(ValueError, match="made for another model: weights"):
         make_plan(replace(ASKED, model=other, index=index, token_ids=tmp_path / "ids.json"))
+
+
+def test_a_server_that_is_off_cannot_be_compared(model, index, tmp_path, monkeypatch):
+    (tmp_path / "ids.json").write_text(text(PREFIX))
+    (tmp_path / "settings.yaml").write_text("squeeze: {mode: off}")
+    monkeypatch.setenv(CONFIG_VARIABLE, str(tmp_path / "settings.yaml"))
+    asked = replace(ASKED, model=str(model), index=index, token_ids=tmp_path / "ids.json")
+    with pytest.raises(ValueError, match="^squeeze.mode: off, by the server's settings; --mode says how"):
+        make_plan(replace(asked, mode=None))
+    assert make_plan(replace(asked, budgets=[0.4])).mode == "squeezed"
 
 
 def test_an_exact_index_has_no_budgets(model, indexes, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.engine.conftest import check_answers_are_dense, engine, generate, tokens
+from vllm_squeeze.prefix_index.index_folder import PrefixIndex
 
 PREFIX = tokens(seed=1, count=600)
 
@@ -15,6 +16,15 @@ PREFIX = tokens(seed=1, count=600)
 def test_answers_are_the_dense_ones(models, indexes, family, group, head_size):
     model = models(family, group=group, head_size=head_size)
     check_answers_are_dense(model, indexes(model, PREFIX), PREFIX)
+
+
+@pytest.mark.parametrize(("num_sinks", "observation_window"), [(0, 1), (37, 251)])
+def test_other_numbers_of_tokens_are_always_attended_to(models, indexes, num_sinks, observation_window):
+    """None but the last, which no block of the KV cache may end with, and some that end within blocks."""
+    model = models("llama")
+    index = indexes(model, PREFIX, num_sinks=num_sinks, observation_window=observation_window)
+    assert PrefixIndex.open(index).manifest.num_members == len(PREFIX) - num_sinks - observation_window
+    check_answers_are_dense(model, index, PREFIX)
 
 
 @pytest.mark.parametrize(("family", "rule"), [("llama", "error"), ("gemma2", "error"), ("llama", "paper")])

@@ -56,8 +56,9 @@ def test_a_text_that_grew(models, indexes, extend, tmp_path, capsys):
     [
         ([*GROWN[:300], 5, *GROWN[301:]], [], "token 300 is"),
         (GROWN, ["--window", "100"], "window: it has 8192, the new index would have 100"),
+        (GROWN, ["--num-sinks", "4"], "num_sinks: it has 16, the new index would have 4"),
     ],
-    ids=["differs", "parameters"],
+    ids=["differs", "window", "sinks"],
 )
 def test_what_does_not_continue_an_index(models, indexes, extend, tmp_path, capsys, ids, options, message):
     former = indexes(models("llama"), PREFIX)

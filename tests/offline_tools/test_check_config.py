@@ -114,6 +114,11 @@ def test_an_exact_server_has_no_budget(checked, tmp_path, settings):
     assert code == 0 and lines[-1] == f"# {index.name}: 47 tokens, of the model tiny, exactly"
 
 
+def test_a_server_that_is_off_looks_at_no_index(checked):
+    code, lines = checked(index="/missing", mode="off")
+    assert code == 0 and lines[-1] == "# squeeze.mode is off: no index is looked at"
+
+
 def test_an_exact_index_has_no_budget(checked, tmp_path):
     index = write_exact_index(tmp_path / "store")
     code, lines = checked(index=str(index), budget="auto")

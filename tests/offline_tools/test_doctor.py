@@ -152,6 +152,10 @@ def test_the_environment_names_indexes_and_settings(store, tmp_path, monkeypatch
         findings()
     (tmp_path / "settings.yaml").write_text(f"squeeze: {{index: {store}, budget: 0.5}}")
     assert [finding.state for finding in findings()] == [OK, OK]
+    (tmp_path / "settings.yaml").write_text(f"squeeze: {{index: {store}, mode: off}}")
+    *verified, off = findings()
+    assert [finding.state for finding in verified] == [OK, OK] and off.state == WARN
+    assert off.text == "squeeze.mode is off: a server with these settings squeezes nothing"
 
 
 def test_no_index(tmp_path):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_squeeze.attention_backend.compat import BACKEND, CONNECTORS, logger
-from vllm_squeeze.config import SqueezeConfig
+from vllm_squeeze.config import OFF, SqueezeConfig
 
 SERVE, RECORD = CONNECTORS
 
@@ -35,6 +35,9 @@ def add_connector(args: Any) -> None:
     if any(child["kv_connector"] in CONNECTORS for child in children(existing)):
         return
     config = SqueezeConfig.resolve(args.additional_config)
+    if config.mode == OFF:
+        logger.info("squeeze: nothing will be squeezed: squeeze.mode is off")
+        return
     folders = config.index_folders()
     if not folders and not config.watch:
         return

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from vllm_squeeze.config import AUTO, CONFIG_VARIABLE, SqueezeConfig
+from vllm_squeeze.config import AUTO, CONFIG_VARIABLE, OFF, SqueezeConfig
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
 from vllm_squeeze.prefix_index.manifest import InvalidIndex, printable
 from vllm_squeeze.settings_file import read_settings
@@ -56,6 +56,9 @@ def wrong_settings(settings: Mapping[str, Any]) -> list[str]:
 def check_indexes(config: SqueezeConfig, out: TextIO) -> list[str]:
     """Prints a line on each index that a server with these settings opens; returns an error for each that it cannot."""
     folders, errors = [], []
+    if config.mode == OFF:
+        print("# squeeze.mode is off: no index is looked at", file=out)
+        return errors
     for path in config.index:
         try:
             folders += replace(config, index=(path,)).index_folders()

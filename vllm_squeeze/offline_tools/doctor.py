@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from vllm_squeeze.config import SqueezeConfig
+from vllm_squeeze.config import OFF, SqueezeConfig
 from vllm_squeeze.offline_tools import installation
 from vllm_squeeze.offline_tools.finding import FAIL, OK, WARN, Finding
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
@@ -99,6 +99,8 @@ def check_indexes(subject: Subject) -> Iterator[Finding]:
                 yield Finding(OK, "model", f"{folder.name} was made for it")
         except InvalidIndex as error:
             yield Finding(FAIL, "index", str(error))
+    if config.mode == OFF:
+        yield Finding(WARN, "settings", "squeeze.mode is off: a server with these settings squeezes nothing")
     if not config.index:
         yield Finding(WARN, "index", "none is named, neither by --index nor in the environment")
     if subject.prompt is not None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_squeeze.config import SqueezeConfig
+from vllm_squeeze.config import OFF, SqueezeConfig
 from vllm_squeeze.offline_tools.prefix_text import PrefixTokens, given_tokens, read_token_ids, text_tokens
 from vllm_squeeze.offline_tools.questions import GENERAL, GENERAL_HELD_BACK, general_questions, read_questions, spread
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex, find_indexes
@@ -125,6 +125,8 @@ def make_plan(asked: Asked) -> Plan:
 
     config = SqueezeConfig.resolve(None)
     config = replace(config, index=(), mode=asked.mode or config.mode)
+    if config.mode == OFF:
+        raise ValueError("squeeze.mode: off, by the server's settings; --mode says how to serve here")
     block_sizes = {0: engine.cache_config.block_size}
     matches = []
     for index in indexes:
