@@ -105,8 +105,8 @@ def squeezed_attention(
     assert key_cache.stride() == value_cache.stride() and all(s % head_size == 0 for s in key_cache.stride()[:2])
     # where a key lies is told in 32 bits, in units of D elements
     assert key_cache.shape[0] * key_cache.stride(0) < 2**31 * head_size
-    per_cluster = (table.log_sizes, table.starts, table.log_weights, table.variances)
-    per_cluster += (table.centroid_scales, table.value_scales)
+    facts = table.log_sizes, table.starts, table.log_weights, table.variances
+    per_cluster = *facts, table.centroid_scales, table.value_scales
     assert all(tensor.stride() == table.sizes.stride() for tensor in per_cluster)
     assert table.centroids.stride() == table.value_centroids.stride()
     assert table.group_centroids.stride()[1:] == table.centroids.stride()[1:]
