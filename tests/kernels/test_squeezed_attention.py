@@ -42,10 +42,12 @@ def run(scene: Scene, rest: bool = True, workspace: Workspace | None = None) -> 
     return scene.apply(kernels.squeezed_attention, rest, workspace)
 
 
-def check_against_reference(scene: Scene, rest: bool, assert_close: Callable) -> None:
+def check_against_reference(
+    scene: Scene, rest: bool, assert_close: Callable, workspace: Workspace | None = None
+) -> None:
     expected = scene.apply(squeezed_attention_reference, rest)
     counters = scene.prefixes.counters.clone()
-    assert_close(run(scene, rest), expected)
+    assert_close(run(scene, rest, workspace), expected)
     assert torch.equal(scene.prefixes.counters, counters)
 
 
@@ -301,17 +303,26 @@ def test_more_tiles_than_the_workspace_holds(make_scene, assert_close):
         assert_close(run(check, workspace=workspace_for(scene, max_tiles)), expected)
 
 
-@pytest.mark.parametrize(("multiprocessors", "masses"), [(1, 1), (4, 3), (32, MAX_MASSES)])
-def test_any_number_of_programs(make_scene, assert_close, monkeypatch: pytest.MonkeyPatch, multiprocessors, masses):
-    """Two blocks to choose from in a split, one of empty clusters alone, and so many splits that each has few."""
-    scene = make_scene(num_kv_heads=1, sizes=((0,) * 600 + SIZES["more-than-a-block"][0] + (1,) * 200,), slot_of=(0,))
+@pytest.mark.parametrize(
+    ("multiprocessors", "masses", "num_rows"),
+    [(1, 1, 1), (4, 3, 1), (32, MAX_MASSES, 1), (32, MAX_MASSES, 9), (32, MAX_MASSES, 37)],
+)
+def test_any_number_of_programs(
+    make_scene, assert_close, monkeypatch: pytest.MonkeyPatch, multiprocessors: int, masses: int, num_rows: int
+):
+    """Two blocks to choose from in a split, one of empty clusters alone, and more splits than are needed.
+
+    The fewer of these are used the more tiles there are: one, three, or ten.
+    """
+    sizes = ((0,) * 600 + SIZES["more-than-a-block"][0] + (1,) * 200,)
+    scene = make_scene(num_kv_heads=1, group=16, sizes=sizes, slot_of=(0,) * num_rows)
     scene.set_threshold(0.4)
     monkeypatch.setattr(workspaces, "INTERPRETED_MULTIPROCESSORS", multiprocessors)
-    workspace = workspace_for(scene, 1)
+    workspace = workspace_for(scene, 10)
     if not scene.query.is_cuda:
         assert workspace.num_splits == masses * SPLITS_PER_MASS
-        assert workspace.num_programs(2) == 2 * multiprocessors
-    assert_close(run(scene, workspace=workspace), scene.apply(squeezed_attention_reference, True))
+        assert workspace.num_programs(2) == 2 * max(multiprocessors, 10)
+    check_against_reference(scene, True, assert_close, workspace)
 
 
 def test_programs_that_are_not_there_attract_nothing(make_scene, assert_close, monkeypatch: pytest.MonkeyPatch):

@@ -54,6 +54,7 @@ def test_tokens_are_grouped_by_prefix(rows, group, spare):
     # and no suffixes yet
     assert queries.tiles[: len(tiles)].tolist() == [[*facts, 0] for facts, _ in tiles]
     assert (queries.tiles[len(tiles) :, 0] == -1).all()
+    assert queries.tile_count.item() == len(tiles)
     for held, (_, tokens) in zip(queries.tokens.tolist(), tiles, strict=False):
         assert held[: len(tokens)] == tokens
     assert queries.slot_rows.tolist() == slot_rows

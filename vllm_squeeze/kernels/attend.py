@@ -81,7 +81,7 @@ def _load_places(p_places, o_key, last):
 
 @triton.jit(do_not_specialize=["first_tile", "num_tiles"])
 def attend_kernel(
-    query, tokens, tiles, always_places, suffix_places, suffix_bits, key_cache, value_cache,
+    query, tokens, tiles, tile_count, always_places, suffix_places, suffix_bits, key_cache, value_cache,
     key_scale, value_scale, value_centroids, value_centroid_scales,
     logits, chosen, list_places, list_bits, listed, kept_pairs, counters, partial_output, partial_lse,
     first_tile, num_tiles, H, scale, soft_cap,
@@ -123,7 +123,8 @@ def attend_kernel(
     i_th_64 = (i_t * H + i_h).to(tl.int64)
     if begin == 0:
         o_s = tl.arange(0, SP)
-        m_s = o_s * share_of(count, SPLITS) < count
+        share = share_of(count, tl.minimum(tl.load(tile_count) - first_tile, num_tiles), SPLITS)
+        m_s = o_s * share < count
         b_pairs = tl.load(kept_pairs + i_th_64 * SPLITS + o_s, mask=m_s, other=0)
         _count(counters, i_slot, count > 0, num_tokens, num_keys - num_always, tl.sum(b_pairs, 0))
 

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from vllm_squeeze.kernels.softmax import LOG2_E, finite_or_zero, logits_of
 from vllm_squeeze.kernels.tables import JOINS, MOST_RAISE, MOST_REST_RAISE, NEIGHBOURS
-from vllm_squeeze.kernels.tiles import MAX_TILE_TOKENS, PART_KEYS, TILE_FACTS
+from vllm_squeeze.kernels.tiles import MAX_BLOCK, MAX_TILE_TOKENS, PART_KEYS, TILE_FACTS
 
 FACTS = tl.constexpr(TILE_FACTS)
 TOKENS = tl.constexpr(MAX_TILE_TOKENS)
@@ -28,19 +28,25 @@ PART = tl.constexpr(PART_KEYS)
 RAISE = tl.constexpr(MOST_RAISE)
 REST_RAISE = tl.constexpr(MOST_REST_RAISE)
 OF_GROUP = tl.constexpr(NEIGHBOURS)
+LEAST_SHARE, MOST_SHARE = tl.constexpr(32), tl.constexpr(MAX_BLOCK)
+"""Clusters of a split: it takes fewer no less long, and more than so many one after the other."""
 
 
 @triton.jit
-def share_of(total, SPLITS: tl.constexpr):
-    """The length of one split's share of ``total`` clusters."""
-    return tl.cdiv(total, SPLITS)
+def share_of(total, num_tiles, SPLITS: tl.constexpr):
+    """The length of one split's share of ``total`` clusters of one of ``num_tiles`` tiles; the last splits may have none.
+
+    The more tiles, the fewer splits of each, so that those of all of them run at a time.
+    """
+    several = tl.minimum(tl.cdiv(total * num_tiles, SPLITS), MOST_SHARE)
+    return tl.maximum(tl.maximum(tl.cdiv(total, SPLITS), several), LEAST_SHARE)
 
 
 @triton.jit
-def _range_of(i_split, total, SPLITS: tl.constexpr):
+def _range_of(i_split, total, num_tiles, SPLITS: tl.constexpr):
     """The first of one split's share of ``total`` clusters, and the first after it."""
-    begin = i_split * share_of(total, SPLITS)
-    return begin, tl.minimum(begin + share_of(total, SPLITS), total)
+    share = share_of(total, num_tiles, SPLITS)
+    return i_split * share, tl.minimum((i_split + 1) * share, total)
 
 
 @triton.jit
@@ -156,7 +162,7 @@ def _kept_before(p_kept, i_s, turn, SP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first_tile", "stride_row"])
 def look_up_kernel(
-    query, tokens, tiles, log_threshold,
+    query, tokens, tiles, tile_count, log_threshold,
     centroids, centroid_scales, sizes, log_sizes, starts, log_weights, variances,
     group_centroids, group_scales, group_sizes,
     members, block_table, always_places,
@@ -180,6 +186,7 @@ def look_up_kernel(
     num_always, join = tl.load(p_tile + 5), tl.load(p_tile + 6)
     b_token = token_of_row(tokens, first_tile + i_t, GP, ROWS)
     threshold = tl.load(log_threshold + tl.maximum(i_slot, 0)) * LOG2_E
+    num_tiles = tl.minimum(tl.load(tile_count) - first_tile, tl.num_programs(2))
     if PDL:
         tl.extra.cuda.gdc_wait()
     # without clusters nothing is listed
@@ -202,7 +209,7 @@ def look_up_kernel(
             p_centroids = group_centroids + i_h.to(tl.int64) * stride_group_head + first_group * stride_centroid
             p_scales = group_scales + i_h.to(tl.int64) * stride_group_size_head + first_group
             p_sizes = group_sizes + i_h.to(tl.int64) * stride_group_size_head + first_group
-        begin, end = _range_of(i_p, num_rows, MASSES)
+        begin, end = _range_of(i_p, num_rows, num_tiles, MASSES)
         b_mass = _mass_of_rows(
             b_q, p_centroids, p_scales, p_sizes, begin, end, scale, soft_cap, stride_centroid,
             D, DP, SCORED, STAGES, SOFT_CAP,
@@ -211,7 +218,7 @@ def look_up_kernel(
         return
 
     i_s = i_p - MASSES
-    begin, end = _range_of(i_s, count, SPLITS)
+    begin, end = _range_of(i_s, count, num_tiles, SPLITS)
     if begin >= end:
         return
     p_log_sizes = log_sizes + i_h.to(tl.int64) * stride_size_head + first_centroid

@@ -132,7 +132,8 @@ def squeezed_attention(
         plan_tiles = 1 if tiles_now == 1 else padded(workspace.max_tiles)
         plan = {"TILES": plan_tiles, "HP": padded(num_kv_heads), "REST": rest}
         attend_kernel[(programs,)](
-            query, queries.tokens, queries.tiles, queries.always_places, queries.suffix_places, queries.suffix_bits,
+            query, queries.tokens, queries.tiles, queries.tile_count,
+            queries.always_places, queries.suffix_places, queries.suffix_bits,
             key_cache, value_cache, key_scale, value_scale, table.value_centroids, table.value_scales,
             workspace.logits, workspace.chosen, workspace.list_places, workspace.list_bits, workspace.listed,
             workspace.kept_pairs, prefixes.counters, workspace.partial_output, workspace.partial_lse,
@@ -186,7 +187,7 @@ def look_up(
     max_keys, max_centroids = workspace.list_places.shape[-1], workspace.logits.shape[-1]
     scored, stages, block, parts_block, warps = tuned.look_up
     look_up_kernel[(masses + splits, num_kv_heads, tiles_now)](
-        query, queries.tokens, queries.tiles, prefixes.log_threshold,
+        query, queries.tokens, queries.tiles, queries.tile_count, prefixes.log_threshold,
         table.centroids, table.centroid_scales, table.sizes, table.log_sizes, table.starts, table.log_weights,
         table.variances, table.group_centroids, table.group_scales, table.group_sizes,
         table.members, block_table, queries.always_places,

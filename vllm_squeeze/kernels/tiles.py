@@ -59,7 +59,8 @@ def most_tiles(num_tokens: int, num_slots: int, group: int) -> int:
 
 @triton.jit(do_not_specialize=["num_rows", "num_slots", "num_tiles", "size"])
 def _group_kernel(
-    row_slot, query_start_loc, slots, tiles, tokens, token_rows, slot_rows, starts, num_rows, num_slots, num_tiles, size,
+    row_slot, query_start_loc, slots, tiles, tile_count, tokens, token_rows, slot_rows, starts,
+    num_rows, num_slots, num_tiles, size,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, FACTS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     i_slot = tl.program_id(0)
@@ -73,6 +74,7 @@ def _group_kernel(
         first_tile += tl.cdiv(tl.sum(tl.where(b_slot == i, b_count, 0), 0), size)
     tl.store(starts + i_slot, first_tile * size)
     if i_slot == num_slots:
+        tl.store(tile_count, first_tile)
         # the rest of them are none
         for i_t in range(first_tile, num_tiles, BLOCK):
             m_t = i_t + o_t < num_tiles
@@ -182,6 +184,7 @@ class QueryTiles:
         tiles: [most tiles, 8] int32, per tile: slot of the prefix or -1 where there is no tile, its number of tokens,
             a row of the block table that begins with the prefix, of the prefix what Prefixes.slots says, and how many
             keys of suffixes are listed.
+        tile_count: [1] int32, how many of them there are.
         tokens: [most tiles, 32] int32, the query tokens of each tile.
         token_rows: [most tiles, 32] int32, and their rows, ascending.
         slot_rows: [P] int32, a row of the block table that begins with the slot's prefix, or -1.
@@ -196,6 +199,7 @@ class QueryTiles:
     num_tokens: int
     num_slots: int
     tiles: torch.Tensor
+    tile_count: torch.Tensor
     tokens: torch.Tensor
     token_rows: torch.Tensor
     slot_rows: torch.Tensor
@@ -222,6 +226,7 @@ class QueryTiles:
             num_tokens=max_tokens,
             num_slots=num_slots,
             tiles=tiles,
+            tile_count=torch.zeros(1, dtype=torch.int32, device=device),
             tokens=full(most, MAX_TILE_TOKENS),
             token_rows=full(most, MAX_TILE_TOKENS),
             slot_rows=full(num_slots),
@@ -238,6 +243,7 @@ class QueryTiles:
     def clear(self) -> None:
         """Leaves no tiles."""
         self.tiles[:, 0] = -1
+        self.tile_count.zero_()
 
     def fill(
         self,
@@ -262,8 +268,8 @@ class QueryTiles:
         """
         num_rows, (num_slots, max_keys) = len(row_slot), self.always_places.shape
         _group_kernel[(num_slots + 1,)](
-            row_slot, query_start_loc, prefixes.slots, self.tiles, self.tokens, self.token_rows, self.slot_rows,
-            self.starts, num_rows, num_slots, len(self.tiles), tokens_per_tile(num_tokens, group),
+            row_slot, query_start_loc, prefixes.slots, self.tiles, self.tile_count, self.tokens, self.token_rows,
+            self.slot_rows, self.starts, num_rows, num_slots, len(self.tiles), tokens_per_tile(num_tokens, group),
             ROWS=padded(max(num_rows, _ROWS_BLOCK)), BLOCK=_TILES_BLOCK, FACTS=TILE_FACTS, TOKENS=MAX_TILE_TOKENS,
         )  # fmt: skip
         _list_always_kernel[(num_slots, triton.cdiv(max_keys, _PLACES_BLOCK))](
