@@ -74,6 +74,16 @@ def test_times_between_and_beyond_what_was_measured():
     assert times.us(200, 2) == pytest.approx(20)
 
 
+def test_rows_of_a_tile_take_as_long_as_those_measured():
+    """Of four rows each: rows 4, 9 and 20 were measured in tiles 1, 3 and 5."""
+    measured = {str(prefix): {"1": 10.0, "4": 40.0, "9": 90.0, "20": 100.0} for prefix in (100, 400)}
+    times, by_rows = Times(measured, 4), Times(measured)
+    assert [times.us(100, rows) for rows in (4, 9, 11, 12, 17, 20)] == pytest.approx([40, 90, 90, 90, 100, 100])
+    for rows in (1, 2, 6, 15, 40):
+        assert times.us(100, rows) == pytest.approx(by_rows.us(100, rows))
+    assert by_rows.us(100, 11) > 91
+
+
 @MODELS
 def test_more_takes_longer(model):
     """But for the scatter of measurements, and FlashAttention's ways to split short prefixes."""

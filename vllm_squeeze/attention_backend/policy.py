@@ -110,9 +110,13 @@ class Times:
 
     Args:
         measured: by tokens of the prefix, of which there are at least two, and rows, of which the first is 1.
+        tile: rows that are served together, if it is the number of such tiles that counts: rows that lie between
+            measurements then take as long as the one that has as many tiles.
     """
 
-    def __init__(self, measured: dict[str, dict[str, float]]):
+    def __init__(self, measured: dict[str, dict[str, float]], tile: int = 0):
+        self._tile = tile
+
         def logs(times: dict[str, float]) -> list[tuple[float, float]]:
             return sorted((math.log(int(rows)), math.log(us)) for rows, us in times.items())
 
@@ -123,16 +127,21 @@ class Times:
         """The time of so many rows, at least 1, over so many tokens."""
         prefix, rows = math.log(prefix), math.log(rows)
         first = min(max(bisect(self._prefixes, prefix) - 1, 0), len(self._prefixes) - 2)
-        ends = [(at, _interpolate(curve, rows)) for at, curve in self._curves[first : first + 2]]
+        ends = [(at, _interpolate(curve, rows, self._tile)) for at, curve in self._curves[first : first + 2]]
         return math.exp(_interpolate(ends, prefix))
 
 
-def _interpolate(points: list[tuple[float, float]], x: float) -> float:
+def _interpolate(points: list[tuple[float, float]], x: float, tile: int = 0) -> float:
     """On the line through the points around ``x``; below the first, that of the first two. In proportion above all."""
     if x >= points[-1][0]:
         return points[-1][1] + x - points[-1][0]
     right = max(bisect(points, (x, math.inf)), 1)
     (x0, y0), (x1, y1) = points[right - 1 : right + 1]
+    if tile:
+        # less than a millionth of a tile is a logarithm's rounding
+        before, tiles, after = (math.ceil(math.exp(at) / tile - 1e-6) for at in (x0, x, x1))
+        if before < after and tiles in (before, after):
+            return y0 if tiles == before else y1
     return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
 
@@ -173,8 +182,9 @@ class CostModel:
     @classmethod
     def of(cls, measured: dict[str, Any]) -> "CostModel":
         """From a GPU's entry in ``measured_times.json``."""
-        times = {arm: Times(by_prefix) for arm, by_prefix in measured["us"].items()}
         shape = Shape(**measured["shape"])
+        tiles = {"exact": shape.tile_tokens}  # each of which reads all of the prefix
+        times = {arm: Times(by_prefix, tiles.get(arm, 0)) for arm, by_prefix in measured["us"].items()}
         stock, exact, shared = times.pop("stock"), times.pop("exact"), times.pop("shared", None)
         numbers = (measured[name] for name in ("kept", "centroids", "tflops", "step_us"))
         return cls(shape, *numbers, stock, exact, times, shared)
