@@ -29,7 +29,7 @@ class Workspace:
     N counts the tiles handled at once, M the rows of a tile at most. Logits are to the base 2.
 
     Attributes:
-        num_splits: programs that look up the clusters of one tile and KV head.
+        num_splits: programs that look up the clusters of one tile and KV head, at most.
         multiprocessors: of the device.
         logits: [N, H, M, C] float32, of all keys of a cluster together: s q.c_i + log N_i, raised as if not chosen.
         row_facts: [N, H, SPLITS, 2, M] float32, what each split notes of the tile's rows: the log-sum-exp of what all
