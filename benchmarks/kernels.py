@@ -82,7 +82,7 @@ def make_layer(shape: Shape, kept: float, likeness: float, beside: bool) -> Laye
     import torch
 
     from vllm_squeeze.kernels.reference import joined, log_mass, scores_of
-    from vllm_squeeze.kernels.tables import ClusterTable, Prefixes, group_means, quantised, unquantised
+    from vllm_squeeze.kernels.tables import ClusterTable, Prefixes, group_means, packed, quantised, unquantised
 
     heads, group, size, page = shape.kv_heads, shape.group, shape.head_size, shape.page_size
     device, dtype = "cuda", torch.bfloat16
@@ -99,7 +99,7 @@ def make_layer(shape: Shape, kept: float, likeness: float, beside: bool) -> Laye
     starts = ((weights.cumsum(1) - weights) / weights.sum(1, keepdim=True) * num_members).int()
     sizes = torch.diff(starts, append=starts.new_full((heads, 1), num_members)).int()
     means = torch.randn(2, heads, num_centroids, size, device=device)
-    (centroids, value_centroids), (centroid_scales, value_scales) = quantised(means)
+    (centroids, centroid_scales), (value_centroids, value_scales) = quantised(means[0]), packed(means[1])
     table = ClusterTable(
         centroids=centroids,
         centroid_scales=centroid_scales,
@@ -406,7 +406,9 @@ def run_case(arm: str, shape: Shape, kept: float, likeness: float, beside: bool)
         look_ups, loaded, pairs, chosen = counters[:4]
         result |= {"kept": chosen / pairs / shape.prefix, "union": loaded / look_ups / shape.prefix}
         held = layers[0].table
-        centroids = held.centroids.nbytes * (1 + (arm == "squeezed")) + held.group_centroids.nbytes
+        centroids = (
+            held.centroids.nbytes + held.group_centroids.nbytes + (arm == "squeezed") * held.value_centroids.nbytes
+        )
         tiles = look_ups / pairs * shape.batch
         if arm == "look_up":
             return result | {"bytes": centroids}

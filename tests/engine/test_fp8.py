@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.engine.conftest import check_answers_are_dense, tokens
-from vllm_squeeze.kernels.tables import unquantised
+from vllm_squeeze.kernels.tables import unpacked, unquantised
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
 
 pytestmark = pytest.mark.skipif(
@@ -50,9 +50,9 @@ def mean_key_and_value(index: Path, layer: int) -> torch.Tensor:
     """Of all clustered tokens, [2, H, D]."""
     clusters = PrefixIndex.open(index).layer(layer)
     sizes = clusters.sizes[..., None]
-    in_8_bits = (clusters.centroids, clusters.centroid_scales), (clusters.value_centroids, clusters.value_scales)
-    sums = [(unquantised(means, scales) * sizes).sum(1) for means, scales in in_8_bits]
-    return torch.stack(sums) / sizes.sum(1)
+    keys = unquantised(clusters.centroids, clusters.centroid_scales)
+    values = unpacked(clusters.value_centroids, clusters.value_scales)
+    return torch.stack([(means * sizes).sum(1) for means in (keys, values)]) / sizes.sum(1)
 
 
 def test_a_checkpoint_with_scales(models, indexes, tmp_path):

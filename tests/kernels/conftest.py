@@ -16,7 +16,9 @@ from vllm_squeeze.kernels.tables import (
     ClusterTable,
     Prefixes,
     group_means,
+    packed,
     quantised,
+    unpacked,
     unquantised,
 )
 from vllm_squeeze.kernels.tiles import QueryTiles
@@ -201,7 +203,7 @@ class Scene:
                 start, size = int(table.starts[head, cluster]), int(table.sizes[head, cluster])
                 members = table.members[head, start : start + size].long()
                 means = unquantised(table.centroids, table.centroid_scales)
-                value_means = unquantised(table.value_centroids, table.value_scales)
+                value_means = unpacked(table.value_centroids, table.value_scales)
                 keys[head, members] = means[head, cluster].double()
                 values[head, members] = value_means[head, cluster].double()
                 raised[head, :, members] = self.raises(token, MOST_REST_RAISE)[head, :, cluster, None]
@@ -316,7 +318,8 @@ def build_scene(
         traps = (torch.nn.functional.pad(fact, (0, left), value=trap) for fact, trap in zip(facts, (torch.nan, 2)))
         groups.append((torch.nn.functional.pad(of_prefix, (0, 0, 0, left)), *traps))
     group_centroids, group_scales, group_sizes = (torch.cat(parts, 1).to(device) for parts in zip(*groups))
-    of_keys, of_values = (quantised(torch.cat(means, 1).to(device)) for means in (centroids, value_centroids))
+    of_keys = quantised(torch.cat(centroids, 1).to(device))
+    of_values = packed(torch.cat(value_centroids, 1).to(device))
     table = ClusterTable(
         centroids=of_keys[0],
         centroid_scales=of_keys[1],

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vllm_squeeze.kernels.tables import quantised
+from vllm_squeeze.kernels.tables import packed, quantised
 from vllm_squeeze.prefix_index.budget import ReadCost
 from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.index_folder import IndexWriter, LayerClusters, tokens_digest
 from vllm_squeeze.prefix_index.manifest import FORMAT_VERSION, Calibration, IndexParameters, LayerEntry, Manifest
 
-NUM_HEADS, NUM_CENTROIDS, HEAD_SIZE = 2, 7, 4
+NUM_HEADS, NUM_CENTROIDS, HEAD_SIZE = 2, 7, 8
 NUM_TOKENS, NUM_MEMBERS = 47, 37
 LAYER_NAMES = ("model.layers.0.self_attn.attn", "model.layers.3.self_attn.attn")
 PARAMETERS = IndexParameters(num_sinks=4, observation_window=6, max_cluster=12)
@@ -62,7 +62,7 @@ def make_clusters(seed: int = 0) -> LayerClusters:
         members[head] = torch.cat([part.sort().values for part in parts])
     log_weights = torch.randn(NUM_HEADS, NUM_CENTROIDS, generator=generator)
     variances = torch.rand(NUM_HEADS, NUM_CENTROIDS, generator=generator)
-    return LayerClusters(*quantised(vectors[0]), *quantised(vectors[1]), log_weights, variances, sizes, members)
+    return LayerClusters(*quantised(vectors[0]), *packed(vectors[1]), log_weights, variances, sizes, members)
 
 
 def make_manifest(token_ids: np.ndarray, layers: list[LayerEntry], **changes) -> Manifest:

@@ -487,13 +487,15 @@ def test_a_sparse_file_of_the_size_that_a_manifest_claims_is_refused(folder, nam
         if name == "tokens.safetensors":
             body |= HUGE
             size = 4 * HUGE["num_tokens"] + 100
-            layer_bytes = NUM_HEADS * (4 * HUGE["num_members"] + NUM_CENTROIDS * (2 * HEAD_SIZE + 20)) + 100
+            layer_bytes = (
+                NUM_HEADS * (4 * HUGE["num_members"] + NUM_CENTROIDS * (HEAD_SIZE + HEAD_SIZE // 2 + 20)) + 100
+            )
             for layer in body["layers"]:
                 layer["num_bytes"] = layer_bytes
         else:
             body["model"]["head_size"] = 2**16
             body["model"]["num_kv_heads"] = 2**16
-            size = 2**16 * (4 * body["num_members"] + NUM_CENTROIDS * (2 * 2**16 + 20)) + 100
+            size = 2**16 * (4 * body["num_members"] + NUM_CENTROIDS * (2**16 + 2**15 + 20)) + 100
             for layer in body["layers"]:
                 layer["num_bytes"] = size
         (folder / "manifest.json").write_text(with_digest(body))
@@ -518,10 +520,10 @@ def assert_safe(clusters: LayerClusters, manifest: Manifest, num_centroids: int)
     """All that kernels rely on where they read a layer, whose tensors they take without a look."""
     heads, members, model = manifest.model.num_kv_heads, manifest.num_members, manifest.model
     # Shapes and dtypes, from which addresses are made.
+    of_vectors = {"centroids": (torch.int8, model.head_size), "value_centroids": (torch.int32, model.head_size // 8)}
     for name, tensor in vars(clusters).items():
-        wide = (heads, num_centroids, model.head_size)
-        shape = wide if name in ("centroids", "value_centroids") else (heads, members if name == "members" else wide[1])
-        dtype = torch.int8 if len(shape) == 3 else torch.int32 if name in ("sizes", "members") else torch.float32
+        dtype, *elements = of_vectors.get(name, [torch.int32 if name in ("sizes", "members") else torch.float32])
+        shape = (heads, members if name == "members" else num_centroids, *elements)
         assert tuple(tensor.shape) == shape and tensor.dtype == dtype and tensor.is_contiguous()
     for sizes, places in zip(clusters.sizes.tolist(), clusters.members.tolist(), strict=True):
         # Members of a cluster lie in the list, whose room in workspaces is that of all of them.
@@ -533,9 +535,10 @@ def assert_safe(clusters: LayerClusters, manifest: Manifest, num_centroids: int)
         for size in sizes:
             assert places[begin : begin + size] == sorted(places[begin : begin + size])
             begin += size
-    # Products of queries and centroids stay finite, and in 16 bits probabilities times scales do, 128 times as large.
-    scales = torch.cat([clusters.centroid_scales, clusters.value_scales])
-    assert (scales >= 0).all() and (scales * 127 <= 2**15 * (1 + 1e-6)).all() and (scales * 128).half().isfinite().all()
+    # Products of queries and centroids stay finite, and in 16 bits probabilities times values' scales do, 8 times as large.
+    for scales, most in (clusters.centroid_scales, 127), (clusters.value_scales, 8):
+        assert (scales >= 0).all() and (scales * most <= 2**15 * (1 + 1e-6)).all()
+        assert (scales * most).half().isfinite().all()
     assert (clusters.variances >= 0).all() and clusters.variances.isfinite().all()
     assert (clusters.log_weights.abs() <= 1000).all()
     assert_attention_is_finite(clusters, manifest.parameters.num_sinks)
@@ -618,11 +621,11 @@ def test_any_tensors_are_refused_or_safe(folder, tensors):
             assert_safe(found.layers[0], found.manifest, NUM_CENTROIDS)
 
 
-@pytest.mark.parametrize("scale", [0.0, 258.0])
-def test_the_largest_numbers_that_are_read_are_safe(folder, scale):
+@pytest.mark.parametrize(("scale", "value_scale"), [(0.0, 0.0), (258.0, 4096.0)])
+def test_the_largest_numbers_that_are_read_are_safe(folder, scale, value_scale):
+    largest = {"centroid_scales": scale, "centroids": -128, "value_scales": value_scale, "value_centroids": 0}
     tensors = dict(vars(make_clusters()))
-    tensors |= {name: torch.full_like(tensors[name], scale) for name in ("centroid_scales", "value_scales")}
-    tensors |= {name: torch.full_like(tensors[name], -128) for name in ("centroids", "value_centroids")}
+    tensors |= {name: torch.full_like(tensors[name], value) for name, value in largest.items()}
     tensors["log_weights"] = torch.full_like(tensors["log_weights"], 1000 if scale else -1000)
     tensors["variances"] = torch.full_like(tensors["variances"], 2**30 if scale else 0)
     with restored(folder):

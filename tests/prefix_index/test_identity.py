@@ -16,7 +16,7 @@ OTHERS = dict(
     num_layers=5,
     num_heads=8,
     num_kv_heads=1,
-    head_size=8,
+    head_size=16,
 )
 
 

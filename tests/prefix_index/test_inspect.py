@@ -26,13 +26,13 @@ def test_an_index_is_described(tmp_path):
     folder = write_index(tmp_path)
     code, values, text = inspected(tmp_path)
     num_bytes = sum(file.stat().st_size for file in folder.iterdir())
-    dense = 2 * 47 * 2 * 4 * 4 * 2
+    dense = 2 * 47 * 2 * 8 * 4 * 2
     assert code == 0
     assert text.splitlines()[0] == folder.name
     assert values["source"] == ["contract.txt"]
     assert values["tokens"] == ["47, of which 37 are clustered"]
     assert values["layers"] == ["2 of 4 indexed"]
-    assert values["heads"] == ["2 KV heads of size 4, 6 query heads"]
+    assert values["heads"] == ["2 KV heads of size 8, 6 query heads"]
     assert values["centroids"] == ["7 per layer and KV head, 5.3 keys each"]
     assert f"{num_bytes / dense:.1%} of the dense KV" in values["on disk"][0]
     assert "max_cluster 12" in values["parameters"][0]

@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_index import EXACT, LAYER_NAMES, make_manifest, make_tokens
 
-from vllm_squeeze.prefix_index.manifest import IndexParameters, InvalidIndex, LayerEntry, Manifest, with_digest
+from vllm_squeeze.prefix_index.manifest import (
+    FORMAT_VERSION,
+    IndexParameters,
+    InvalidIndex,
+    LayerEntry,
+    Manifest,
+    with_digest,
+)
 
 NUM_BYTES = 1144
 
@@ -145,10 +152,10 @@ def test_a_missing_value_is_named_even_where_there_is_a_default(manifest, path):
         Manifest.from_json(edited(manifest, *path, remove=True))
 
 
-@pytest.mark.parametrize(("version", "made_by"), [(4, "an older"), (6, "a newer")])
+@pytest.mark.parametrize(("version", "made_by"), [(FORMAT_VERSION - 1, "an older"), (FORMAT_VERSION + 1, "a newer")])
 @pytest.mark.parametrize("rest", [{}, {"layers": "other"}], ids=["alone", "with other contents"])
 def test_another_format_is_named_before_anything_else_is_looked_at(rest, version, made_by):
-    message = rf"^made by {made_by} vllm-squeeze \(format {version}; this one reads format 5\)$"
+    message = rf"^made by {made_by} vllm-squeeze \(format {version}; this one reads format {FORMAT_VERSION}\)$"
     with pytest.raises(InvalidIndex, match=message):
         Manifest.from_json(json.dumps({**rest, "format_version": version}))
 

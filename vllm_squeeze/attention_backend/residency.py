@@ -77,7 +77,7 @@ class Residency:
         self._tables[name] = ClusterTable(
             centroids=empty(self.room.num_centroids, head_size, dtype=torch.int8),
             centroid_scales=empty(self.room.num_centroids, dtype=torch.float32),
-            value_centroids=empty(self.room.num_centroids, head_size, dtype=torch.int8),
+            value_centroids=empty(self.room.num_centroids, head_size // 8, dtype=torch.int32),
             value_scales=empty(self.room.num_centroids, dtype=torch.float32),
             log_weights=empty(self.room.num_centroids, dtype=torch.float32),
             variances=empty(self.room.num_centroids, dtype=torch.float32),

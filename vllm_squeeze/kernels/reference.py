@@ -29,6 +29,7 @@ from vllm_squeeze.kernels.tables import (
     MOST_REST_RAISE,
     ClusterTable,
     Prefixes,
+    unpacked,
     unquantised,
 )
 
@@ -192,7 +193,7 @@ def attend_prefix(
     if rest:
         lumped = scores + table.sizes.float().log()[:, None] + raises(query, table.variances, scale, MOST_REST_RAISE)
         logits = torch.cat([logits, lumped.masked_fill(chosen[:, :, None], -torch.inf)], -1)
-        values = torch.cat([values, unquantised(table.value_centroids, table.value_scales)], 1)
+        values = torch.cat([values, unpacked(table.value_centroids, table.value_scales)], 1)
     output, lse = softmax_weighted(logits, values)
     return output, lse, (chosen * table.sizes).sum(-1), needed.sum(-1)
 

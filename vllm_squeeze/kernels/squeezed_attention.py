@@ -100,7 +100,7 @@ def squeezed_attention(
     assert workspace.logits.shape[1] == num_kv_heads and workspace.partial_output.shape[2] == head_size
     assert query.shape == output.shape and query.shape[1:] == (num_kv_heads * group, head_size)
     assert page_size & (page_size - 1) == 0
-    assert table.centroids.dtype == table.value_centroids.dtype == torch.int8
+    assert table.centroids.dtype == torch.int8 and table.value_centroids.dtype == torch.int32
     assert key_cache.dtype == value_cache.dtype and (key_cache.dtype == query.dtype or key_cache.itemsize == 1)
     assert key_cache.stride() == value_cache.stride() and all(s % head_size == 0 for s in key_cache.stride()[:2])
     # where a key lies is told in 32 bits, in units of D elements
@@ -108,13 +108,13 @@ def squeezed_attention(
     facts = table.log_sizes, table.starts, table.log_weights, table.variances
     per_cluster = *facts, table.centroid_scales, table.value_scales
     assert all(tensor.stride() == table.sizes.stride() for tensor in per_cluster)
-    assert table.centroids.stride() == table.value_centroids.stride()
     assert table.group_centroids.stride()[1:] == table.centroids.stride()[1:]
     assert table.group_scales.stride() == table.group_sizes.stride()
     contiguous = (queries.tokens, queries.tiles, prefixes.log_threshold, prefixes.counters)
     assert all(tensor.is_contiguous() for tensor in contiguous)
-    rows = (query, output, key_cache, block_table, table.centroids, table.sizes, table.members, table.group_sizes)
-    assert all(tensor.stride(-1) == 1 for tensor in rows)
+    rows = (query, output, key_cache, block_table, table.sizes, table.members, table.group_sizes)
+    vectors = (table.centroids, table.value_centroids)
+    assert all(tensor.stride(-1) == 1 for tensor in rows + vectors)
     assert group <= MAX_GROUP
 
     num_tokens = queries.num_tokens
@@ -138,7 +138,7 @@ def squeezed_attention(
             workspace.logits, workspace.chosen, workspace.list_places, workspace.list_bits, workspace.listed,
             workspace.kept_pairs, prefixes.counters, workspace.partial_output, workspace.partial_lse,
             first_tile, tiles_now, num_kv_heads, scale, soft_cap,
-            *query.stride()[:2], *key_cache.stride()[:3], *table.centroids.stride()[:2], table.sizes.stride(0),
+            *query.stride()[:2], *key_cache.stride()[:3], *table.value_centroids.stride()[:2], table.sizes.stride(0),
             queries.always_places.stride(0), queries.suffix_places.stride(0), max_centroids, max_keys,
             SPLITS=workspace.num_splits, SP=padded(workspace.num_splits), BLOCK=key_block, REST_BLOCK=rest_block,
             S=page_size, STAGES=key_stages, SOFT_CAP=soft_cap > 0, num_warps=key_warps,

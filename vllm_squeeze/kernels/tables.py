@@ -22,6 +22,9 @@ MOST_RAISE = 6.0
 MOST_REST_RAISE = 1.0
 """Nats that it may add to what a cluster contributes that was not chosen, at most."""
 
+LEAST_PACKED = -8
+"""Of elements of 4 bits."""
+
 DENSE_SLOT = -1
 """In a slot's place: of a row that attends to no indexed prefix."""
 
@@ -31,14 +34,43 @@ STOCK_SLOT = -2
 
 def quantised(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Vectors [..., D] as int8 [..., D], and what to multiply each with, [...] float32."""
-    vectors = vectors.float()
-    scales = vectors.abs().amax(-1) / 127
-    return (vectors / scales.where(scales > 0, 1)[..., None]).round().to(torch.int8), scales
+    elements, scales = _scaled(vectors, 127)
+    return elements.to(torch.int8), scales
 
 
 def unquantised(vectors: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """What ``quantised`` made of vectors, as they are read: float32 [..., D]."""
     return vectors.float() * scales[..., None]
+
+
+def packed(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors [..., D] in 4 bits an element, and what to multiply each with, [...] float32.
+
+    Returns:
+        int32 [..., D / 8], 8 elements in each word, by how much they exceed LEAST_PACKED: those with even numbers in
+        its lower half, the others above, from the lowest bits on; and the scales.
+    """
+    elements, scales = _scaled(vectors, 7)
+    elements = (elements - LEAST_PACKED).int().unflatten(-1, (-1, 8))
+    return (elements << _places(vectors.device)).sum(-1).int(), scales
+
+
+def unpacked(vectors: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """What ``packed`` made of vectors, as they are read: float32 [..., D]."""
+    elements = vectors[..., None] >> _places(vectors.device) & 15
+    return unquantised(elements.flatten(-2) + LEAST_PACKED, scales)
+
+
+def _places(device: torch.device) -> torch.Tensor:
+    """Where the 8 elements of a word begin in its bits."""
+    return torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], dtype=torch.int32, device=device)
+
+
+def _scaled(vectors: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors [..., D] whose elements are whole numbers up to ``most`` either way, and what to multiply each with."""
+    vectors = vectors.float()
+    scales = vectors.abs().amax(-1) / most
+    return (vectors / scales.where(scales > 0, 1)[..., None]).round(), scales
 
 
 def num_groups(num_centroids: int) -> int:
@@ -73,7 +105,7 @@ class ClusterTable:
     Attributes:
         centroids: [H, C, D] int8, the mean key of each cluster, over its scale.
         centroid_scales: [H, C] float32.
-        value_centroids: [H, C, D] int8, the mean value of each cluster, over its scale.
+        value_centroids: [H, C, D / 8] int32, the mean value of each cluster, over its scale, as ``packed``.
         value_scales: [H, C] float32.
         log_weights: [H, C] float32, natural log of what the predicted probability is multiplied by in the choice.
         variances: [H, C] float32, of the logits of a cluster's keys, over the squared length of the scaled query.

@@ -13,7 +13,7 @@ from vllm_squeeze.kernels.reference import (
     merge,
     squeezed_attention_reference,
 )
-from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes, group_means, quantised
+from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes, group_means, packed, quantised
 
 KV_HEADS, GROUP, HEAD_SIZE, PAGE_SIZE = 2, 4, 128, 16
 NUM_CENTROIDS, LARGEST_CLUSTER, NUM_SINKS, NUM_ROWS = 24, 50, 16, 2
@@ -75,7 +75,7 @@ class RandomPrefix:
         means = randn(KV_HEADS, NUM_CENTROIDS, HEAD_SIZE)
         centroids, centroid_scales = quantised(means)
         group_centroids, group_scales, group_sizes = group_means(means, sizes)
-        value_centroids, value_scales = quantised(randn(KV_HEADS, NUM_CENTROIDS, HEAD_SIZE))
+        value_centroids, value_scales = packed(randn(KV_HEADS, NUM_CENTROIDS, HEAD_SIZE))
         table = ClusterTable(
             centroids=centroids,
             centroid_scales=centroid_scales,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from vllm_squeeze.kernels.tables import num_groups
 
 BYTES_PER_SCALE = 4
-"""What a centroid's elements, of one byte each, are multiplied by: float32."""
+"""What a centroid's elements, of 8 bits each, or of a value 4, are multiplied by: float32."""
 BYTES_PER_WEIGHT = 4
 """A cluster's weight in the choice, float32."""
 BYTES_PER_VARIANCE = 4
@@ -28,9 +28,9 @@ BYTES_PER_MEMBER = 4
 
 def bytes_per_cluster(head_size: int, rest: bool) -> int:
     """Bytes that are read of each cluster, or held of it; ``rest`` says whether those of its mean value are."""
-    centroid = head_size + BYTES_PER_SCALE
-    facts = BYTES_PER_PLACE + BYTES_PER_SIZE + BYTES_PER_LOG_SIZE + BYTES_PER_WEIGHT + BYTES_PER_VARIANCE
-    return centroid * (2 if rest else 1) + facts
+    key = head_size + BYTES_PER_SCALE
+    value = head_size // 2 + BYTES_PER_SCALE if rest else 0
+    return key + value + BYTES_PER_PLACE + BYTES_PER_SIZE + BYTES_PER_LOG_SIZE + BYTES_PER_WEIGHT + BYTES_PER_VARIANCE
 
 
 def bytes_of_groups(num_centroids: int, head_size: int) -> int:

@@ -50,7 +50,7 @@ MAX_MANIFEST_BYTES, MAX_QUALITY_BYTES = 2**20, 2**22
 LARGEST_ELEMENT = 2.0**15
 """Of a mean key or value, either way: beyond what models have, and below what makes sums in 16 bits, or of logits in
 32 bits, infinite."""
-LARGEST_SCALE = LARGEST_ELEMENT / 127
+LARGEST_SCALE, LARGEST_PACKED_SCALE = LARGEST_ELEMENT / 127, LARGEST_ELEMENT / 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class LayerClusters:
     Attributes:
         centroids: [H, C, D] int8, the mean key of each cluster, over its scale.
         centroid_scales: [H, C] float32, not negative, so that no element is beyond ``LARGEST_ELEMENT``.
-        value_centroids: [H, C, D] int8, the mean value of each cluster, over its scale.
+        value_centroids: [H, C, D / 8] int32, the mean value of each cluster, over its scale, as ``packed``.
         value_scales: [H, C] float32, the same.
         log_weights: [H, C] float32, natural log of the weight in the choice.
         variances: [H, C] float32, not negative: of the logits of a cluster's keys, over the squared length of the
@@ -230,7 +230,7 @@ def check_clusters(clusters: LayerClusters, manifest: Manifest, num_centroids: i
     expected = {
         "centroids": (torch.int8, (*of_clusters, model.head_size)),
         "centroid_scales": (torch.float32, of_clusters),
-        "value_centroids": (torch.int8, (*of_clusters, model.head_size)),
+        "value_centroids": (torch.int32, (*of_clusters, model.head_size // 8)),
         "value_scales": (torch.float32, of_clusters),
         "log_weights": (torch.float32, of_clusters),
         "variances": (torch.float32, of_clusters),
@@ -244,7 +244,7 @@ def check_clusters(clusters: LayerClusters, manifest: Manifest, num_centroids: i
             raise InvalidIndex(f"{name} is {found}, must be {dtype} {list(shape)}")
     ranges = {
         "centroid_scales": (0.0, LARGEST_SCALE),
-        "value_scales": (0.0, LARGEST_SCALE),
+        "value_scales": (0.0, LARGEST_PACKED_SCALE),
         "log_weights": (-MOST_NATS, MOST_NATS),
         "variances": (0.0, LARGEST_ELEMENT**2),
     }

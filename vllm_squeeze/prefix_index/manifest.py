@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from vllm_squeeze.prefix_index.budget import BYTES_PER_LOG_SIZE, BYTES_PER_MEMBER, BYTES_PER_PLACE, bytes_per_cluster
 from vllm_squeeze.prefix_index.identity import ModelIdentity, check_ranges
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 RULES = ("error", "paper")
 """How clusters are chosen. By what error it would be to lump a cluster's keys together, for the query head of a KV head
 to which it matters most; or by predicted attention probability, mean over these heads, as in the paper."""

@@ -1,8 +1,8 @@
-"""Clusters as an index stores them: centroids in 8 bits, and the weights that they have in the choice."""
+"""Clusters as an index stores them: mean keys in 8 bits, mean values in 4, and the weights that they have in the choice."""
 
 import torch
 
-from vllm_squeeze.kernels.tables import quantised, unquantised
+from vllm_squeeze.kernels.tables import packed, quantised, unquantised
 from vllm_squeeze.prefix_index.clustering import Clusters, logit_variances
 from vllm_squeeze.prefix_index.index_folder import LayerClusters
 
@@ -20,7 +20,7 @@ def stored(clusters: Clusters, rule: str, keys: torch.Tensor, queries: torch.Ten
         queries: [B, W, G, D], along which it is seen how keys differ.
     """
     centroids, centroid_scales = quantised(clusters.centroids)
-    value_centroids, value_scales = quantised(clusters.value_centroids)
+    value_centroids, value_scales = packed(clusters.value_centroids)
     as_read = unquantised(centroids, centroid_scales)
     if rule == "error":
         weights = error_weights(clusters, squared_distances(clusters, as_read))
