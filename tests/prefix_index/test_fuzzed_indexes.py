@@ -535,7 +535,8 @@ def assert_safe(clusters: LayerClusters, manifest: Manifest, num_centroids: int)
         for size in sizes:
             assert places[begin : begin + size] == sorted(places[begin : begin + size])
             begin += size
-    # Products of queries and centroids stay finite, and in 16 bits probabilities times values' scales do, 8 times as large.
+    # Products of queries and centroids stay finite, and in 16 bits probabilities times values' scales do, 8 times as
+    # large.
     for scales, most in (clusters.centroid_scales, 127), (clusters.value_scales, 8):
         assert (scales >= 0).all() and (scales * most <= 2**15 * (1 + 1e-6)).all()
         assert (scales * most).half().isfinite().all()

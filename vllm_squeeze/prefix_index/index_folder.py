@@ -30,6 +30,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
+from vllm_squeeze.kernels.tables import LEAST_PACKED
 from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.manifest import (
     MAX_HEADER_BYTES,
@@ -50,7 +51,7 @@ MAX_MANIFEST_BYTES, MAX_QUALITY_BYTES = 2**20, 2**22
 LARGEST_ELEMENT = 2.0**15
 """Of a mean key or value, either way: beyond what models have, and below what makes sums in 16 bits, or of logits in
 32 bits, infinite."""
-LARGEST_SCALE, LARGEST_PACKED_SCALE = LARGEST_ELEMENT / 127, LARGEST_ELEMENT / 8
+LARGEST_SCALE, LARGEST_PACKED_SCALE = LARGEST_ELEMENT / 127, LARGEST_ELEMENT / -LEAST_PACKED
 
 
 @dataclass(frozen=True, eq=False)

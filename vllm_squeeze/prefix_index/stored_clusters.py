@@ -1,4 +1,4 @@
-"""Clusters as an index stores them: mean keys in 8 bits, mean values in 4, and the weights that they have in the choice."""
+"""Clusters as an index stores them: mean keys in 8 bits, mean values in 4, and their weights in the choice."""
 
 import torch
 
