@@ -82,7 +82,7 @@ def make_layer(shape: Shape, kept: float, likeness: float, beside: bool) -> Laye
     import torch
 
     from vllm_squeeze.kernels.reference import joined, log_mass, scores_of
-    from vllm_squeeze.kernels.tables import ClusterTable, Prefixes, group_means, packed, quantised, unquantised
+    from vllm_squeeze.kernels.tables import ClusterTable, Prefixes, frame_of, group_means, packed, packed_keys
 
     heads, group, size, page = shape.kv_heads, shape.group, shape.head_size, shape.page_size
     device, dtype = "cuda", torch.bfloat16
@@ -99,7 +99,8 @@ def make_layer(shape: Shape, kept: float, likeness: float, beside: bool) -> Laye
     starts = ((weights.cumsum(1) - weights) / weights.sum(1, keepdim=True) * num_members).int()
     sizes = torch.diff(starts, append=starts.new_full((heads, 1), num_members)).int()
     means = torch.randn(2, heads, num_centroids, size, device=device)
-    (centroids, centroid_scales), (value_centroids, value_scales) = quantised(means[0]), packed(means[1])
+    frame = frame_of(means[0], sizes)
+    (centroids, centroid_scales), (value_centroids, value_scales) = packed_keys(means[0], frame), packed(means[1])
     table = ClusterTable(
         centroids=centroids,
         centroid_scales=centroid_scales,
@@ -111,17 +112,18 @@ def make_layer(shape: Shape, kept: float, likeness: float, beside: bool) -> Laye
         sizes=sizes,
         log_sizes=sizes.log(),
         members=torch.stack([torch.randperm(num_members, device=device) for _ in range(heads)]).int() + NUM_SINKS,
-        **dict(zip(("group_centroids", "group_scales", "group_sizes"), group_means(means[0], sizes))),
+        **dict(zip(("group_centroids", "group_scales", "group_sizes"), group_means(means[0], sizes, frame))),
+        frames=frame[:, None],
     )
     common, own = torch.randn(2, shape.batch, heads * group, size, device=device)
     query = (common[:1] * likeness**0.5 + own * (1 - likeness) ** 0.5).to(dtype)
     some = query[:4].float().view(-1, heads, group, size)
-    as_read = unquantised(centroids, centroid_scales), unquantised(table.group_centroids, table.group_scales)
-    scores, groups = (scores_of(some, keys, size**-0.5) for keys in as_read)
+    scores, groups = (scores_of(some, keys, size**-0.5) for keys in (table.mean_keys(), table.group_keys()))
     log_p = joined(scores - log_mass(groups, table.group_sizes), "max")
     prefixes = Prefixes(
         slots=torch.tensor([[0, num_centroids, NUM_SINKS, 0]], dtype=torch.int32, device=device),
         lens=torch.tensor([shape.prefix], dtype=torch.int32, device=device),
+        frames=torch.zeros(1, dtype=torch.int32, device=device),
         log_threshold=threshold(log_p, kept).view(1),
         counters=torch.zeros(1, 6, dtype=torch.int64, device=device),
     )
@@ -161,7 +163,7 @@ def exact(layer: Layer, shape: Shape, beside: bool) -> Layer:
     """The same, as of a prefix that is not in clusters."""
     prefixes = replace(layer.prefixes, slots=layer.prefixes.slots.new_tensor([[0, 0, shape.prefix, 0]]))
     queries = tile(shape, layer.block_table, prefixes, shape.batch, beside)
-    return layer._replace(table=layer.table.prefix(0, 0), prefixes=prefixes, queries=queries)
+    return layer._replace(table=layer.table.prefix(0, 0, 0), prefixes=prefixes, queries=queries)
 
 
 class Attention:

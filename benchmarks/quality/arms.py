@@ -140,7 +140,7 @@ class TorchLayer:
         if self._known is None:
             impl, place = self._impl, self._impl.residency.active[0]
             keys, values = (vectors.float().contiguous() for vectors in read())
-            table = impl.table.prefix(0, impl.residency.room.num_centroids)
+            table = impl.table.prefix(0, impl.residency.room.num_centroids, 0)
             prefix = Prefix(keys, values, table, place.num_sinks, impl.scale, impl.logits_soft_cap or 0.0)
             self._known = prefix, units_of(self._arm, prefix)
         return self._known

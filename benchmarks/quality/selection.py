@@ -22,7 +22,7 @@ Options follow a plus: ``ours+mean+drop``.
     variance           raised without bound, and probabilities made from raised scores: as if logits of a cluster's keys
                        were spread normally
     plain              without weights
-    wide               centroids in 16 bits, not in 8 and 4
+    wide               centroids in 16 bits, not in 4
     tile               one choice for all tokens of a tile of the kernels
     each               probabilities held against what all clusters attract, not what groups of them do
 
@@ -36,15 +36,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from vllm_squeeze.kernels.reference import capped, joined, log_mass, raises, scores_of, softmax_weighted
-from vllm_squeeze.kernels.tables import MOST_RAISE, MOST_REST_RAISE, ClusterTable, group_means, unpacked, unquantised
+from vllm_squeeze.kernels.tables import MOST_RAISE, MOST_REST_RAISE, ClusterTable, group_means, unpacked_keys
 from vllm_squeeze.kernels.tiles import tokens_per_tile
 from vllm_squeeze.prefix_index.budget import (
     BYTES_PER_MEMBER,
-    BYTES_PER_SCALE,
     BYTES_PER_VARIANCE,
     BYTES_PER_WEIGHT,
     ReadCost,
     bytes_of_groups,
+    packed_bytes,
 )
 
 PAGE = 16
@@ -151,8 +151,7 @@ def cost_of(arm: Arm, cost: ReadCost) -> Cost:
     if arm.units == "clusters":
         more = -BYTES_PER_WEIGHT * arm.plain - BYTES_PER_VARIANCE * (not arm.spread)
         if arm.wide:
-            more += cost.head_size - BYTES_PER_SCALE
-            more += (2 * cost.head_size - cost.head_size // 2 - BYTES_PER_SCALE) if arm.rest else 0
+            more += (1 + arm.rest) * (2 * cost.head_size - packed_bytes(cost.head_size))
         fixed, per_key = replace(cost, rest=arm.rest).fixed_bytes + cost.num_centroids * more, cost.bytes_per_key
         if not arm.grouped:
             fixed -= bytes_of_groups(cost.num_centroids, cost.head_size)
@@ -225,13 +224,13 @@ def units_of(arm: Arm, prefix: Prefix) -> Units:
         if arm.wide:
             centroids, means = (mean(vectors).bfloat16().float() for vectors in (keys, values))
         else:
-            centroids = unquantised(table.centroids, table.centroid_scales)
-            means = unpacked(table.value_centroids, table.value_scales)
+            centroids, means = table.mean_keys(), table.mean_values()
         variances = table.variances if arm.spread else None
         log_weights = None if arm.plain else table.log_weights
-        *groups, group_sizes = group_means(centroids, table.sizes)
+        frame = table.frames[:, 0]
+        *groups, group_sizes = group_means(centroids, table.sizes, frame)
         of_units = centroids, centroids, means if arm.rest else None, variances, log_weights
-        return Units(of_key, sizes, *of_units, unquantised(*groups), group_sizes)
+        return Units(of_key, sizes, *of_units, unpacked_keys(*groups, frame), group_sizes)
     of_key = torch.arange(count, device=keys.device).expand(heads, -1)
     if arm.units == "keys":
         return Units(of_key, torch.ones_like(keys[..., 0]), keys, keys, values if arm.rest else None)

@@ -88,7 +88,7 @@ def test_alone_it_has_empty_tables_of_every_layer(exact, reside):
     residency = reside(exact)
     for name in ("any.layer", "another.layer"):
         table = residency.make_table(name, NUM_HEADS, HEAD_SIZE)
-        assert table.centroids.shape == (NUM_HEADS, 0, HEAD_SIZE) and table.members.shape == (NUM_HEADS, 0)
+        assert table.centroids.shape == (NUM_HEADS, 0, HEAD_SIZE // 8) and table.members.shape == (NUM_HEADS, 0)
     residency.load_all(kv_cache(16))
     assert residency.active.keys() == {0} and residency.room.most_centroids == 0
     assert residency.prefixes.slots.tolist() == [[0, 0, 32, 0]]
@@ -101,6 +101,7 @@ def test_beside_clusters_it_has_none(exact, clustered, reside):
         assert residency.make_table(name, NUM_HEADS, HEAD_SIZE).centroids.shape[1] == 2 * 8
     residency.load_all(kv_cache(8))
     assert residency.prefixes.slots[:3].tolist() == [[0, 8, 4, 0], [0, 0, 40, 0], [8, 8, 4, 0]]
+    assert residency.prefixes.frames[:3].tolist() == [0, 1, 2]
     assert not residency.prefixes.slots[3:].any() and len(residency.prefixes.slots) == 3 + VARIANT_SLOTS
 
 
@@ -126,6 +127,7 @@ def test_slots_for_settings_of_requests(exact, clustered, reside):
     residency.set_step(frozenset({5}), (first, third))
     assert residency.prefixes.slots[3:6].tolist() == [[0, 8, 4, 0], nothing, [8, 0, 40, 0]]
     assert residency.prefixes.log_threshold[[3, 5]].tolist() == [-5.0, -math.inf]
+    assert residency.prefixes.frames[[3, 5]].tolist() == [0, 2]
     assert residency.costs[5] is residency.active[2].cost
     residency.set_step(frozenset(), (first._replace(prefix=2, log_threshold=-6.0), third))
     assert residency.prefixes.slots[3:6].tolist() == [[8, 8, 4, 0], nothing, [8, 8, 4, 0]]

@@ -28,6 +28,7 @@ def test_flash_attention_gets_what_follows_the_prefixes(monkeypatch):
     prefixes = Prefixes(
         slots=torch.tensor([[0, 0, 32, 0]] * 3, dtype=torch.int32, device=DEVICE),
         lens=torch.tensor([32] * 3, dtype=torch.int32, device=DEVICE),
+        frames=torch.zeros(3, dtype=torch.int32, device=DEVICE),
         log_threshold=torch.zeros(3, device=DEVICE),
         counters=torch.zeros(3, 6, dtype=torch.int64, device=DEVICE),
     )

@@ -19,7 +19,7 @@ from vllm_squeeze.attention_backend.matching import LiveBlock
 from vllm_squeeze.attention_backend.room import Room
 from vllm_squeeze.attention_backend.triton_attention import PackedRows, SqueezeTritonImpl
 from vllm_squeeze.kernels.reference import attend_causal
-from vllm_squeeze.kernels.tables import ClusterTable, Prefixes, packed, quantised
+from vllm_squeeze.kernels.tables import ClusterTable, Prefixes, packed
 
 PAGE_SIZE, ROWS, WIDTH = 16, 6, 12
 
@@ -68,6 +68,7 @@ def rows(monkeypatch):
     prefixes = Prefixes(
         slots=torch.tensor([[0, 0, 32, 0]], dtype=torch.int32, device=device),
         lens=torch.tensor([32], dtype=torch.int32, device=device),
+        frames=torch.zeros(1, dtype=torch.int32, device=device),
         log_threshold=torch.zeros(1, device=device),
         counters=torch.zeros(1, 6, dtype=torch.int64, device=device),
     )
@@ -149,10 +150,11 @@ def test_a_layer_attends_to_the_prefix_and_to_what_follows_it(rows, monkeypatch,
         monkeypatch.setattr(triton_attn, "unified_attention", unified_attention)
     with set_current_vllm_config(VllmConfig()):
         impl = SqueezeTritonImpl(2 * heads, size, 0.1, heads, None, None, "auto")
-    nothing, no_values = (kind(torch.zeros(heads, 0, size, device=device)) for kind in (quantised, packed))
+    nothing = packed(torch.zeros(heads, 0, size, device=device))
     numbers = torch.zeros(heads, 0, dtype=torch.int32, device=device)
     facts = nothing[1], nothing[1], *[numbers] * 2, nothing[1], numbers
-    impl.table, impl.rows = ClusterTable(*nothing, *no_values, *facts, *nothing, numbers), step
+    frames = torch.zeros(heads, 1, 2, size, device=device)
+    impl.table, impl.rows = ClusterTable(*nothing, *nothing, *facts, *nothing, numbers, frames), step
     impl.residency, impl.dtype = step._residency, torch.float16
     impl._workspace = impl.make_workspace()
     impl._packed = torch.full((2, 64, heads, size), torch.nan, dtype=torch.float16, device=device)

@@ -9,7 +9,15 @@ import torch
 from benchmarks.quality.selection import Arm, Prefix, attend, cost_of, parse, rank, unit_scores, units_of
 from tests.prefix_index.small_index import COST
 from vllm_squeeze.kernels.reference import attend_prefix, capped
-from vllm_squeeze.kernels.tables import MOST_RAISE, ClusterTable, group_means, packed, quantised, unquantised
+from vllm_squeeze.kernels.tables import (
+    MOST_RAISE,
+    ClusterTable,
+    frame_of,
+    group_means,
+    packed,
+    packed_keys,
+    unpacked_keys,
+)
 from vllm_squeeze.prefix_index.clustering import cluster_keys
 from vllm_squeeze.prefix_index.manifest import IndexParameters
 
@@ -36,13 +44,15 @@ def prefix() -> Prefix:
     # and an empty cluster at the end, as a layer with fewer clusters than another has
     empty = [torch.nn.functional.pad(c, (0, 0, 0, 1)) for c in (found.centroids, found.value_centroids)]
     starts = torch.nn.functional.pad(found.starts, (0, 1), value=found.members.shape[1])
-    (keys_of, key_scales), (values_of, value_scales) = quantised(empty[0]), packed(empty[1])
     sizes = torch.nn.functional.pad(sizes, (0, 1))
+    frame = frame_of(empty[0], sizes)
+    vectors = *packed_keys(empty[0], frame), *packed(empty[1])
     log_weights = torch.randn(sizes.shape, generator=generator)
     variances = torch.rand(sizes.shape, generator=generator) * 3
-    vectors = keys_of, key_scales, values_of, value_scales
-    groups = group_means(unquantised(keys_of, key_scales), sizes)
-    table = ClusterTable(*vectors, log_weights, variances, starts, sizes, sizes.log(), found.members, *groups)
+    groups = group_means(unpacked_keys(*vectors[:2], frame), sizes, frame)
+    table = ClusterTable(
+        *vectors, log_weights, variances, starts, sizes, sizes.log(), found.members, *groups, frame[:, None]
+    )
     return Prefix(keys[:, :TOKENS], values[:, :TOKENS], table, SINKS, SIZE**-0.5)
 
 
@@ -154,15 +164,16 @@ def test_a_tile_has_one_choice(query, prefix):
 
 def test_bytes_of_arms():
     always = 116 * 256
-    grouped = always + 13 * (64 + 4 + 4)
-    assert cost_of(parse("ours"), COST).fixed_bytes == COST.fixed_bytes == grouped + 50 * (64 + 32 + 8 + 20)
-    assert cost_of(parse("ours+each"), COST).fixed_bytes == always + 50 * (64 + 32 + 8 + 20)
-    assert cost_of(parse("ours+variance"), COST).fixed_bytes == always + 50 * (64 + 32 + 8 + 20)
-    assert cost_of(parse("ours+drop"), COST).fixed_bytes == grouped + 50 * (64 + 4 + 20)
+    framed = always + 2 * 64 * 4
+    grouped = framed + 13 * (32 + 4 + 4)
+    assert cost_of(parse("ours"), COST).fixed_bytes == COST.fixed_bytes == grouped + 50 * (32 + 32 + 8 + 20)
+    assert cost_of(parse("ours+each"), COST).fixed_bytes == framed + 50 * (32 + 32 + 8 + 20)
+    assert cost_of(parse("ours+variance"), COST).fixed_bytes == framed + 50 * (32 + 32 + 8 + 20)
+    assert cost_of(parse("ours+drop"), COST).fixed_bytes == grouped + 50 * (32 + 4 + 20)
     assert cost_of(parse("ours+wide"), COST).fixed_bytes == grouped + 50 * (256 + 20)
-    assert cost_of(parse("ours+plain"), COST).fixed_bytes == grouped + 50 * (64 + 32 + 8 + 16)
-    assert cost_of(parse("ours+flat"), COST).fixed_bytes == grouped + 50 * (64 + 32 + 8 + 16)
-    assert cost_of(parse("paper"), COST).fixed_bytes == always + 50 * (64 + 4 + 12)
+    assert cost_of(parse("ours+plain"), COST).fixed_bytes == grouped + 50 * (32 + 32 + 8 + 16)
+    assert cost_of(parse("ours+flat"), COST).fixed_bytes == grouped + 50 * (32 + 32 + 8 + 16)
+    assert cost_of(parse("paper"), COST).fixed_bytes == framed + 50 * (32 + 4 + 12)
     assert cost_of(parse("oracle"), COST).fixed_bytes == always
     assert cost_of(parse("pages"), COST).fixed_bytes == always + 56 * 256
     assert [cost_of(parse(name), COST).bytes_per_key for name in ("ours", "oracle", "pages")] == [260, 256, 256]
@@ -172,7 +183,7 @@ def test_shares_meet_budgets():
     cost = cost_of(parse("ours"), COST)
     assert cost.budget_used(cost.share(0.3)) == pytest.approx(0.3)
     assert cost.share(1) == 1
-    with pytest.raises(ValueError, match=r"budget: 0.1 is less than the 0.144"):
+    with pytest.raises(ValueError, match=r"budget: 0.1 is less than the 0.138"):
         cost.share(0.1)
 
 

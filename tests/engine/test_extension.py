@@ -7,6 +7,7 @@ import torch
 
 from tests.engine.conftest import ENGINE_ARGS, check_answers_are_dense, tokens
 from vllm_squeeze.cli import main
+from vllm_squeeze.kernels.tables import unpacked_keys
 from vllm_squeeze.prefix_index.index_folder import LayerClusters, PrefixIndex, find_indexes
 
 PREFIX = tokens(seed=1, count=600)
@@ -26,9 +27,11 @@ def extend(models, tmp_path):
 
 
 def centroid_by_members(clusters: LayerClusters, head: int) -> dict[tuple[int, ...], torch.Tensor]:
-    """The clusters of a head that have any keys: the 8-bit centroid of each, by the positions of its keys."""
+    """The clusters of a head that have any keys: the centroid of each and its steps, by the positions of its keys."""
     members = clusters.members[head].split(clusters.sizes[head].tolist())
-    each = zip(members, clusters.centroids[head].int(), strict=True)
+    centroids = unpacked_keys(clusters.centroids, clusters.centroid_scales, clusters.frame)[head]
+    steps = clusters.centroid_scales[head, :, None] * clusters.frame[head, 1]
+    each = zip(members, torch.stack([centroids, steps], 1), strict=True)
     return {tuple(keys.tolist()): centroid for keys, centroid in each if len(keys)}
 
 
@@ -47,7 +50,9 @@ def test_a_text_that_grew(models, indexes, extend, tmp_path, capsys):
             assert kept.keys() < grown.keys()
             assert all(min(members) >= 500 for members in grown.keys() - kept.keys())
             # the same keys, in steps of other sizes
-            assert all((centroid - grown[members]).abs().max() <= 1 for members, centroid in kept.items())
+            for members, (centroid, step) in kept.items():
+                now, other_step = grown[members]
+                assert ((centroid - now).abs() <= 0.501 * (step + other_step)).all()
     check_answers_are_dense(models("llama"), folder, GROWN)
 
 

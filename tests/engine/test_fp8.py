@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.engine.conftest import check_answers_are_dense, tokens
-from vllm_squeeze.kernels.tables import unpacked, unquantised
+from vllm_squeeze.kernels.tables import unpacked, unpacked_keys
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
 
 pytestmark = pytest.mark.skipif(
@@ -50,7 +50,7 @@ def mean_key_and_value(index: Path, layer: int) -> torch.Tensor:
     """Of all clustered tokens, [2, H, D]."""
     clusters = PrefixIndex.open(index).layer(layer)
     sizes = clusters.sizes[..., None]
-    keys = unquantised(clusters.centroids, clusters.centroid_scales)
+    keys = unpacked_keys(clusters.centroids, clusters.centroid_scales, clusters.frame)
     values = unpacked(clusters.value_centroids, clusters.value_scales)
     return torch.stack([(means * sizes).sum(1) for means in (keys, values)]) / sizes.sum(1)
 
@@ -63,5 +63,5 @@ def test_a_checkpoint_with_scales(models, indexes, tmp_path):
     assert (model.cache_element_size, model.element_size) == (1, 4)
     for layer in range(model.num_layers):
         ours, exact = mean_key_and_value(index, layer), mean_key_and_value(indexes(plain, PREFIX), layer)
-        # Already the keys of the second layer come of attention over 8-bit keys.
-        assert ((ours - exact).flatten(1).norm(dim=1) < 0.2 * exact.flatten(1).norm(dim=1)).all()
+        # Already the keys of the second layer come of attention over 8-bit keys, and means lie in 4 bits.
+        assert ((ours - exact).flatten(1).norm(dim=1) < 0.25 * exact.flatten(1).norm(dim=1)).all()

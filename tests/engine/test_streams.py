@@ -14,8 +14,8 @@ TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 WRONG = "kv_transfer_params.squeeze.mode: 'off' is not one of auto, squeezed, exact, dense"
 
 
-@pytest.fixture(scope="module")
-def client(models, indexes, tmp_path_factory):
+@pytest.fixture
+def client(models, indexes, tmp_path):
     """An OpenAI client of a server that has the prefix in its KV cache."""
     from openai import OpenAI
 
@@ -23,7 +23,7 @@ def client(models, indexes, tmp_path_factory):
     arguments = [*flags({**ENGINE_ARGS, "enforce_eager": True}), "--chat-template", TEMPLATE]
     settings = f'{{"squeeze": {{"index": "{indexes(model, PREFIX)}", "budget": 0.4}}}}'
     arguments += ["--attention-backend", "squeeze", "--additional-config", settings]
-    with server(str(model), arguments, tmp_path_factory.mktemp("log") / "server.log") as url:
+    with server(str(model), arguments, tmp_path / "server.log") as url:
         client = OpenAI(base_url=f"{url}/v1", api_key="unused")
         client.completions.create(model=str(model), prompt=text(PREFIX), max_tokens=1)
         yield client
@@ -42,30 +42,32 @@ def told(index: Path, mode: str, budget: float | None, rows: dict[str, int], **e
     return {"squeeze": {"index": index.name, "mode": mode, "budget": budget, "rows": rows, **error}}
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, ("auto", 0.4, {"dense: prefill": 1, "squeezed": TOKENS - 1})),
-        ({"mode": "off"}, ("dense", None, {"dense: asked for": TOKENS})),
-    ],
-)
-def test_the_last_event_of_a_streamed_response_tells(client, models, indexes, settings, expected):
-    model, question = models("llama"), text(tokens(seed=2, count=20))
+def test_streams_tell(client, models, indexes):
+    """One server for all of it, as it takes most of the time."""
+    check_responses(client, models("llama"), indexes, {}, ("auto", 0.4, {"dense: prefill": 1, "squeezed": TOKENS - 1}))
+    dense = "dense", None, {"dense: asked for": TOKENS}
+    check_responses(client, models("llama"), indexes, {"mode": "off"}, dense, error=WRONG)
+    check_chats_and_completions(client, models("llama"), indexes)
+
+
+def check_responses(client, model: Path, indexes, settings: dict, expected: tuple, **error: str) -> None:
+    """The last event of a response tells."""
+    question = text(tokens(seed=2, count=20))
     stream = client.responses.create(
         instructions=text(PREFIX), input=question, max_output_tokens=TOKENS, **asked(model, settings)
     )
     events = list(stream)
     assert [event.type for event in events].count("response.output_text.delta") > 1
-    error = {"error": WRONG} if settings else {}
     assert events[-1].type == "response.completed"
     assert events[-1].response.kv_transfer_params == told(indexes(model, PREFIX), *expected, **error)
 
 
-def test_chunks_of_chats_and_completions_tell_if_they_have_a_field_for_it(client, models, indexes):
+def check_chats_and_completions(client, model: Path, indexes) -> None:
+    """Their chunks tell if they have a field for it."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionStreamResponse
     from vllm.entrypoints.openai.completion.protocol import CompletionStreamResponse
 
-    model, question = models("llama"), text(tokens(seed=3, count=20))
+    question = text(tokens(seed=3, count=20))
     arguments = {**asked(model, {}), "max_tokens": TOKENS, "stream_options": {"include_usage": True}}
     messages = [{"role": "system", "content": text(PREFIX)}, {"role": "user", "content": question}]
     chat = client.chat.completions.create(messages=messages, **arguments)

@@ -4,7 +4,7 @@ import torch
 
 from benchmarks.quality.arms import residency_in, squeezed_impls
 from tests.engine.conftest import engine, tokens
-from vllm_squeeze.kernels.tables import NEIGHBOURS, group_means, unquantised
+from vllm_squeeze.kernels.tables import NEIGHBOURS, group_means, unpacked_keys
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
 
 
@@ -26,7 +26,7 @@ def test_clusters_of_a_group_are_alike(models, indexes):
     for number in range(len(index.manifest.layers)):
         held = index.layer(number)
         whole = held.sizes.shape[1] // NEIGHBOURS * NEIGHBOURS
-        centroids = unquantised(held.centroids, held.centroid_scales)[:, :whole]
+        centroids = unpacked_keys(held.centroids, held.centroid_scales, held.frame)[:, :whole]
         directions = torch.nn.functional.normalize(centroids - centroids.mean(1, keepdim=True), dim=-1)
         likeness = directions @ directions.mT
         of_group = torch.arange(whole) // NEIGHBOURS
@@ -37,15 +37,16 @@ def test_clusters_of_a_group_are_alike(models, indexes):
 def check_layer(table, span, held, covered):
     count = held.sizes.shape[1]
     assert span.first_centroid % NEIGHBOURS == 0 and count <= span.num_centroids < count + NEIGHBOURS
-    of_prefix = table.prefix(span.first_centroid, span.num_centroids)
+    of_prefix = table.prefix(span.first_centroid, span.num_centroids, span.slot)
     for name in ("centroids", "centroid_scales", "value_centroids", "value_scales", "log_weights", "variances"):
         assert torch.equal(getattr(of_prefix, name)[:, :count], getattr(held, name)), name
     assert not of_prefix.sizes[:, count:].any()
     assert torch.equal(of_prefix.log_sizes, of_prefix.sizes.log())
+    assert torch.equal(of_prefix.frames[:, 0], held.frame)
     for head, sizes in enumerate(held.sizes.tolist()):
         for cluster, members in enumerate(held.members[head].split(sizes)):
             start, size = of_prefix.starts[head, cluster], of_prefix.sizes[head, cluster]
             assert torch.equal(table.members[head, start : start + size], members[members < covered])
-    groups = group_means(unquantised(of_prefix.centroids, of_prefix.centroid_scales), of_prefix.sizes)
+    groups = group_means(of_prefix.mean_keys(), of_prefix.sizes, held.frame)
     for name, means in zip(("group_centroids", "group_scales", "group_sizes"), groups, strict=True):
         assert torch.equal(getattr(of_prefix, name), means), name

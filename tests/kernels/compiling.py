@@ -16,11 +16,12 @@ from vllm_squeeze.kernels.squeezed_attention import squeezed_attention
 
 MULTIPROCESSORS = 132
 SHAPES = (
-    {"group": 4, "head_size": 128, "dtype": torch.bfloat16},
-    {"group": 7, "head_size": 64, "dtype": torch.float16, "page_size": 32},
-    {"group": 1, "head_size": 256, "dtype": torch.bfloat16},
-    {"group": 4, "head_size": 128, "dtype": torch.bfloat16, "cache_dtype": torch.float8_e4m3fn},
+    ({"group": 4, "head_size": 128, "dtype": torch.bfloat16}, (1, 20)),
+    ({"group": 7, "head_size": 64, "dtype": torch.float16, "page_size": 32}, (20,)),
+    ({"group": 1, "head_size": 256, "dtype": torch.bfloat16}, (1,)),
+    ({"group": 4, "head_size": 128, "dtype": torch.bfloat16, "cache_dtype": torch.float8_e4m3fn}, (1,)),
 )
+"""And numbers of tokens, for tiles of one size or of both."""
 
 
 def main(capability: int, num_shapes: int) -> None:
@@ -46,9 +47,9 @@ def main(capability: int, num_shapes: int) -> None:
     torch.Tensor.is_cuda = property(lambda tensor: True)
     torch.cuda.get_device_capability = lambda device: divmod(capability, 10)
     workspace.INTERPRETED_MULTIPROCESSORS = MULTIPROCESSORS
-    for shape in SHAPES[:num_shapes]:
+    for shape, sizes in SHAPES[:num_shapes]:
         nearest(torch.zeros(2, 500, shape["head_size"]), torch.zeros(2, 30, shape["head_size"]))
-        for num_tokens in (1, 20):  # of tiles of both sizes
+        for num_tokens in sizes:
             scene = build_scene("cpu", slot_of=(0,) * num_tokens, **shape)
             limits = 4, scene.num_kv_heads, shape["head_size"], scene.table.sizes.shape[1], scene.keys[0].shape[1]
             for rest, soft_cap in ((True, 0.0), (False, 30.0)):

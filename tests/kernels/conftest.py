@@ -15,11 +15,10 @@ from vllm_squeeze.kernels.tables import (
     NEIGHBOURS,
     ClusterTable,
     Prefixes,
+    frame_of,
     group_means,
     packed,
-    quantised,
-    unpacked,
-    unquantised,
+    packed_keys,
 )
 from vllm_squeeze.kernels.tiles import QueryTiles
 
@@ -93,16 +92,20 @@ class Scene:
         op(self.query, output, *self.operands(), *arguments, **self.cache_scales)
         return output
 
+    def table_of(self, token: int) -> ClusterTable:
+        """The clusters of a token's prefix."""
+        slot = self.slot_of[token]
+        return self.table.prefix(*self.prefixes.slots[slot, :2].tolist(), int(self.prefixes.frames[slot]))
+
     def log_p(self, token: int, raised: bool = False) -> torch.Tensor:
         """Log of the predicted probability of the clusters of a token's prefix, [H, C], joined over the group."""
-        first, count, _, join = self.prefixes.slots[self.slot_of[token]].tolist()
-        table = self.table.prefix(first, count)
+        table, join = self.table_of(token), int(self.prefixes.slots[self.slot_of[token], 3])
         query = self.query[token].view(self.num_kv_heads, self.group, -1).double()
-        scores = query @ unquantised(table.centroids, table.centroid_scales).double().mT * self.scale
+        scores = query @ table.mean_keys().double().mT * self.scale
         if JOINS[join] == "mean":
             mass = (table.sizes[:, None] * scores.exp()).sum(-1, keepdim=True)
         else:
-            groups = query @ unquantised(table.group_centroids, table.group_scales).double().mT * self.scale
+            groups = query @ table.group_keys().double().mT * self.scale
             mass = (table.group_sizes[:, None] * groups.exp()).sum(-1, keepdim=True)
         log_p = scores - mass.log()
         if raised:
@@ -111,15 +114,13 @@ class Scene:
 
     def raises(self, token: int, most: float) -> torch.Tensor:
         """What the spread of keys adds to logits of a token for the clusters of its prefix, [H, G, C]."""
-        first, count, *_ = self.prefixes.slots[self.slot_of[token]].tolist()
         query = self.query[token].view(self.num_kv_heads, self.group, -1).double() * self.scale
-        variances = self.table.prefix(first, count).variances[:, None].double()
+        variances = self.table_of(token).variances[:, None].double()
         return (query.square().sum(-1, keepdim=True) * variances / 2).clamp(max=most)
 
     def rank(self, token: int) -> torch.Tensor:
         """What the choice compares with the threshold, [H, C]."""
-        first, count, *_ = self.prefixes.slots[self.slot_of[token]].tolist()
-        return self.log_p(token, raised=True) + self.table.prefix(first, count).log_weights.double()
+        return self.log_p(token, raised=True) + self.table_of(token).log_weights.double()
 
     def set_threshold(self, share: float) -> None:
         """Lets about ``share`` of each prefix's clusters be chosen; 0 and 1 are none and all.
@@ -197,15 +198,12 @@ class Scene:
         keys, values = self.keys[slot].double(), self.values[slot].double()
         raised = keys.new_zeros(self.num_kv_heads, self.group, keys.shape[1] + SUFFIX_LENGTH)
         if replaced is not None:
-            first, count, *_ = self.prefixes.slots[slot].tolist()
-            table = self.table.prefix(first, count)
+            table = self.table_of(token)
+            mean_keys, mean_values = table.mean_keys().double(), table.mean_values().double()
             for head, cluster in replaced.nonzero().tolist():
                 start, size = int(table.starts[head, cluster]), int(table.sizes[head, cluster])
                 members = table.members[head, start : start + size].long()
-                means = unquantised(table.centroids, table.centroid_scales)
-                value_means = unpacked(table.value_centroids, table.value_scales)
-                keys[head, members] = means[head, cluster].double()
-                values[head, members] = value_means[head, cluster].double()
+                keys[head, members], values[head, members] = mean_keys[head, cluster], mean_values[head, cluster]
                 raised[head, :, members] = self.raises(token, MOST_REST_RAISE)[head, :, cluster, None]
         suffix_keys, suffix_values = self.suffix[token].double()
         keys, values = torch.cat([keys, suffix_keys], 1), torch.cat([values, suffix_values], 1)
@@ -311,23 +309,30 @@ def build_scene(
     scales = {"key_scale": key_scale, "value_scale": value_scale} if cache_dtype else {}
     wide_query = torch.full((num_tokens, num_heads, head_size + 8), torch.nan)
     wide_query[..., :head_size] = query
-    groups = []
+    in_frames, groups = [], []
+    # those of prefixes, after one that is of nobody
+    frames = [torch.full((num_kv_heads, 2, head_size), torch.nan)]
     for of_prefix, others, count in zip(centroids[::2], centroids[1::2], all_sizes[::2], strict=True):
-        of_prefix, *facts = group_means(of_prefix, count.expand(num_kv_heads, -1))
-        left = (len(count) + others.shape[1]) // NEIGHBOURS - of_prefix.shape[1]  # that belong to nobody
+        count = count.expand(num_kv_heads, -1)
+        frame = frame_of(of_prefix, count)
+        frames.append(frame)
+        in_frames.append(packed_keys(torch.cat([of_prefix, others], 1), frame))
+        of_groups, *facts = group_means(of_prefix, count, frame)
+        left = (count.shape[1] + others.shape[1]) // NEIGHBOURS - of_groups.shape[1]  # that belong to nobody
         traps = (torch.nn.functional.pad(fact, (0, left), value=trap) for fact, trap in zip(facts, (torch.nan, 2)))
-        groups.append((torch.nn.functional.pad(of_prefix, (0, 0, 0, left)), *traps))
+        groups.append((torch.nn.functional.pad(of_groups, (0, 0, 0, left)), *traps))
     group_centroids, group_scales, group_sizes = (torch.cat(parts, 1).to(device) for parts in zip(*groups))
-    of_keys = quantised(torch.cat(centroids, 1).to(device))
+    of_keys = [torch.cat(parts, 1).to(device) for parts in zip(*in_frames)]
     of_values = packed(torch.cat(value_centroids, 1).to(device))
+    of_nobody = of_keys[1].isnan()
     table = ClusterTable(
         centroids=of_keys[0],
         centroid_scales=of_keys[1],
         value_centroids=of_values[0],
         value_scales=of_values[1],
-        log_weights=torch.where(of_keys[1].isnan(), torch.nan, randn(*of_keys[1].shape).to(device)),
+        log_weights=torch.where(of_nobody, torch.nan, randn(*of_nobody.shape).to(device)),
         # that raise by up to some 6 nats, were there no bound
-        variances=torch.where(of_keys[1].isnan(), torch.nan, 3 * randn(*of_keys[1].shape).to(device).square()),
+        variances=torch.where(of_nobody, torch.nan, 3 * randn(*of_nobody.shape).to(device).square()),
         starts=starts_per_head.to(device),
         sizes=sizes_per_head.to(device),
         log_sizes=sizes_per_head.log().to(device),
@@ -335,10 +340,12 @@ def build_scene(
         group_centroids=group_centroids,
         group_scales=group_scales,
         group_sizes=group_sizes,
+        frames=torch.stack(frames, 1).to(device),
     )
     prefixes = Prefixes(
         slots=torch.tensor(slots, dtype=torch.int32, device=device),
         lens=torch.tensor([keys.shape[1] for keys in keys], dtype=torch.int32, device=device),
+        frames=torch.arange(1, 1 + len(slots), dtype=torch.int32, device=device),
         log_threshold=torch.full((len(slots),), -torch.inf, device=device),
         counters=torch.zeros(len(slots), 6, dtype=torch.int64, device=device),
     )

@@ -10,7 +10,7 @@ from tests.kernels.conftest import Scene
 from vllm_squeeze.kernels import squeezed_attention as kernels
 from vllm_squeeze.kernels import workspace as workspaces
 from vllm_squeeze.kernels.reference import attend_causal, squeezed_attention_reference
-from vllm_squeeze.kernels.tables import Prefixes
+from vllm_squeeze.kernels.tables import Prefixes, packed
 from vllm_squeeze.kernels.tiles import MAX_BLOCK, MAX_TILE_ROWS, PART_KEYS, most_tiles, tokens_per_tile
 from vllm_squeeze.kernels.workspace import MAX_MASSES, MAX_PROGRAMS_PER_MULTIPROCESSOR, SPLITS_PER_MASS, Workspace
 
@@ -247,7 +247,8 @@ def test_slots_that_share_a_prefix(make_scene, assert_close):
     facts[7, 1:3] = torch.tensor([0, scene.keys[0].shape[1]])
     thresholds = scene.prefixes.log_threshold.repeat(12)
     thresholds[3] = torch.inf
-    prefixes = Prefixes(facts, scene.prefixes.lens.repeat(12), thresholds, scene.prefixes.counters.repeat(12, 1))
+    same = (tensor.repeat(12) for tensor in (scene.prefixes.lens, scene.prefixes.frames))
+    prefixes = Prefixes(facts, *same, thresholds, scene.prefixes.counters.repeat(12, 1))
     several = dataclasses.replace(scene, prefixes=prefixes, keys=scene.keys * 12).tile((3, 0, 7, 0, 3, 7, 0, 0, 0))
     tiles = most_tiles(9, 12, several.group)
     several = dataclasses.replace(several, queries=several.queries.first(9, 3))
@@ -328,9 +329,11 @@ def test_any_number_of_programs(
 def test_programs_that_are_not_there_attract_nothing(make_scene, assert_close, monkeypatch: pytest.MonkeyPatch):
     """Three sum up groups, in the place of four; all that these attract is less than a logit of 0 would be."""
     scene = make_scene(num_kv_heads=1, group=1, slot_of=(0,))
-    away = (-127 * scene.query.sign()).to(torch.int8).expand_as(scene.table.group_centroids).contiguous()
+    away, scales = packed(-60 * scene.query.sign())
     table = dataclasses.replace(
-        scene.table, group_centroids=away, group_scales=torch.full_like(scene.table.group_scales, 0.05)
+        scene.table,
+        group_centroids=away.expand_as(scene.table.group_centroids).contiguous(),
+        group_scales=scales.expand_as(scene.table.group_scales).contiguous(),
     )
     scene = dataclasses.replace(scene, table=table)
     scene.set_threshold(0.4)

@@ -40,6 +40,7 @@ def test_tokens_are_grouped_by_prefix(rows, group, spare):
     prefixes = Prefixes(
         slots=torch.tensor(FACTS, dtype=torch.int32, device=DEVICE),
         lens=torch.tensor([16, 40, 3], dtype=torch.int32, device=DEVICE),
+        frames=torch.zeros(NUM_SLOTS, dtype=torch.int32, device=DEVICE),
         log_threshold=torch.zeros(NUM_SLOTS, device=DEVICE),
         counters=torch.zeros(NUM_SLOTS, 6, dtype=torch.int64, device=DEVICE),
     )

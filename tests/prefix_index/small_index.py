@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vllm_squeeze.kernels.tables import packed, quantised
+from vllm_squeeze.kernels.tables import frame_of, packed, packed_keys
 from vllm_squeeze.prefix_index.budget import ReadCost
 from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.index_folder import IndexWriter, LayerClusters, tokens_digest
@@ -62,7 +62,9 @@ def make_clusters(seed: int = 0) -> LayerClusters:
         members[head] = torch.cat([part.sort().values for part in parts])
     log_weights = torch.randn(NUM_HEADS, NUM_CENTROIDS, generator=generator)
     variances = torch.rand(NUM_HEADS, NUM_CENTROIDS, generator=generator)
-    return LayerClusters(*quantised(vectors[0]), *packed(vectors[1]), log_weights, variances, sizes, members)
+    frame = frame_of(vectors[0], sizes)
+    packed_vectors = *packed_keys(vectors[0], frame), *packed(vectors[1])
+    return LayerClusters(*packed_vectors, log_weights, variances, sizes, members, frame)
 
 
 def make_manifest(token_ids: np.ndarray, layers: list[LayerEntry], **changes) -> Manifest:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vllm_squeeze.kernels.reference import choose_clusters
-from vllm_squeeze.kernels.tables import JOINS, ClusterTable, group_means, quantised, unquantised
+from vllm_squeeze.kernels.tables import JOINS, ClusterTable, group_means, packed_keys, unpacked_keys
 from vllm_squeeze.prefix_index.calibration import (
     BIN_WIDTH,
     LEAST_SHARE,
@@ -23,6 +23,11 @@ from vllm_squeeze.prefix_index.calibration import (
 from vllm_squeeze.prefix_index.manifest import check_thresholds
 
 SCALE = 0.25
+FRAME = torch.stack([torch.linspace(-1, 2, 16), torch.logspace(-0.5, 0, 16)])
+
+
+def frames(num_rows: int) -> torch.Tensor:
+    return FRAME.expand(num_rows, 2, 16)
 
 
 def case(num_rows: int = 5, num_queries: int = 90, group: int = 7, num_centroids: int = 63):
@@ -35,8 +40,13 @@ def case(num_rows: int = 5, num_queries: int = 90, group: int = 7, num_centroids
     for row in range(num_rows):
         sizes[row, num_centroids - row :] = 0
         centroids[row, num_centroids - row :] = 0
-    # as they are stored: what is read back from 8 bits stays as it is when stored once more
-    return query, unquantised(*quantised(centroids)), sizes
+    return query, as_stored(centroids), sizes
+
+
+def as_stored(centroids: torch.Tensor) -> torch.Tensor:
+    """What is read back from 4 bits stays as it is when stored once more."""
+    frame = frames(len(centroids))
+    return unpacked_keys(*packed_keys(centroids, frame), frame)
 
 
 def log_weights(centroids: torch.Tensor) -> torch.Tensor:
@@ -50,16 +60,16 @@ def variances(centroids: torch.Tensor) -> torch.Tensor:
 
 
 def histogram_of(query: torch.Tensor, centroids: torch.Tensor, sizes: torch.Tensor, *more, **options) -> torch.Tensor:
-    return score_histogram(
-        query, centroids, log_weights(centroids), variances(centroids), sizes, SCALE, *more, **options
-    )
+    clusters = centroids, frames(len(centroids)), log_weights(centroids), variances(centroids), sizes
+    return score_histogram(query, *clusters, SCALE, *more, **options)
 
 
 def table(centroids: torch.Tensor, sizes: torch.Tensor) -> ClusterTable:
     starts = sizes.cumsum(1, dtype=torch.int32) - sizes
-    in_8_bits = quantised(centroids)
-    facts = log_weights(centroids), variances(centroids), starts, sizes, sizes.log()
-    return ClusterTable(*in_8_bits, *in_8_bits, *facts, sizes.new_zeros(len(sizes), 0), *group_means(centroids, sizes))
+    frame = frames(len(centroids))
+    vectors = packed_keys(centroids, frame)
+    facts = log_weights(centroids), variances(centroids), starts, sizes, sizes.log(), sizes.new_zeros(len(sizes), 0)
+    return ClusterTable(*vectors, *vectors, *facts, *group_means(centroids, sizes, frame), frame[:, None])
 
 
 def kept_share(query, centroids, sizes, threshold: float, soft_cap: float = 0.0, join: str = "max") -> float:
@@ -193,14 +203,14 @@ def prefix_case(num_rows: int = 3, num_queries: int = 20, group: int = 3, num_ke
         )
         / sizes.clamp(min=1)[..., None]
     )
-    return query, keys, centroids, sizes, members, num_sinks
+    return query, keys, as_stored(centroids), sizes, members, num_sinks
 
 
 @pytest.mark.parametrize("join", JOINS)
 @pytest.mark.parametrize("memory_bytes", [1, 1 << 28])
 def test_attention_kept_is_that_of_what_is_chosen(join, memory_bytes):
     query, keys, centroids, sizes, members, num_sinks = prefix_case()
-    clusters = centroids, log_weights(centroids), variances(centroids), sizes
+    clusters = centroids, frames(len(centroids)), log_weights(centroids), variances(centroids), sizes
     soft_cap = 4.0
     histogram = attention_histogram(query, keys, *clusters, members, SCALE, soft_cap, join, memory_bytes)
     assert histogram.shape == (len(query), NUM_BINS)
@@ -228,7 +238,8 @@ def test_layers_are_moved_to_one_level(weight):
 
     def histogram_at(weight: float) -> torch.Tensor:
         weights = log_weights(centroids) + weight
-        return score_histogram(query, centroids, weights, variances(centroids), sizes, SCALE)
+        clusters = centroids, frames(len(centroids)), weights, variances(centroids), sizes
+        return score_histogram(query, *clusters, SCALE)
 
     histogram = histogram_at(weight)
     bins = level(histogram)

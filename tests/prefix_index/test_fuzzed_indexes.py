@@ -44,7 +44,7 @@ from small_quality import make_quality
 
 import vllm_squeeze
 from vllm_squeeze.kernels.reference import attend_prefix
-from vllm_squeeze.kernels.tables import ClusterTable, group_means, unquantised
+from vllm_squeeze.kernels.tables import ClusterTable, group_means, unpacked_keys
 from vllm_squeeze.offline_tools.inspect import inspect, inspect_index
 from vllm_squeeze.prefix_index.calibration import log_threshold
 from vllm_squeeze.prefix_index.index_folder import (
@@ -487,15 +487,14 @@ def test_a_sparse_file_of_the_size_that_a_manifest_claims_is_refused(folder, nam
         if name == "tokens.safetensors":
             body |= HUGE
             size = 4 * HUGE["num_tokens"] + 100
-            layer_bytes = (
-                NUM_HEADS * (4 * HUGE["num_members"] + NUM_CENTROIDS * (HEAD_SIZE + HEAD_SIZE // 2 + 20)) + 100
-            )
+            of_head = 4 * HUGE["num_members"] + NUM_CENTROIDS * (HEAD_SIZE + 20) + 8 * HEAD_SIZE
+            layer_bytes = NUM_HEADS * of_head + 100
             for layer in body["layers"]:
                 layer["num_bytes"] = layer_bytes
         else:
             body["model"]["head_size"] = 2**16
             body["model"]["num_kv_heads"] = 2**16
-            size = 2**16 * (4 * body["num_members"] + NUM_CENTROIDS * (2**16 + 2**15 + 20)) + 100
+            size = 2**16 * (4 * body["num_members"] + NUM_CENTROIDS * (2**16 + 20) + 2**19) + 100
             for layer in body["layers"]:
                 layer["num_bytes"] = size
         (folder / "manifest.json").write_text(with_digest(body))
@@ -520,11 +519,20 @@ def assert_safe(clusters: LayerClusters, manifest: Manifest, num_centroids: int)
     """All that kernels rely on where they read a layer, whose tensors they take without a look."""
     heads, members, model = manifest.model.num_kv_heads, manifest.num_members, manifest.model
     # Shapes and dtypes, from which addresses are made.
-    of_vectors = {"centroids": (torch.int8, model.head_size), "value_centroids": (torch.int32, model.head_size // 8)}
-    for name, tensor in vars(clusters).items():
-        dtype, *elements = of_vectors.get(name, [torch.int32 if name in ("sizes", "members") else torch.float32])
-        shape = (heads, members if name == "members" else num_centroids, *elements)
-        assert tuple(tensor.shape) == shape and tensor.dtype == dtype and tensor.is_contiguous()
+    words = model.head_size // 8
+    expected = {
+        "centroids": (torch.int32, heads, num_centroids, words),
+        "centroid_scales": (torch.float32, heads, num_centroids),
+        "value_centroids": (torch.int32, heads, num_centroids, words),
+        "value_scales": (torch.float32, heads, num_centroids),
+        "log_weights": (torch.float32, heads, num_centroids),
+        "variances": (torch.float32, heads, num_centroids),
+        "sizes": (torch.int32, heads, num_centroids),
+        "members": (torch.int32, heads, members),
+        "frame": (torch.float32, heads, 2, model.head_size),
+    }
+    assert {name: (tensor.dtype, *tensor.shape) for name, tensor in vars(clusters).items()} == expected
+    assert all(tensor.is_contiguous() for tensor in vars(clusters).values())
     for sizes, places in zip(clusters.sizes.tolist(), clusters.members.tolist(), strict=True):
         # Members of a cluster lie in the list, whose room in workspaces is that of all of them.
         assert all(0 <= size <= manifest.parameters.max_cluster for size in sizes) and sum(sizes) == members
@@ -537,9 +545,11 @@ def assert_safe(clusters: LayerClusters, manifest: Manifest, num_centroids: int)
             begin += size
     # Products of queries and centroids stay finite, and in 16 bits probabilities times values' scales do, 8 times as
     # large.
-    for scales, most in (clusters.centroid_scales, 127), (clusters.value_scales, 8):
-        assert (scales >= 0).all() and (scales * most <= 2**15 * (1 + 1e-6)).all()
-        assert (scales * most).half().isfinite().all()
+    for scales in clusters.centroid_scales, clusters.value_scales:
+        assert (scales >= 0).all() and (scales * 8 <= 2**15).all()
+        assert (scales * 8).half().isfinite().all()
+    means, spreads = clusters.frame.unbind(1)
+    assert (means.abs() <= 2**15).all() and (spreads > 0).all() and (spreads <= 1).all()
     assert (clusters.variances >= 0).all() and clusters.variances.isfinite().all()
     assert (clusters.log_weights.abs() <= 1000).all()
     assert_attention_is_finite(clusters, manifest.parameters.num_sinks)
@@ -549,12 +559,11 @@ def assert_attention_is_finite(clusters: LayerClusters, num_sinks: int) -> None:
     """By the kernels' formulas, whatever is chosen, also of queries as large as they get in half precision."""
     keys = torch.randn(NUM_TOKENS, HEAD_SIZE, generator=torch.Generator().manual_seed(0))
     starts = clusters.sizes.cumsum(1, dtype=torch.int32) - clusters.sizes
-    sizes = clusters.sizes, clusters.sizes.log()
-    facts = (clusters.log_weights, clusters.variances, starts, *sizes, clusters.members)
-    groups = group_means(unquantised(clusters.centroids, clusters.centroid_scales), clusters.sizes)
-    table = ClusterTable(
-        clusters.centroids, clusters.centroid_scales, clusters.value_centroids, clusters.value_scales, *facts, *groups
-    )
+    facts = (clusters.log_weights, clusters.variances, starts, clusters.sizes, clusters.sizes.log(), clusters.members)
+    of_keys = clusters.centroids, clusters.centroid_scales
+    groups = group_means(unpacked_keys(*of_keys, clusters.frame), clusters.sizes, clusters.frame)
+    of_values = clusters.value_centroids, clusters.value_scales
+    table = ClusterTable(*of_keys, *of_values, *facts, *groups, clusters.frame[:, None])
     query = torch.tensor([1.0, -60000.0])[:, None, None, None].expand(2, NUM_HEADS, 1, HEAD_SIZE)
     for threshold in (-math.inf, -5.0, math.inf):
         output, lse, *_ = attend_prefix(
@@ -563,7 +572,9 @@ def assert_attention_is_finite(clusters: LayerClusters, num_sinks: int) -> None:
         assert output.isfinite().all() and output[0].half().isfinite().all() and lse.isfinite().all()
 
 
-NUMBERS = st.floats(width=32) | st.sampled_from([0.0, -0.0, 1e-45, 258.0, 259.0, 1e30, 3e38, -1000.0, 1e9, math.nan])
+NUMBERS = st.floats(width=32) | st.sampled_from(
+    [0.0, -0.0, 1e-45, 1e-3, 1.0, 4096.0, 1e30, 3e38, -1000.0, 1e9, math.nan]
+)
 INTEGERS = st.integers(-(2**31), 2**31 - 1) | st.integers(-2, NUM_TOKENS + 2)
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.int64, torch.int32, torch.uint8, torch.int8, torch.bool]
 
@@ -622,13 +633,15 @@ def test_any_tensors_are_refused_or_safe(folder, tensors):
             assert_safe(found.layers[0], found.manifest, NUM_CENTROIDS)
 
 
-@pytest.mark.parametrize(("scale", "value_scale"), [(0.0, 0.0), (258.0, 4096.0)])
+@pytest.mark.parametrize(("scale", "value_scale"), [(0.0, 0.0), (4096.0, 4096.0)])
 def test_the_largest_numbers_that_are_read_are_safe(folder, scale, value_scale):
-    largest = {"centroid_scales": scale, "centroids": -128, "value_scales": value_scale, "value_centroids": 0}
+    largest = {"centroid_scales": scale, "centroids": 0, "value_scales": value_scale, "value_centroids": 0}
     tensors = dict(vars(make_clusters()))
     tensors |= {name: torch.full_like(tensors[name], value) for name, value in largest.items()}
     tensors["log_weights"] = torch.full_like(tensors["log_weights"], 1000 if scale else -1000)
     tensors["variances"] = torch.full_like(tensors["variances"], 2**30 if scale else 0)
+    tensors["frame"] = torch.tensor([-(2.0**15), 1] if scale else [2.0**15, 1e-3])[:, None].expand_as(tensors["frame"])
+    tensors["frame"] = tensors["frame"].contiguous()
     with restored(folder):
         vouched(folder, 0, safetensors.torch.save(tensors))
         assert_safe(read(folder).layers[0], read(folder).manifest, NUM_CENTROIDS)

@@ -254,12 +254,14 @@ def move_member_to_next_cluster(clusters: LayerClusters) -> None:
         (set_value("sizes", (0, 2), -1), "sizes must be from 0 to 12"),
         (set_value("sizes", (0, 0), 13), "sizes must be from 0 to 12"),
         (move_member_to_next_cluster, "sizes must add up to 37 for each head"),
-        (set_value("centroid_scales", (1, 2), float("nan")), "centroid_scales must be from 0 to 258"),
+        (set_value("centroid_scales", (1, 2), float("nan")), "centroid_scales must be from 0 to 4096"),
         (set_value("value_scales", (0, 0), float("inf")), "value_scales must be from 0 to 4096"),
         (set_value("value_scales", (0, 6), -1.0), "value_scales must be from 0 to 4096"),
-        (set_value("centroid_scales", (0, 3), 3e38), "centroid_scales must be from 0 to 258"),
+        (set_value("centroid_scales", (0, 3), 3e38), "centroid_scales must be from 0 to 4096"),
         (set_value("variances", (1, 0), -0.5), "variances must be from 0 to "),
         (set_value("log_weights", (1, 0), float("-inf")), "log_weights must be from -1000 to 1000"),
+        (set_value("frame", (1, 0, 3), float("nan")), "means in frame must be from -32768 to 32768"),
+        (set_value("frame", (0, 1, 7), 0.0), "spreads in frame must be from 0.001 to 1"),
     ],
     ids=[
         "sink",
@@ -277,6 +279,8 @@ def move_member_to_next_cluster(clusters: LayerClusters) -> None:
         "huge scale",
         "negative variance",
         "no weight",
+        "nan mean",
+        "no spread",
     ],
 )
 def test_clusters_that_no_indexer_writes_are_neither_read_nor_published(tmp_path, folder, change, message):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_squeeze.kernels.tables import unpacked, unquantised
+from vllm_squeeze.kernels.tables import unpacked, unpacked_keys
 from vllm_squeeze.prefix_index.clustering import Clusters, cluster_keys
 from vllm_squeeze.prefix_index.index_folder import LayerClusters
 from vllm_squeeze.prefix_index.manifest import IndexParameters
@@ -28,16 +28,19 @@ def kept_of(prefix: tuple[torch.Tensor, torch.Tensor], rule: str = "error", **pa
     return stored(clusters_of(prefix, **parameters), rule, prefix[0], queries)
 
 
+def mean_keys_of(kept: LayerClusters) -> torch.Tensor:
+    return unpacked_keys(kept.centroids, kept.centroid_scales, kept.frame)
+
+
 def test_centroids_are_within_half_a_step(prefix):
     clusters, kept = clusters_of(prefix), kept_of(prefix)
     assert torch.equal(kept.sizes, clusters.sizes) and torch.equal(kept.members, clusters.members)
-    assert kept.centroids.dtype == torch.int8 and kept.value_centroids.dtype == torch.int32
-    for means, as_read, scales, most in (
-        (clusters.centroids, unquantised(kept.centroids, kept.centroid_scales), kept.centroid_scales, 127),
-        (clusters.value_centroids, unpacked(kept.value_centroids, kept.value_scales), kept.value_scales, 7),
+    assert kept.centroids.dtype == kept.value_centroids.dtype == torch.int32
+    for means, as_read, scales, spread in (
+        (clusters.centroids, mean_keys_of(kept), kept.centroid_scales, kept.frame[:, 1:]),
+        (clusters.value_centroids, unpacked(kept.value_centroids, kept.value_scales), kept.value_scales, 1.0),
     ):
-        assert torch.allclose(as_read.abs().amax(-1), most * scales)
-        assert ((as_read - means).abs() <= 0.501 * scales[..., None]).all()
+        assert ((as_read - means).abs() <= 0.501 * scales[..., None] * spread).all()
 
 
 def test_weights_are_errors_of_lumping_keys_together(prefix):
@@ -47,7 +50,7 @@ def test_weights_are_errors_of_lumping_keys_together(prefix):
     for head in range(2):
         errors = []
         for cluster, members in enumerate(kept.members[head].long().split(kept.sizes[head].tolist())):
-            centroid = kept.centroids[head, cluster].double() * kept.centroid_scales[head, cluster]
+            centroid = mean_keys_of(kept)[head, cluster].double()
             apart = (keys[head, members] - centroid).square().sum(-1).mean().sqrt()
             errors.append(apart * values[head, members].double().square().sum(-1).mean().sqrt())
         errors = torch.stack(errors)
@@ -61,7 +64,7 @@ def test_variances_are_of_the_logits_around_their_centroids(prefix):
     kept = stored(clusters_of(prefix), "error", keys, queries)
     for head in range(2):
         for cluster, members in enumerate(kept.members[head].long().split(kept.sizes[head].tolist())):
-            centroid = kept.centroids[head, cluster].double() * kept.centroid_scales[head, cluster]
+            centroid = mean_keys_of(kept)[head, cluster].double()
             logits = queries[head].double() @ (keys[head, members] - centroid).mT
             expected = logits.square().mean() / queries[head].double().square().sum(-1).mean()
             assert float(kept.variances[head, cluster]) == pytest.approx(float(expected), rel=1e-3, abs=1e-5)
@@ -71,7 +74,7 @@ def test_variances_are_those_of_all_directions_for_queries_that_go_everywhere(pr
     kept = kept_of(prefix)
     for head in range(2):
         for cluster, members in enumerate(kept.members[head].long().split(kept.sizes[head].tolist())):
-            centroid = kept.centroids[head, cluster].double() * kept.centroid_scales[head, cluster]
+            centroid = mean_keys_of(kept)[head, cluster].double()
             expected = (prefix[0][head, members] - centroid).square().mean()
             assert float(kept.variances[head, cluster]) == pytest.approx(float(expected), rel=1e-3, abs=1e-4)
 

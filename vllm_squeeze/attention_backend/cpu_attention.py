@@ -196,7 +196,7 @@ class SqueezeCPUImpl(SqueezeLayer, CPUAttentionBackendImpl):
         first, count, num_sinks, join = prefixes.slots[slot].tolist()
         output, lse, kept, loaded = attend_prefix(
             query,
-            self.table.prefix(first, count),
+            self.table.prefix(first, count, int(prefixes.frames[slot])),
             read,
             float(prefixes.log_threshold[slot]),
             num_sinks,

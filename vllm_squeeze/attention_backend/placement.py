@@ -11,7 +11,7 @@ from vllm_squeeze.attention_backend.compat import logger
 from vllm_squeeze.attention_backend.model_identity import model_identity
 from vllm_squeeze.config import AUTO
 from vllm_squeeze.kernels.tables import NEIGHBOURS, num_groups
-from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, ReadCost, bytes_of_clusters
+from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, ReadCost, bytes_of_clusters, bytes_of_frame
 from vllm_squeeze.prefix_index.calibration import Curve, log_threshold
 from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
@@ -185,7 +185,8 @@ def device_bytes(manifest: Manifest, options: Options, vllm_config: Any) -> int:
     if attends_exactly(manifest, options):
         return 0
     heads = local_kv_heads(manifest, vllm_config.parallel_config.tensor_parallel_size)
-    clusters = bytes_of_clusters(room_for_centroids(manifest), manifest.model.head_size, rest=True)
+    size = manifest.model.head_size
+    clusters = bytes_of_clusters(room_for_centroids(manifest), size, rest=True) + bytes_of_frame(size)
     return len(manifest.layers) * heads * (clusters + manifest.num_members * BYTES_PER_MEMBER)
 
 

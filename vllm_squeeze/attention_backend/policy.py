@@ -227,8 +227,8 @@ class CostModel:
             tiles = full * union(share, shape.tile_tokens) + (union(share, left) if left else 0.0)
             return tiles / (full + (left > 0))
 
-        # a centroid is a key of one byte an element, and with the value's, of half of one, three quarters of a token
-        tokens_of_centroid = (0.75 if rest == "value_centroids" else 0.5) / shape.element_size
+        # a centroid is a key of half a byte an element, and with the value's half a token of one byte
+        tokens_of_centroid = (0.5 if rest == "value_centroids" else 0.25) / shape.element_size
         more = loaded(kept) - loaded(self.kept) + (centroids - self.centroids) * tokens_of_centroid
         return self.squeezed[rest].us(prefix, rows) + more * self.exact.us(prefix, rows)
 

@@ -17,7 +17,7 @@ from vllm_squeeze.attention_backend.placement import (
 )
 from vllm_squeeze.attention_backend.room import Room, Span, settle
 from vllm_squeeze.attention_backend.variants import VariantSlot
-from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes, group_means, num_groups, unquantised
+from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes, group_means, num_groups, unpacked_keys
 from vllm_squeeze.prefix_index.budget import ReadCost
 from vllm_squeeze.prefix_index.index_folder import LayerClusters, PrefixIndex
 from vllm_squeeze.prefix_index.manifest import InvalidIndex, Manifest
@@ -52,6 +52,7 @@ class Residency:
         self.prefixes = Prefixes(
             slots=torch.zeros(slots, 4, dtype=torch.int32, device=self.device),
             lens=torch.zeros(slots, dtype=torch.int32, device=self.device),
+            frames=torch.zeros(slots, dtype=torch.int32, device=self.device),
             log_threshold=torch.full((slots,), torch.inf, device=self.device),
             counters=torch.zeros(slots, 6, dtype=torch.int64, device=self.device),
         )
@@ -75,7 +76,7 @@ class Residency:
             return torch.zeros(num_kv_heads, *shape, dtype=dtype, device=self.device)
 
         self._tables[name] = ClusterTable(
-            centroids=empty(self.room.num_centroids, head_size, dtype=torch.int8),
+            centroids=empty(self.room.num_centroids, head_size // 8, dtype=torch.int32),
             centroid_scales=empty(self.room.num_centroids, dtype=torch.float32),
             value_centroids=empty(self.room.num_centroids, head_size // 8, dtype=torch.int32),
             value_scales=empty(self.room.num_centroids, dtype=torch.float32),
@@ -85,9 +86,10 @@ class Residency:
             sizes=empty(self.room.num_centroids, dtype=torch.int32),
             log_sizes=empty(self.room.num_centroids, dtype=torch.float32),
             members=empty(self.room.num_members, dtype=torch.int32),
-            group_centroids=empty(groups, head_size, dtype=torch.int8),
+            group_centroids=empty(groups, head_size // 8, dtype=torch.int32),
             group_scales=empty(groups, dtype=torch.float32),
             group_sizes=empty(groups, dtype=torch.int32),
+            frames=empty(self.room.num_slots, 2, head_size, dtype=torch.float32),
         )
         return self._tables[name]
 
@@ -151,8 +153,10 @@ class Residency:
         if count > span.num_centroids or clusters.members.shape[1] != span.num_members:
             raise InvalidIndex(f"{index.folder.name}: {name} has other clusters than the manifest says")
         within = slice(span.first_centroid, span.first_centroid + count)
-        for field in (field.name for field in fields(LayerClusters) if field.name not in ("sizes", "members")):
+        for field in {field.name for field in fields(LayerClusters)} - {"sizes", "members", "frame"}:
             getattr(table, field)[:, within] = getattr(clusters, field)[heads].to(self.device)
+        frame = clusters.frame[heads]
+        table.frames[:, span.slot] = frame.to(self.device)
         members, sizes = clusters.members[heads], torch.zeros(len(table.sizes), span.num_centroids, dtype=torch.int64)
         sizes[:, :count] = clusters.sizes[heads]
         ends = sizes.cumsum(1)
@@ -163,8 +167,8 @@ class Residency:
         sizes = (before.gather(1, ends) - before.gather(1, starts)).int()
         table.sizes[:, span.centroids] = sizes.to(self.device)
         table.log_sizes[:, span.centroids] = sizes.log().to(self.device)
-        centroids = unquantised(clusters.centroids[heads], clusters.centroid_scales[heads])
-        of_groups = group_means(pad(centroids, (0, 0, 0, span.num_centroids - count)), sizes)
+        centroids = unpacked_keys(clusters.centroids[heads], clusters.centroid_scales[heads], frame)
+        of_groups = group_means(pad(centroids, (0, 0, 0, span.num_centroids - count)), sizes, frame)
         for held, of_group in zip((table.group_centroids, table.group_scales, table.group_sizes), of_groups):
             held[:, span.groups] = of_group.to(self.device)
 
@@ -172,7 +176,7 @@ class Residency:
         from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
         world, total = get_tensor_model_parallel_world_size(), index.manifest.model.num_kv_heads
-        num_kv_heads, _, head_size = table.centroids.shape
+        num_kv_heads, *_, head_size = table.frames.shape
         if head_size != index.manifest.model.head_size:
             raise InvalidIndex(f"{index.folder.name}: {name} has another head size than the model")
         if num_kv_heads != local_kv_heads(index.manifest, world):
@@ -205,7 +209,7 @@ class Residency:
 
     def _write_slots(self) -> None:
         num_slots, num_facts = self.prefixes.slots.shape
-        facts = torch.zeros(num_slots, num_facts + 1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        facts = torch.zeros(num_slots, num_facts + 2, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         prefixes = {slot: slot for slot in self.active}
         prefixes |= {variant.slot: variant.prefix for variant in self._variants if variant.prefix in self.active}
         for slot, prefix in prefixes.items():
@@ -214,10 +218,11 @@ class Residency:
             exact = place.exact or slot in self._exact
             count, num_always = (0, place.covered) if exact else (span.num_centroids, place.num_sinks)
             join = JOINS.index(place.join)
-            facts[slot] = torch.tensor([span.first_centroid, count, num_always, join, place.covered])
+            facts[slot] = torch.tensor([span.first_centroid, count, num_always, join, place.covered, span.slot])
         on_device = facts.to(self.device, non_blocking=True)
         self.prefixes.slots.copy_(on_device[:, :num_facts])
         self.prefixes.lens.copy_(on_device[:, num_facts])
+        self.prefixes.frames.copy_(on_device[:, num_facts + 1])
 
     def shared(self, allocate: Callable[[], Any]) -> Any:
         """What ``allocate`` returns when first called: one for all layers."""

@@ -13,12 +13,9 @@ import triton
 import triton.language as tl
 
 from vllm_squeeze.kernels.look_up import FACTS, TOKENS, load_queries, share_of, token_of_row
+from vllm_squeeze.kernels.packing import WHOLE, load_packed
 from vllm_squeeze.kernels.softmax import LOG2_E, accumulate, finite_or_zero, logits_of
-from vllm_squeeze.kernels.tables import LEAST_PACKED
 
-LEAST = tl.constexpr(LEAST_PACKED)
-WHOLE = tl.constexpr(-float(LEAST_PACKED))
-"""By what 4-bit elements are at most 1."""
 GRAIN = tl.constexpr(16)
 """Pieces of work are multiples of so many keys, so that loads are of whole rows of memory."""
 
@@ -79,30 +76,6 @@ def _load_places(p_places, o_key, last):
     # by halves, too small for Triton to prefetch: it would wait for all keys in flight to have these
     p_half = (p_places + tl.minimum(o_key, last)).to(tl.pointer_type(tl.int16))
     return (tl.load(p_half).to(tl.int32) & 0xFFFF) | (tl.load(p_half + 1).to(tl.int32) << 16)
-
-
-@triton.jit
-def _pair(b_words, FIRST: tl.constexpr, dtype: tl.constexpr):
-    """Elements ``FIRST`` and the next of those that ``packed`` put into words."""
-    # in the last bits of a number whose other bits are known, so that nothing need be converted
-    ONE: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
-    ZERO: tl.constexpr = (128 if dtype == tl.bfloat16 else 1024) - LEAST
-    b_both = ((b_words >> (2 * FIRST)) & 0x000F000F) | (ONE * 0x10001)
-    b_first = (b_both & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
-    b_second = ((b_both >> 16) & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
-    return b_first - ZERO, b_second - ZERO
-
-
-@triton.jit
-def _unpacked(b_words, dtype: tl.constexpr):
-    """What ``packed`` made [N, W] words of: [N, 8 * W]."""
-    b_0, b_1 = _pair(b_words, 0, dtype)
-    b_2, b_3 = _pair(b_words, 2, dtype)
-    b_4, b_5 = _pair(b_words, 4, dtype)
-    b_6, b_7 = _pair(b_words, 6, dtype)
-    b_even = tl.interleave(tl.interleave(b_0, b_4), tl.interleave(b_2, b_6))
-    b_odd = tl.interleave(tl.interleave(b_1, b_5), tl.interleave(b_3, b_7))
-    return tl.interleave(b_even, b_odd)
 
 
 @triton.jit(do_not_specialize=["first_tile", "num_tiles"])
@@ -198,7 +171,7 @@ def attend_kernel(
         rest_at = suffix_at + _whole(num_suffix)
         first = tl.maximum(begin - rest_at, 0)
         stop = tl.minimum(end - rest_at, count)
-        o_c, o_word = tl.arange(0, REST_BLOCK), tl.arange(0, DP // 8)
+        o_c = tl.arange(0, REST_BLOCK)
         # where rows are padded nothing was written: a row that all share is loaded once
         p_logits = logits + (i_th_64 * M + tl.where(m_m, o_m, 0)[:, None]) * max_centroids
         p_chosen = chosen + i_th_64 * max_centroids
@@ -209,12 +182,10 @@ def attend_kernel(
             b_s = tl.load(p_logits + o_row[None, :])  # [M, REST_BLOCK]
             b_chosen = tl.where(o_row < stop, tl.load(p_chosen + o_row), -1)
             o_mean = tl.minimum(o_row, stop - 1)
-            p_words = p_means + o_mean[:, None].to(tl.int64) * stride_mean + o_word[None, :]
-            b_words = tl.load(p_words, mask=(o_word < D // 8)[None, :], other=0)  # [REST_BLOCK, DP / 8]
-            b_v = _unpacked(b_words, tl.bfloat16 if b_q.dtype == tl.bfloat16 else tl.float16)
+            b_v = load_packed(p_means, o_mean, stride_mean, b_q.dtype, D, DP)  # [REST_BLOCK, DP]
             b_scale = tl.load(p_scales + o_mean) * WHOLE
             b_s = tl.where((b_chosen[None, :] & b_bit[:, None]) == 0, b_s, float("-inf"))
-            b_max, b_sum, b_o = accumulate(b_s, 1.0, b_v.to(b_q.dtype), b_max, b_sum, b_o, b_scale[None, :])
+            b_max, b_sum, b_o = accumulate(b_s, 1.0, b_v, b_max, b_sum, b_o, b_scale[None, :])
         b_o *= 1 / WHOLE
 
     b_some = b_sum > 0

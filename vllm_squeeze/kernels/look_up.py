@@ -17,7 +17,8 @@ Reductions have a fixed order, so equal inputs give equal bits.
 import triton
 import triton.language as tl
 
-from vllm_squeeze.kernels.softmax import LOG2_E, finite_or_zero, logits_of
+from vllm_squeeze.kernels.packing import operand_of, packed_products
+from vllm_squeeze.kernels.softmax import LOG2_E, capped, finite_or_zero
 from vllm_squeeze.kernels.tables import JOINS, MOST_RAISE, MOST_REST_RAISE, NEIGHBOURS
 from vllm_squeeze.kernels.tiles import MAX_BLOCK, MAX_TILE_TOKENS, PART_KEYS, TILE_FACTS
 
@@ -50,31 +51,39 @@ def _range_of(i_split, total, num_tiles, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def _in_frame(b_q, b_mean, b_spread, scale):
+    """Queries [M, DP] times the spreads [DP] of a frame, as an operand, and s q.m [M] with its mean [DP]."""
+    b_wide = b_q.to(tl.float32)
+    b_of_mean = tl.sum(b_wide * b_mean[None, :], 1) * (scale * LOG2_E)
+    return operand_of((b_wide * b_spread[None, :]).to(b_q.dtype)), b_of_mean
+
+
+@triton.jit
 def _logits_of_rows(
-    b_q, p_centroids, p_scales, o_row, end, scale, soft_cap, stride_centroid,
-    D: tl.constexpr, DP: tl.constexpr, SOFT_CAP: tl.constexpr,
+    b_q, b_of_mean, p_centroids, p_scales, o_row, end, scale, soft_cap, stride_centroid,
+    D: tl.constexpr, SOFT_CAP: tl.constexpr,
 ):  # fmt: skip
-    """s q.c [M, N] of rows ``o_row`` [N] of clusters or groups; anything from ``end`` on."""
-    o_d, m_c = tl.arange(0, DP), o_row < end
-    p_c = p_centroids + o_row[:, None].to(tl.int64) * stride_centroid + o_d[None, :]
-    b_c = tl.load(p_c, mask=m_c[:, None] & (o_d < D)[None, :], other=0)  # [N, DP]
-    b_scale = scale * tl.load(p_scales + o_row, mask=m_c, other=0.0)
-    b_s, unit = logits_of(b_q, b_c.to(b_q.dtype), b_scale[None, :], soft_cap, SOFT_CAP)
-    return b_s * unit
+    """s q.c [M, N] of rows ``o_row`` [N] of clusters or groups, for queries in their frame; anything from ``end`` on."""
+    o_c = tl.minimum(o_row, end - 1)
+    b_scale = tl.load(p_scales + o_c) * (scale * LOG2_E)
+    b_s = packed_products(b_q, p_centroids, o_c, stride_centroid, D) * b_scale[None, :] + b_of_mean[:, None]
+    return capped(b_s, soft_cap * LOG2_E) if SOFT_CAP else b_s
 
 
 @triton.jit
 def _mass_of_rows(
-    b_q, p_centroids, p_scales, p_sizes, begin, end, scale, soft_cap, stride_centroid,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SOFT_CAP: tl.constexpr,
+    b_q, b_of_mean, p_centroids, p_scales, p_sizes, begin, end, scale, soft_cap, stride_centroid,
+    D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SOFT_CAP: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp [M] of what rows ``begin`` to ``end`` of clusters or groups attract; minus infinity of none."""
-    b_max = tl.full([b_q.shape[0]], float("-inf"), tl.float32)
-    b_sum = tl.zeros([b_q.shape[0]], tl.float32)
+    b_max = tl.full([b_of_mean.shape[0]], float("-inf"), tl.float32)
+    b_sum = tl.zeros([b_of_mean.shape[0]], tl.float32)
     for i_c in tl.range(begin, end, BLOCK, num_stages=STAGES):
         o_row = i_c + tl.arange(0, BLOCK)
         b_size = tl.load(p_sizes + o_row, mask=o_row < end, other=0).to(tl.float32)
-        b_s = _logits_of_rows(b_q, p_centroids, p_scales, o_row, end, scale, soft_cap, stride_centroid, D, DP, SOFT_CAP)
+        b_s = _logits_of_rows(
+            b_q, b_of_mean, p_centroids, p_scales, o_row, end, scale, soft_cap, stride_centroid, D, SOFT_CAP
+        )  # fmt: skip
         b_s = tl.where(b_size[None, :] > 0, b_s, float("-inf"))
         b_next = tl.maximum(b_max, tl.max(b_s, 1))
         b_shift = finite_or_zero(b_next)
@@ -162,14 +171,15 @@ def _kept_before(p_kept, i_s, turn, SP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first_tile", "stride_row"])
 def look_up_kernel(
-    query, tokens, tiles, tile_count, log_threshold,
+    query, tokens, tiles, tile_count, log_threshold, frame_of_slot,
     centroids, centroid_scales, sizes, log_sizes, starts, log_weights, variances,
-    group_centroids, group_scales, group_sizes,
+    group_centroids, group_scales, group_sizes, frames,
     members, block_table, always_places,
     logits, row_facts, chosen, picked, list_places, list_bits, listed, turns, masses, kept, kept_pairs,
     first_tile, scale, soft_cap,
     stride_query_token, stride_query_head, stride_centroid_head, stride_centroid, stride_size_head, stride_group_head,
-    stride_group_size_head, stride_member_head, stride_row, stride_always, max_centroids, max_parts, max_keys,
+    stride_group_size_head, stride_frame_head, stride_member_head, stride_row, stride_always, max_centroids, max_parts,
+    max_keys,
     GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SPLITS: tl.constexpr, SP: tl.constexpr, MASSES: tl.constexpr, MP: tl.constexpr, MASS_ROWS: tl.constexpr,
     SCORED: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, PARTS_BLOCK: tl.constexpr, S: tl.constexpr,
@@ -186,6 +196,10 @@ def look_up_kernel(
     num_always, join = tl.load(p_tile + 5), tl.load(p_tile + 6)
     b_token = token_of_row(tokens, first_tile + i_t, GP, ROWS)
     threshold = tl.load(log_threshold + tl.maximum(i_slot, 0)) * LOG2_E
+    o_d = tl.arange(0, DP)
+    p_frame = frames + i_h.to(tl.int64) * stride_frame_head + tl.load(frame_of_slot + tl.maximum(i_slot, 0)) * 2 * D
+    b_mean = tl.load(p_frame + o_d, mask=o_d < D, other=0.0)
+    b_spread = tl.load(p_frame + D + o_d, mask=o_d < D, other=0.0)
     num_tiles = tl.minimum(tl.load(tile_count) - first_tile, tl.num_programs(2))
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -200,6 +214,7 @@ def look_up_kernel(
     p_sizes = sizes + i_h.to(tl.int64) * stride_size_head + first_centroid
     p_masses = masses + i_th * MASSES * MASS_ROWS
     b_q = load_queries(query, b_token, num_tokens, i_h, stride_query_token, stride_query_head, GROUP, GP, ROWS, D, DP)
+    b_framed, b_of_mean = _in_frame(b_q, b_mean, b_spread, scale)
 
     if i_p < MASSES:
         num_rows = count
@@ -211,8 +226,8 @@ def look_up_kernel(
             p_sizes = group_sizes + i_h.to(tl.int64) * stride_group_size_head + first_group
         begin, end = _range_of(i_p, num_rows, num_tiles, MASSES)
         b_mass = _mass_of_rows(
-            b_q, p_centroids, p_scales, p_sizes, begin, end, scale, soft_cap, stride_centroid,
-            D, DP, SCORED, STAGES, SOFT_CAP,
+            b_framed, b_of_mean, p_centroids, p_scales, p_sizes, begin, end, scale, soft_cap, stride_centroid,
+            D, SCORED, STAGES, SOFT_CAP,
         )  # fmt: skip
         _say(p_masses + i_p * MASS_ROWS + o_m, b_mass.to(tl.int32, bitcast=True), turn)
         return
@@ -240,7 +255,9 @@ def look_up_kernel(
         o_row = i_c + o_scored
         m_c = o_row < end
         b_log_size, b_variance = tl.load(p_log_sizes + o_row, mask=m_c), tl.load(p_variances + o_row, mask=m_c)
-        b_s = _logits_of_rows(b_q, p_centroids, p_scales, o_row, end, scale, soft_cap, stride_centroid, D, DP, SOFT_CAP)
+        b_s = _logits_of_rows(
+            b_framed, b_of_mean, p_centroids, p_scales, o_row, end, scale, soft_cap, stride_centroid, D, SOFT_CAP
+        )  # fmt: skip
         b_s += tl.minimum(b_square[:, None] * b_variance[None, :], REST_RAISE * LOG2_E) + b_log_size[None, :] * LOG2_E
         tl.store(p_logits + o_m[:, None] * max_centroids + o_row[None, :], b_s, mask=m_m[:, None] & m_c[None, :])
 

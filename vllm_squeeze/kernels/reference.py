@@ -30,7 +30,6 @@ from vllm_squeeze.kernels.tables import (
     ClusterTable,
     Prefixes,
     unpacked,
-    unquantised,
 )
 
 if TYPE_CHECKING:
@@ -51,7 +50,8 @@ def choose_clusters(
     """Scores the clusters and chooses those that matter, once per KV head.
 
     Args:
-        query: [R, H, G, D] float32.
+        query: [R, H, G, D]. In 16 bits, its product with the spreads of the frame is rounded to them as well, as the
+            kernels' is.
         table: the clusters of one prefix.
         log_threshold: natural log of the threshold on w_i p_i exp(r_i).
         scale: softmax scale.
@@ -61,10 +61,17 @@ def choose_clusters(
     Returns:
         scores s q.c_i, [R, H, G, C] float32, and the choice, [R, H, C] bool.
     """
-    scores = scores_of(query, unquantised(table.centroids, table.centroid_scales), scale, soft_cap)
-    groups = unquantised(table.group_centroids, table.group_scales), table.group_sizes
+    of_mean, spread = (vectors[:, 0] for vectors in table.frames.split(1, 2))  # [H, 1, D] each
+    framed, query = (query * spread).to(query.dtype).float(), query.float()
+
+    def scores_of_packed(words: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        products = torch.einsum("rhgd,hcd->rhgc", framed, unpacked(words, scales))
+        return capped((products + torch.einsum("rhgd,hcd->rhgc", query, of_mean)) * scale, soft_cap)
+
+    scores = scores_of_packed(table.centroids, table.centroid_scales)
+    groups = scores_of_packed(table.group_centroids, table.group_scales), table.group_sizes
     of_clusters = table.log_weights, table.variances, table.sizes
-    return scores, log_ranks(query, scores, *of_clusters, *groups, scale, soft_cap, join) > log_threshold
+    return scores, log_ranks(query, scores, *of_clusters, *groups, scale, join) > log_threshold
 
 
 def log_ranks(
@@ -73,10 +80,9 @@ def log_ranks(
     log_weights: torch.Tensor,
     variances: torch.Tensor,
     sizes: torch.Tensor,
-    groups: torch.Tensor,
+    group_scores: torch.Tensor,
     group_sizes: torch.Tensor,
     scale: float,
-    soft_cap: float,
     join: str,
 ) -> torch.Tensor:
     """What the choice compares with the threshold, log of w_i p_i exp(r_i), joined over the heads of each KV head.
@@ -85,17 +91,14 @@ def log_ranks(
         query: [R, H, G, D] float32.
         scores: of the clusters, [R, H, G, C].
         log_weights, variances, sizes: of the clusters, [H, C].
-        groups: mean keys of groups of clusters, [H, C', D] float32.
+        group_scores: of groups of clusters, [R, H, G, C'].
         group_sizes: keys of each, [H, C'].
-        scale, soft_cap, join: as in ``choose_clusters``.
+        scale, join: as in ``choose_clusters``.
 
     Returns:
         [R, H, C], minus infinity for empty clusters.
     """
-    if join == "max":
-        mass = log_mass(scores_of(query, groups, scale, soft_cap), group_sizes)
-    else:
-        mass = log_mass(scores, sizes)
+    mass = log_mass(group_scores, group_sizes) if join == "max" else log_mass(scores, sizes)
     log_p = joined(scores - mass + raises(query, variances, scale), join)
     return (log_p + log_weights).masked_fill(sizes == 0, -torch.inf)
 
@@ -164,12 +167,12 @@ def attend_prefix(
         output [R, H, G, D] float32, log-sum-exp [R, H, G] float32 (natural log; minus infinity and a zero output
         where nothing was attended to), cluster members kept by each token [R, H] int64, and read for all [H] int64.
     """
-    query = query.float()
     num_heads, device = len(table.members), query.device
     # members elsewhere belong to clusters of other prefixes
     first, last = (int(table.starts.min()), int((table.starts + table.sizes).max())) if table.sizes.shape[1] else (0, 0)
     members = table.members[:, first:last]
     scores, chosen = choose_clusters(query, table, log_threshold, scale, soft_cap, join)
+    query = query.float()
 
     slots = torch.arange(first, last, device=device, dtype=torch.int32).expand(num_heads, -1).contiguous()
     cluster = torch.searchsorted(table.starts.contiguous(), slots, right=True) - 1  # [H, M], -1 before the first
@@ -193,7 +196,7 @@ def attend_prefix(
     if rest:
         lumped = scores + table.sizes.float().log()[:, None] + raises(query, table.variances, scale, MOST_REST_RAISE)
         logits = torch.cat([logits, lumped.masked_fill(chosen[:, :, None], -torch.inf)], -1)
-        values = torch.cat([values, unpacked(table.value_centroids, table.value_scales)], 1)
+        values = torch.cat([values, table.mean_values()], 1)
     output, lse = softmax_weighted(logits, values)
     return output, lse, (chosen * table.sizes).sum(-1), needed.sum(-1)
 
@@ -288,7 +291,7 @@ def squeezed_attention_reference(
 
         prefix_output, prefix_lse, kept, loaded = attend_prefix(
             grouped,
-            table.prefix(first, count),
+            table.prefix(first, count, int(prefixes.frames[slot])),
             read_tokens,
             float(prefixes.log_threshold[slot]),
             num_always,

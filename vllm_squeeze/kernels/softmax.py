@@ -16,14 +16,20 @@ def finite_or_zero(b_max):
 
 
 @triton.jit
+def capped(b_s, cap):
+    """Logits bound to plus and minus ``cap`` by a hyperbolic tangent."""
+    # by exponentials: 1 and -1 where they overflow
+    return cap * (1 - 2 / (tl.exp2(b_s * (2 * LOG2_E / cap)) + 1))
+
+
+@triton.jit
 def logits_of(b_q, b_k, scale, soft_cap, SOFT_CAP: tl.constexpr):
-    """Logits [M, N] of queries [M, D] and keys [N, D], and their unit, a scalar or as ``scale`` [1, N]."""
+    """Logits [M, N] of queries [M, D] and keys [N, D], and their unit."""
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
     unit = scale * LOG2_E
     if SOFT_CAP:
-        # tanh by exponentials: 1 and -1 where they overflow
-        b_s = 1 - 2 / (tl.exp2(b_s * (2 * unit / soft_cap)) + 1)
-        unit = soft_cap * LOG2_E
+        b_s = capped(b_s * scale, soft_cap)
+        unit = LOG2_E
     return b_s, unit
 
 

@@ -94,13 +94,13 @@ def squeezed_attention(
         value_scale: the same of its values.
         suffix_done: where another stream computes ``output`` and ``suffix_lse``: what to wait for before merging.
     """
-    num_kv_heads, _, head_size = table.centroids.shape
+    num_kv_heads, *_, head_size = table.frames.shape
     group = query.shape[1] // num_kv_heads
     page_size = key_cache.shape[1]
     assert workspace.logits.shape[1] == num_kv_heads and workspace.partial_output.shape[2] == head_size
     assert query.shape == output.shape and query.shape[1:] == (num_kv_heads * group, head_size)
     assert page_size & (page_size - 1) == 0
-    assert table.centroids.dtype == torch.int8 and table.value_centroids.dtype == torch.int32
+    assert table.centroids.dtype == table.value_centroids.dtype == table.group_centroids.dtype == torch.int32
     assert key_cache.dtype == value_cache.dtype and (key_cache.dtype == query.dtype or key_cache.itemsize == 1)
     assert key_cache.stride() == value_cache.stride() and all(s % head_size == 0 for s in key_cache.stride()[:2])
     # where a key lies is told in 32 bits, in units of D elements
@@ -110,7 +110,8 @@ def squeezed_attention(
     assert all(tensor.stride() == table.sizes.stride() for tensor in per_cluster)
     assert table.group_centroids.stride()[1:] == table.centroids.stride()[1:]
     assert table.group_scales.stride() == table.group_sizes.stride()
-    contiguous = (queries.tokens, queries.tiles, prefixes.log_threshold, prefixes.counters)
+    assert table.frames[0].is_contiguous()
+    contiguous = (queries.tokens, queries.tiles, prefixes.log_threshold, prefixes.frames, prefixes.counters)
     assert all(tensor.is_contiguous() for tensor in contiguous)
     rows = (query, output, key_cache, block_table, table.sizes, table.members, table.group_sizes)
     vectors = (table.centroids, table.value_centroids)
@@ -187,16 +188,16 @@ def look_up(
     max_keys, max_centroids = workspace.list_places.shape[-1], workspace.logits.shape[-1]
     scored, stages, block, parts_block, warps = tuned.look_up
     look_up_kernel[(masses + splits, num_kv_heads, tiles_now)](
-        query, queries.tokens, queries.tiles, queries.tile_count, prefixes.log_threshold,
+        query, queries.tokens, queries.tiles, queries.tile_count, prefixes.log_threshold, prefixes.frames,
         table.centroids, table.centroid_scales, table.sizes, table.log_sizes, table.starts, table.log_weights,
-        table.variances, table.group_centroids, table.group_scales, table.group_sizes,
+        table.variances, table.group_centroids, table.group_scales, table.group_sizes, table.frames,
         table.members, block_table, queries.always_places,
         workspace.logits, workspace.row_facts, workspace.chosen, workspace.picked, workspace.list_places,
         workspace.list_bits, workspace.listed, workspace.turns, workspace.masses, workspace.kept, workspace.kept_pairs,
         first_tile, scale, soft_cap,
         *query.stride()[:2], *table.centroids.stride()[:2], table.sizes.stride(0),
-        table.group_centroids.stride(0), table.group_sizes.stride(0), table.members.stride(0), block_table.stride(0),
-        queries.always_places.stride(0), max_centroids, workspace.picked.shape[2], max_keys,
+        table.group_centroids.stride(0), table.group_sizes.stride(0), table.frames.stride(0), table.members.stride(0),
+        block_table.stride(0), queries.always_places.stride(0), max_centroids, workspace.picked.shape[2], max_keys,
         SPLITS=splits, SP=padded(splits), MASSES=masses, MP=padded(masses), MASS_ROWS=mass_rows,
         SCORED=scored, STAGES=stages, BLOCK=block, PARTS_BLOCK=parts_block, S=page_size, SOFT_CAP=soft_cap > 0,
         num_warps=warps, maxnreg=registers_of(LOOK_UPS_PER_MULTIPROCESSOR, warps), **tile, **head, **launch,

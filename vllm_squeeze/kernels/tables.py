@@ -25,22 +25,14 @@ MOST_REST_RAISE = 1.0
 LEAST_PACKED = -8
 """Of elements of 4 bits."""
 
+LEAST_SPREAD = 1e-3
+"""Of mean keys along one direction, over that along the one where it is largest: less counts as so much."""
+
 DENSE_SLOT = -1
 """In a slot's place: of a row that attends to no indexed prefix."""
 
 STOCK_SLOT = -2
 """In a slot's place: of a row on an indexed prefix that vLLM's own attention serves in this step."""
-
-
-def quantised(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vectors [..., D] as int8 [..., D], and what to multiply each with, [...] float32."""
-    elements, scales = _scaled(vectors, 127)
-    return elements.to(torch.int8), scales
-
-
-def unquantised(vectors: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """What ``quantised`` made of vectors, as they are read: float32 [..., D]."""
-    return vectors.float() * scales[..., None]
 
 
 def packed(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,15 +42,17 @@ def packed(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         int32 [..., D / 8], 8 elements in each word, by how much they exceed LEAST_PACKED: those with even numbers in
         its lower half, the others above, from the lowest bits on; and the scales.
     """
-    elements, scales = _scaled(vectors, 7)
+    vectors = vectors.float()
+    scales = vectors.abs().amax(-1) / 7
+    elements = (vectors / scales.where(scales > 0, 1)[..., None]).round()
     elements = (elements - LEAST_PACKED).int().unflatten(-1, (-1, 8))
     return (elements << _places(vectors.device)).sum(-1).int(), scales
 
 
-def unpacked(vectors: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def unpacked(words: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """What ``packed`` made of vectors, as they are read: float32 [..., D]."""
-    elements = vectors[..., None] >> _places(vectors.device) & 15
-    return unquantised(elements.flatten(-2) + LEAST_PACKED, scales)
+    elements = words[..., None] >> _places(words.device) & 15
+    return (elements.flatten(-2) + LEAST_PACKED).float() * scales[..., None]
 
 
 def _places(device: torch.device) -> torch.Tensor:
@@ -66,11 +60,37 @@ def _places(device: torch.device) -> torch.Tensor:
     return torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], dtype=torch.int32, device=device)
 
 
-def _scaled(vectors: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vectors [..., D] whose elements are whole numbers up to ``most`` either way, and what to multiply each with."""
-    vectors = vectors.float()
-    scales = vectors.abs().amax(-1) / most
-    return (vectors / scales.where(scales > 0, 1)[..., None]).round(), scales
+def frame_of(centroids: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """What the mean keys of a prefix have in common: without it they need but 4 bits an element.
+
+    Elements of keys are often large in a few directions, and hardly differ there.
+
+    Args:
+        centroids: [..., C, D] float32.
+        sizes: [..., C] integer, keys of each cluster; those without any do not count.
+
+    Returns:
+        [..., 2, D] float32: their mean, and how far they lie from it along each direction at most, over that along the
+        one where it is largest; LEAST_SPREAD at least.
+    """
+    counted = (sizes > 0).float()[..., None]
+    mean = (centroids * counted).sum(-2, keepdim=True) / counted.sum(-2, keepdim=True).clamp(min=1)
+    # one row more, as there may be no clusters
+    spread = pad((centroids - mean) * counted, (0, 0, 0, 1)).abs().amax(-2, keepdim=True)
+    largest = spread.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.cat([mean, (spread / largest).clamp(min=LEAST_SPREAD)], -2)
+
+
+def packed_keys(keys: torch.Tensor, frame: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean keys [..., C, D] as ``packed``, by how they differ from the mean of a ``frame_of`` all, over its spreads."""
+    mean, spread = frame.split(1, -2)
+    return packed((keys - mean) / spread)
+
+
+def unpacked_keys(words: torch.Tensor, scales: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
+    """What ``packed_keys`` made of mean keys, as they are read: float32 [..., C, D]."""
+    mean, spread = frame.split(1, -2)
+    return unpacked(words, scales) * spread + mean
 
 
 def num_groups(num_centroids: int) -> int:
@@ -78,34 +98,37 @@ def num_groups(num_centroids: int) -> int:
     return -(-num_centroids // NEIGHBOURS)
 
 
-def group_means(centroids: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The mean keys of groups of NEIGHBOURS clusters, in 8 bits.
+def group_means(
+    centroids: torch.Tensor, sizes: torch.Tensor, frame: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The mean keys of groups of NEIGHBOURS clusters.
 
     Args:
         centroids: [..., C, D] float32.
         sizes: [..., C] integer.
+        frame: [..., 2, D], of all mean keys.
 
     Returns:
-        int8 [..., G, D], what to multiply each with [..., G] float32, and keys of each group [..., G] int32; of G =
-        num_groups(C) groups. Zero where a group has no keys.
+        those of G = num_groups(C) groups as ``packed_keys``, int32 [..., G, D / 8] and float32 [..., G], and keys of
+        each group [..., G] int32. Of a group without keys anything.
     """
     padding = -centroids.shape[-2] % NEIGHBOURS
     sums = pad(centroids * sizes[..., None], (0, 0, 0, padding)).unflatten(-2, (-1, NEIGHBOURS)).sum(-2)
     together = pad(sizes, (0, padding)).unflatten(-1, (-1, NEIGHBOURS)).sum(-1)
-    return *quantised(sums / together.clamp(min=1)[..., None]), together.int()
+    return *packed_keys(sums / together.clamp(min=1)[..., None], frame), together.int()
 
 
 @dataclass(frozen=True)
 class ClusterTable:
     """Clusters of prefix keys in one layer, of one prefix or of several laid one after the other.
 
-    H counts the KV heads of this rank, C clusters, M members, D the head size, G groups of NEIGHBOURS clusters. A
-    prefix's first cluster is the first of a group.
+    H counts the KV heads of this rank, C clusters, M members, D the head size, G groups of NEIGHBOURS clusters, P
+    prefixes. A prefix's first cluster is the first of a group.
 
     Attributes:
-        centroids: [H, C, D] int8, the mean key of each cluster, over its scale.
+        centroids: [H, C, D / 8] int32, the mean key of each cluster, as ``packed_keys``.
         centroid_scales: [H, C] float32.
-        value_centroids: [H, C, D / 8] int32, the mean value of each cluster, over its scale, as ``packed``.
+        value_centroids: [H, C, D / 8] int32, the mean value of each cluster, as ``packed``.
         value_scales: [H, C] float32.
         log_weights: [H, C] float32, natural log of what the predicted probability is multiplied by in the choice.
         variances: [H, C] float32, of the logits of a cluster's keys, over the squared length of the scaled query.
@@ -114,9 +137,10 @@ class ClusterTable:
             never chosen; its scales, weight and variance must be finite all the same.
         log_sizes: [H, C] float32, natural log of sizes; minus infinity of 0.
         members: [H, M] int32, positions of tokens in the prefix, ascending inside a cluster.
-        group_centroids: [H, G, D] int8, the mean key of each group, over its scale.
+        group_centroids: [H, G, D / 8] int32, the mean key of each group, as ``packed_keys``.
         group_scales: [H, G] float32.
         group_sizes: [H, G] int32, keys of each group. 0 marks one without any; its scale must be finite all the same.
+        frames: [H, P, 2, D] float32, the ``frame_of`` the mean keys of each prefix.
     """
 
     centroids: torch.Tensor
@@ -132,9 +156,22 @@ class ClusterTable:
     group_centroids: torch.Tensor
     group_scales: torch.Tensor
     group_sizes: torch.Tensor
+    frames: torch.Tensor
 
-    def prefix(self, first_centroid: int, num_centroids: int) -> "ClusterTable":
-        """The table of the one prefix whose clusters begin at ``first_centroid``, as views."""
+    def mean_keys(self) -> torch.Tensor:
+        """The mean key of each cluster, of a table of one prefix: [H, C, D] float32."""
+        return unpacked_keys(self.centroids, self.centroid_scales, self.frames[:, 0])
+
+    def mean_values(self) -> torch.Tensor:
+        """The mean value of each cluster, [H, C, D] float32."""
+        return unpacked(self.value_centroids, self.value_scales)
+
+    def group_keys(self) -> torch.Tensor:
+        """The mean key of each group, of a table of one prefix: [H, G, D] float32."""
+        return unpacked_keys(self.group_centroids, self.group_scales, self.frames[:, 0])
+
+    def prefix(self, first_centroid: int, num_centroids: int, frame: int) -> "ClusterTable":
+        """The table of the one prefix whose clusters begin at ``first_centroid``, as views; ``frame`` is its own."""
         clusters = slice(first_centroid, first_centroid + num_centroids)
         groups = slice(num_groups(first_centroid), num_groups(clusters.stop))
         return ClusterTable(
@@ -151,6 +188,7 @@ class ClusterTable:
             self.group_centroids[:, groups],
             self.group_scales[:, groups],
             self.group_sizes[:, groups],
+            self.frames[:, frame : frame + 1],
         )
 
 
@@ -163,6 +201,7 @@ class Prefixes:
             and how the query heads of a KV head are joined, by its place in JOINS. Without centroids, and with all
             tokens always attended to, attention over the prefix is exact.
         lens: [P] int32, tokens of the prefix.
+        frames: [P] int32, which of ClusterTable.frames is that of its mean keys.
         log_threshold: [P] float32. A cluster is chosen if the log of its predicted attention probability per key, its
             raise and its log weight together exceed it; minus infinity chooses every cluster.
         counters: [P, 6] int64, added to by the kernels. Of prefixes with clusters: look-ups, one for each tile of
@@ -172,5 +211,6 @@ class Prefixes:
 
     slots: torch.Tensor
     lens: torch.Tensor
+    frames: torch.Tensor
     log_threshold: torch.Tensor
     counters: torch.Tensor

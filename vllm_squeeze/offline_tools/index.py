@@ -529,6 +529,7 @@ def join(parts: list[LayerClusters]) -> LayerClusters:
         variances=padded("variances"),
         sizes=padded("sizes"),
         members=torch.cat([part.members for part in parts]),
+        frame=torch.cat([part.frame for part in parts]),
     )
 
 

@@ -13,7 +13,7 @@ from vllm_squeeze.kernels.reference import (
     merge,
     squeezed_attention_reference,
 )
-from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes, group_means, packed, quantised
+from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes, frame_of, group_means, packed, packed_keys
 
 KV_HEADS, GROUP, HEAD_SIZE, PAGE_SIZE = 2, 4, 128, 16
 NUM_CENTROIDS, LARGEST_CLUSTER, NUM_SINKS, NUM_ROWS = 24, 50, 16, 2
@@ -73,8 +73,9 @@ class RandomPrefix:
         members = torch.stack([order[(cluster * len(cluster) + order).argsort()] for order in shuffled]) + NUM_SINKS
         sizes = sizes.int().expand(KV_HEADS, -1).contiguous()
         means = randn(KV_HEADS, NUM_CENTROIDS, HEAD_SIZE)
-        centroids, centroid_scales = quantised(means)
-        group_centroids, group_scales, group_sizes = group_means(means, sizes)
+        frame = frame_of(means, sizes)
+        centroids, centroid_scales = packed_keys(means, frame)
+        group_centroids, group_scales, group_sizes = group_means(means, sizes, frame)
         value_centroids, value_scales = packed(randn(KV_HEADS, NUM_CENTROIDS, HEAD_SIZE))
         table = ClusterTable(
             centroids=centroids,
@@ -90,14 +91,15 @@ class RandomPrefix:
             group_centroids=group_centroids,
             group_scales=group_scales,
             group_sizes=group_sizes,
+            frames=frame[:, None],
         )
         keys, values = randn(2, KV_HEADS, NUM_SINKS + len(cluster), HEAD_SIZE).to(device, dtype)
         query = randn(NUM_ROWS, KV_HEADS * GROUP, HEAD_SIZE).to(device, dtype)
         return cls(query, keys, values, ClusterTable(*(tensor.to(device) for tensor in vars(table).values())))
 
     def grouped(self) -> torch.Tensor:
-        """The queries as [R, H, G, D] float32."""
-        return self.query.unflatten(1, (KV_HEADS, GROUP)).float()
+        """The queries as [R, H, G, D]."""
+        return self.query.unflatten(1, (KV_HEADS, GROUP))
 
     def attend_to_all(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense attention of queries [R, H * G, D] to all keys: output [R, H * G, D] and log-sum-exp [R, H * G]."""
@@ -143,6 +145,7 @@ def difference_of_kernels(dtype: torch.dtype, device: torch.device | str) -> Dif
     prefixes = Prefixes(
         slots=torch.tensor([squeezed, exact], dtype=torch.int32, device=device),
         lens=torch.full((2,), num_tokens, dtype=torch.int32, device=device),
+        frames=torch.zeros(2, dtype=torch.int32, device=device),
         log_threshold=torch.tensor([prefix.log_threshold(), torch.inf], device=device),
         counters=torch.zeros(2, 6, dtype=torch.int64, device=device),
     )

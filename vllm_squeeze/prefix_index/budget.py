@@ -1,7 +1,8 @@
 """What a byte budget means: the bytes that attention over a prefix reads, divided by those that a dense pass reads.
 
-Read are the keys and values of kept and of always attended tokens, the centroids with their scales and the place, size,
-its logarithm, weight and variance of their clusters, those of groups of clusters, and the member list of kept clusters.
+Read are the keys and values of kept and of always attended tokens, the centroids with their scales and frame, the place,
+size, its logarithm, weight and variance of their clusters, those of groups of clusters, and the member list of kept
+clusters.
 """
 
 import functools
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from vllm_squeeze.kernels.tables import num_groups
 
 BYTES_PER_SCALE = 4
-"""What a centroid's elements, of 8 bits each, or of a value 4, are multiplied by: float32."""
+"""What a mean key's or value's elements, of 4 bits each, are multiplied by: float32."""
 BYTES_PER_WEIGHT = 4
 """A cluster's weight in the choice, float32."""
 BYTES_PER_VARIANCE = 4
@@ -26,21 +27,30 @@ BYTES_PER_MEMBER = 4
 """Position of a member in the prefix, int32."""
 
 
+def packed_bytes(head_size: int) -> int:
+    """Bytes of a mean key or value, with its scale."""
+    return head_size // 2 + BYTES_PER_SCALE
+
+
 def bytes_per_cluster(head_size: int, rest: bool) -> int:
     """Bytes that are read of each cluster, or held of it; ``rest`` says whether those of its mean value are."""
-    key = head_size + BYTES_PER_SCALE
-    value = head_size // 2 + BYTES_PER_SCALE if rest else 0
-    return key + value + BYTES_PER_PLACE + BYTES_PER_SIZE + BYTES_PER_LOG_SIZE + BYTES_PER_WEIGHT + BYTES_PER_VARIANCE
+    vectors = (1 + rest) * packed_bytes(head_size)
+    return vectors + BYTES_PER_PLACE + BYTES_PER_SIZE + BYTES_PER_LOG_SIZE + BYTES_PER_WEIGHT + BYTES_PER_VARIANCE
 
 
 def bytes_of_groups(num_centroids: int, head_size: int) -> int:
     """Bytes that are read of the groups of so many clusters, or held of them: mean keys with their scales, and sizes."""
-    return num_groups(num_centroids) * (head_size + BYTES_PER_SCALE + BYTES_PER_SIZE)
+    return num_groups(num_centroids) * (packed_bytes(head_size) + BYTES_PER_SIZE)
 
 
 def bytes_of_clusters(num_centroids: int, head_size: int, rest: bool) -> int:
-    """Bytes that are read of so many clusters and of their groups, or held of them; but for their members."""
+    """Bytes that are read of so many clusters and of their groups, or held of them; but for members and frame."""
     return num_centroids * bytes_per_cluster(head_size, rest) + bytes_of_groups(num_centroids, head_size)
+
+
+def bytes_of_frame(head_size: int) -> int:
+    """Bytes of what the mean keys of a prefix have in common: of each element the mean and the spread, float32."""
+    return 8 * head_size
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,8 @@ class ReadCost:
     def fixed_bytes(self) -> int:
         """Bytes read even if no cluster is kept."""
         clusters = bytes_of_clusters(self.num_centroids, self.head_size, self.rest)
-        return self.num_always * 2 * self._vector_bytes + clusters
+        frame = bytes_of_frame(self.head_size) if self.num_centroids else 0
+        return self.num_always * 2 * self._vector_bytes + clusters + frame
 
     @functools.cached_property
     def bytes_per_key(self) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from vllm_squeeze.kernels.reference import capped, log_ranks, scores_of
-from vllm_squeeze.kernels.tables import group_means, unquantised
+from vllm_squeeze.kernels.tables import group_means, unpacked_keys
 
 NUM_BINS = 4096
 LOWEST, HIGHEST = -34.0, 14.0
@@ -32,6 +32,7 @@ Curve = tuple[tuple[float, float], ...]
 def score_histogram(
     query: torch.Tensor,
     centroids: torch.Tensor,
+    frame: torch.Tensor,
     log_weights: torch.Tensor,
     variances: torch.Tensor,
     sizes: torch.Tensor,
@@ -46,6 +47,7 @@ def score_histogram(
         query: [B, W, G, D], the queries of W tokens, after the rotary embedding. Row b belongs to one KV head of
             one layer.
         centroids: [B, C, D].
+        frame: [B, 2, D], as in ``ClusterTable``.
         log_weights, variances: [B, C].
         sizes: [B, C], keys of each cluster.
         scale: softmax scale.
@@ -59,7 +61,7 @@ def score_histogram(
     """
     num_rows, num_queries, group, _ = query.shape
     num_centroids = sizes.shape[1]
-    groups = _groups(centroids, sizes)
+    groups = _groups(centroids, sizes, frame)
     histogram = torch.zeros(NUM_BINS, dtype=torch.int64, device=query.device)
     bytes_per_row = num_queries * num_centroids * (16 * group + 32)
     for rows in torch.arange(num_rows, device=query.device).split(max(memory_bytes // max(bytes_per_row, 1), 1)):
@@ -70,10 +72,10 @@ def score_histogram(
     return histogram
 
 
-def _groups(centroids: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _groups(centroids: torch.Tensor, sizes: torch.Tensor, frame: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The mean keys of groups of clusters, as the server will read them, and their sizes: [B, G, D] and [B, G]."""
-    vectors, scales, group_sizes = group_means(centroids.float(), sizes)
-    return unquantised(vectors, scales), group_sizes
+    *vectors, group_sizes = group_means(centroids.float(), sizes, frame)
+    return unpacked_keys(*vectors, frame), group_sizes
 
 
 def _bins(
@@ -85,10 +87,10 @@ def _bins(
         query, scale, soft_cap, join: as in ``score_histogram``.
         clusters: their centroids, and what ``log_ranks`` takes of them and of their groups.
     """
-    centroids, *of_clusters = clusters
+    centroids, *of_clusters, groups, group_sizes = clusters
     query = query.transpose(0, 1).float()  # [W, B, G, D]
-    scores = scores_of(query, centroids.float(), scale, soft_cap)
-    ranks = log_ranks(query, scores, *of_clusters, scale, soft_cap, join)  # [W, B, C]
+    scores, group_scores = (scores_of(query, keys.float(), scale, soft_cap) for keys in (centroids, groups))
+    ranks = log_ranks(query, scores, *of_clusters, group_scores, group_sizes, scale, join)  # [W, B, C]
     return ((ranks.transpose(0, 1) - LOWEST) / BIN_WIDTH).clamp(0, NUM_BINS - 1).long()
 
 
@@ -96,6 +98,7 @@ def attention_histogram(
     query: torch.Tensor,
     keys: torch.Tensor,
     centroids: torch.Tensor,
+    frame: torch.Tensor,
     log_weights: torch.Tensor,
     variances: torch.Tensor,
     sizes: torch.Tensor,
@@ -110,7 +113,7 @@ def attention_histogram(
     Args:
         query: [B, W, G, D], of tokens that ask about the prefix.
         keys: [B, T, D], all of the prefix.
-        centroids, log_weights, variances, sizes, scale, soft_cap, join: as in ``score_histogram``.
+        centroids, frame, log_weights, variances, sizes, scale, soft_cap, join: as in ``score_histogram``.
         members: [B, M], positions of clustered keys, ordered by cluster.
         memory_bytes: bound on temporary memory, as far as one query token fits into it.
 
@@ -120,7 +123,7 @@ def attention_histogram(
     """
     num_rows, num_queries, group, _ = query.shape
     num_centroids = sizes.shape[1]
-    groups = _groups(centroids, sizes)
+    groups = _groups(centroids, sizes, frame)
     histogram = torch.zeros(num_rows, NUM_BINS, dtype=torch.float32, device=query.device)
     bytes_per_token = 4 * ((2 * group + 2) * keys.shape[1] + (4 * group + 8) * num_centroids)
     for row in range(num_rows):

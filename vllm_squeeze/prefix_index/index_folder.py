@@ -30,7 +30,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from vllm_squeeze.kernels.tables import LEAST_PACKED
+from vllm_squeeze.kernels.tables import LEAST_PACKED, LEAST_SPREAD
 from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.manifest import (
     MAX_HEADER_BYTES,
@@ -51,7 +51,7 @@ MAX_MANIFEST_BYTES, MAX_QUALITY_BYTES = 2**20, 2**22
 LARGEST_ELEMENT = 2.0**15
 """Of a mean key or value, either way: beyond what models have, and below what makes sums in 16 bits, or of logits in
 32 bits, infinite."""
-LARGEST_SCALE, LARGEST_PACKED_SCALE = LARGEST_ELEMENT / 127, LARGEST_ELEMENT / -LEAST_PACKED
+LARGEST_SCALE = LARGEST_ELEMENT / -LEAST_PACKED
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,15 +59,17 @@ class LayerClusters:
     """The clusters of one layer's keys, of all KV heads.
 
     Attributes:
-        centroids: [H, C, D] int8, the mean key of each cluster, over its scale.
-        centroid_scales: [H, C] float32, not negative, so that no element is beyond ``LARGEST_ELEMENT``.
-        value_centroids: [H, C, D / 8] int32, the mean value of each cluster, over its scale, as ``packed``.
-        value_scales: [H, C] float32, the same.
+        centroids: [H, C, D / 8] int32, the mean key of each cluster, as ``packed_keys``.
+        centroid_scales: [H, C] float32, not negative, so that no element is further from the mean of all than
+            ``LARGEST_ELEMENT``.
+        value_centroids: [H, C, D / 8] int32, the mean value of each cluster, as ``packed``.
+        value_scales: [H, C] float32, not negative, so that no element is beyond ``LARGEST_ELEMENT``.
         log_weights: [H, C] float32, natural log of the weight in the choice.
         variances: [H, C] float32, not negative: of the logits of a cluster's keys, over the squared length of the
             scaled query.
         sizes: [H, C] int32, how many members a cluster has, 0 if it is empty.
         members: [H, M] int32, positions of tokens in the prefix, ordered by cluster and ascending inside a cluster.
+        frame: [H, 2, D] float32, the ``frame_of`` the mean keys, none of which is beyond ``LARGEST_ELEMENT`` on average.
     """
 
     centroids: torch.Tensor
@@ -78,6 +80,7 @@ class LayerClusters:
     variances: torch.Tensor
     sizes: torch.Tensor
     members: torch.Tensor
+    frame: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,7 +232,7 @@ def check_clusters(clusters: LayerClusters, manifest: Manifest, num_centroids: i
     model, parameters, num_members = manifest.model, manifest.parameters, manifest.num_members
     of_clusters = (model.num_kv_heads, num_centroids)
     expected = {
-        "centroids": (torch.int8, (*of_clusters, model.head_size)),
+        "centroids": (torch.int32, (*of_clusters, model.head_size // 8)),
         "centroid_scales": (torch.float32, of_clusters),
         "value_centroids": (torch.int32, (*of_clusters, model.head_size // 8)),
         "value_scales": (torch.float32, of_clusters),
@@ -237,21 +240,24 @@ def check_clusters(clusters: LayerClusters, manifest: Manifest, num_centroids: i
         "variances": (torch.float32, of_clusters),
         "sizes": (torch.int32, of_clusters),
         "members": (torch.int32, (model.num_kv_heads, num_members)),
+        "frame": (torch.float32, (model.num_kv_heads, 2, model.head_size)),
     }
     for name, (dtype, shape) in expected.items():
         tensor = getattr(clusters, name)
         if tensor.dtype != dtype or tensor.shape != shape:
             found = f"{tensor.dtype} {list(tensor.shape)}"
             raise InvalidIndex(f"{name} is {found}, must be {dtype} {list(shape)}")
-    ranges = {
-        "centroid_scales": (0.0, LARGEST_SCALE),
-        "value_scales": (0.0, LARGEST_PACKED_SCALE),
-        "log_weights": (-MOST_NATS, MOST_NATS),
-        "variances": (0.0, LARGEST_ELEMENT**2),
-    }
-    for name, (least, most) in ranges.items():
+    means, spreads = clusters.frame.unbind(1)
+    for name, tensor, least, most in (
+        ("centroid_scales", clusters.centroid_scales, 0.0, LARGEST_SCALE),
+        ("value_scales", clusters.value_scales, 0.0, LARGEST_SCALE),
+        ("log_weights", clusters.log_weights, -MOST_NATS, MOST_NATS),
+        ("variances", clusters.variances, 0.0, LARGEST_ELEMENT**2),
+        ("means in frame", means, -LARGEST_ELEMENT, LARGEST_ELEMENT),
+        ("spreads in frame", spreads, LEAST_SPREAD, 1.0),
+    ):
         # Both are NaN if any value is; a mask of all values would take 30 times as long.
-        lowest, highest = getattr(clusters, name).aminmax()
+        lowest, highest = tensor.aminmax()
         if not least <= lowest <= highest <= most:
             raise InvalidIndex(f"{name} must be from {least:g} to {most:g}")
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_squeeze.kernels.tables import unquantised
+from vllm_squeeze.kernels.tables import unpacked_keys
 from vllm_squeeze.prefix_index.calibration import attention_histogram, score_histogram
 from vllm_squeeze.prefix_index.clustering import Clusters, cluster_keys, mean_cosine
 from vllm_squeeze.prefix_index.manifest import IndexParameters
@@ -71,8 +71,8 @@ def index_layers(
         cosine = mean_cosine(keys[heads], of_layer)
         tensors = vars(stored(of_layer, parameters.rule, keys[heads], layer.queries))
         # The threshold is calibrated with the centroids as the server will read them.
-        centroids = unquantised(tensors["centroids"], tensors["centroid_scales"])
-        clusters_read = centroids, tensors["log_weights"], tensors["variances"], of_layer.sizes
+        centroids = unpacked_keys(tensors["centroids"], tensors["centroid_scales"], tensors["frame"])
+        clusters_read = centroids, tensors["frame"], tensors["log_weights"], tensors["variances"], of_layer.sizes
         softmax = layer.scale, layer.soft_cap, parameters.join
         tensors["scores"] = score_histogram(layer.queries.float(), *clusters_read, *softmax)
         if layer.held_back.shape[1]:

@@ -13,10 +13,16 @@ from itertools import pairwise
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from vllm_squeeze.prefix_index.budget import BYTES_PER_LOG_SIZE, BYTES_PER_MEMBER, BYTES_PER_PLACE, bytes_per_cluster
+from vllm_squeeze.prefix_index.budget import (
+    BYTES_PER_LOG_SIZE,
+    BYTES_PER_MEMBER,
+    BYTES_PER_PLACE,
+    bytes_of_frame,
+    bytes_per_cluster,
+)
 from vllm_squeeze.prefix_index.identity import ModelIdentity, check_ranges
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 RULES = ("error", "paper")
 """How clusters are chosen. By what error it would be to lump a cluster's keys together, for the query head of a KV head
 to which it matters most; or by predicted attention probability, mean over these heads, as in the paper."""
@@ -210,7 +216,8 @@ class Manifest:
         """Bytes of a layer's tensors, those of LayerClusters."""
         # all that a server reads of a cluster, but where its members start and the logarithm of its size: others tell
         per_cluster = bytes_per_cluster(self.model.head_size, rest=True) - BYTES_PER_PLACE - BYTES_PER_LOG_SIZE
-        return self.model.num_kv_heads * (layer.num_centroids * per_cluster + self.num_members * BYTES_PER_MEMBER)
+        of_head = layer.num_centroids * per_cluster + self.num_members * BYTES_PER_MEMBER
+        return self.model.num_kv_heads * (of_head + bytes_of_frame(self.model.head_size))
 
     @functools.cached_property
     def digest(self) -> str:

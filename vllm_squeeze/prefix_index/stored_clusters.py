@@ -1,8 +1,8 @@
-"""Clusters as an index stores them: mean keys in 8 bits, mean values in 4, and their weights in the choice."""
+"""Clusters as an index stores them: mean keys and values in 4 bits, and their weights in the choice."""
 
 import torch
 
-from vllm_squeeze.kernels.tables import packed, quantised, unquantised
+from vllm_squeeze.kernels.tables import frame_of, packed, packed_keys, unpacked_keys
 from vllm_squeeze.prefix_index.clustering import Clusters, logit_variances
 from vllm_squeeze.prefix_index.index_folder import LayerClusters
 
@@ -19,16 +19,17 @@ def stored(clusters: Clusters, rule: str, keys: torch.Tensor, queries: torch.Ten
         keys: [B, T, D] float32.
         queries: [B, W, G, D], along which it is seen how keys differ.
     """
-    centroids, centroid_scales = quantised(clusters.centroids)
+    frame = frame_of(clusters.centroids, clusters.sizes)
+    centroids, centroid_scales = packed_keys(clusters.centroids, frame)
     value_centroids, value_scales = packed(clusters.value_centroids)
-    as_read = unquantised(centroids, centroid_scales)
+    as_read = unpacked_keys(centroids, centroid_scales, frame)
     if rule == "error":
         weights = error_weights(clusters, squared_distances(clusters, as_read))
         variances = logit_variances(keys, clusters, as_read, queries)
     else:
         weights, variances = torch.ones_like(clusters.key_squares), torch.zeros_like(clusters.key_squares)
     vectors = centroids, centroid_scales, value_centroids, value_scales
-    return LayerClusters(*vectors, weights.log(), variances, clusters.sizes, clusters.members)
+    return LayerClusters(*vectors, weights.log(), variances, clusters.sizes, clusters.members, frame)
 
 
 def squared_distances(clusters: Clusters, centroids: torch.Tensor) -> torch.Tensor:
