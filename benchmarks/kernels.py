@@ -387,7 +387,7 @@ def run_case(arm: str, shape: Shape, kept: float, likeness: float, beside: bool)
     torch.manual_seed(shape.prefix + shape.batch)
     share = min(1.0, 1.2 * kept * shape.batch**0.5) if arm in ("drop", "squeezed") else 1.0
     if arm == "look_up":
-        share = 1.25 / KEYS_PER_CENTROID / 4  # in 8 bits, and keys alone
+        share = 1.25 / KEYS_PER_CENTROID / 8  # in 4 bits, and keys alone
     most = 128 if arm == "look_up" else 16
     count = round(max(3, min(most, 250e6 / (shape.prefix * shape.kv_bytes * share))))
     layers = [make_layer(shape, kept, likeness, beside) for _ in range(count)]
