@@ -192,11 +192,20 @@ def device_bytes(manifest: Manifest, options: Options, vllm_config: Any) -> int:
 
 def token_bytes(centroids: float, vllm_config: Any) -> float:
     """Bytes that a token of a prefix takes on one rank's device, of an index with so many centroids for each."""
+    of_group = bytes_of_clusters(NEIGHBOURS, vllm_config.model_config.get_head_size(), rest=True)
+    return _num_tables(vllm_config) * (centroids * of_group / NEIGHBOURS + BYTES_PER_MEMBER)
+
+
+def prefix_bytes(vllm_config: Any) -> int:
+    """Bytes that a prefix takes on one rank's device beside those of its tokens."""
+    return _num_tables(vllm_config) * bytes_of_frame(vllm_config.model_config.get_head_size())
+
+
+def _num_tables(vllm_config: Any) -> int:
+    """KV heads in all layers of one rank."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     layers = math.ceil(model.hf_text_config.num_hidden_layers / parallel.pipeline_parallel_size)
-    of_group = bytes_of_clusters(NEIGHBOURS, model.get_head_size(), rest=True)
-    of_head = centroids * of_group / NEIGHBOURS + BYTES_PER_MEMBER
-    return layers * model.get_num_kv_heads(parallel) * of_head
+    return layers * model.get_num_kv_heads(parallel)
 
 
 def full_attention_groups(kv_cache_config: Any) -> dict[int, int]:

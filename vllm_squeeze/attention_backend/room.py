@@ -13,6 +13,7 @@ from vllm_squeeze.attention_backend.placement import (
     device_bytes,
     full_attention_groups,
     place,
+    prefix_bytes,
     room_for_centroids,
     token_bytes,
 )
@@ -98,9 +99,11 @@ class Room:
         if options.watch:
             longest = vllm_config.model_config.max_model_len
             share = max(MOST_CENTROIDS, *(need.centroids / need.members for need in needs if need.members), 0.0)
-            members = int(limit / token_bytes(share, vllm_config))
+            slots = max(slots, WATCHED_SLOTS)
+            of_tokens = max(limit - slots * prefix_bytes(vllm_config), 0)
+            members = int(of_tokens / token_bytes(share, vllm_config))
             centroids = int(members * share)
-            most, slots = min(math.ceil(longest * share), centroids), max(slots, WATCHED_SLOTS)
+            most = min(math.ceil(longest * share), centroids)
         elif (needed := sum(device_bytes(manifest, options, vllm_config) for manifest in manifests)) > limit:
             centroids, members = (math.ceil(count * limit / needed) for count in (centroids, members))
         variants = VARIANT_SLOTS if options.mode != "exact" and (options.watch or most) else 0
