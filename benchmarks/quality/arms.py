@@ -138,9 +138,10 @@ class TorchLayer:
     def _prefix(self, read: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> tuple[Prefix, Units]:
         """The prefix and the arm's units of it, which stay the same."""
         if self._known is None:
-            impl, place = self._impl, self._impl.residency.active[0]
+            impl, residency = self._impl, self._impl.residency
+            place, frame = residency.active[0], int(residency.prefixes.frames[0])
             keys, values = (vectors.float().contiguous() for vectors in read())
-            table = impl.table.prefix(0, impl.residency.room.num_centroids, 0)
+            table = impl.table.prefix(0, residency.room.num_centroids, frame)
             prefix = Prefix(keys, values, table, place.num_sinks, impl.scale, impl.logits_soft_cap or 0.0)
             self._known = prefix, units_of(self._arm, prefix)
         return self._known

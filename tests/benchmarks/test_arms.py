@@ -42,6 +42,7 @@ def test_a_layer_on_a_device(monkeypatch: pytest.MonkeyPatch, cache_dtype: torch
         rows=SimpleNamespace(queries=scene.queries, block_table=scene.block_table, suffix_done=None),
         residency=SimpleNamespace(
             device=device,
+            prefixes=scene.prefixes,
             room=SimpleNamespace(num_centroids=len(SIZES)),
             active={0: SimpleNamespace(covered=COST.num_tokens, num_sinks=SINKS)},
         ),
