@@ -78,7 +78,7 @@ def test_predicted_probabilities_sum_to_one(make_scene, join: str):
         log_p = torch.stack([(of_group * size).sum(1) / size.sum(1) for of_group, size in groups], 1)
         sizes = torch.stack([size.sum(1) for _, size in groups], 1)
     # but for 4 bits of groups' means
-    assert torch.allclose((log_p.exp() * sizes).sum(-1), torch.ones_like(log_p[:, 0]), rtol=0.1)
+    assert torch.allclose((log_p.exp() * sizes).sum(-1), torch.ones_like(log_p[:, 0]), rtol=5e-2)
 
 
 def test_a_needle_is_always_chosen(make_scene):

@@ -573,7 +573,7 @@ def assert_attention_is_finite(clusters: LayerClusters, num_sinks: int) -> None:
 
 
 NUMBERS = st.floats(width=32) | st.sampled_from(
-    [0.0, -0.0, 1e-45, 1e-3, 1.0, 4096.0, 1e30, 3e38, -1000.0, 1e9, math.nan]
+    [0.0, -0.0, 1e-45, 1e-3, 1.0, 4096.0, 4097.0, 1e30, 3e38, -1000.0, 1e9, math.nan]
 )
 INTEGERS = st.integers(-(2**31), 2**31 - 1) | st.integers(-2, NUM_TOKENS + 2)
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.int64, torch.int32, torch.uint8, torch.int8, torch.bool]

@@ -36,10 +36,12 @@ def test_centroids_are_within_half_a_step(prefix):
     clusters, kept = clusters_of(prefix), kept_of(prefix)
     assert torch.equal(kept.sizes, clusters.sizes) and torch.equal(kept.members, clusters.members)
     assert kept.centroids.dtype == kept.value_centroids.dtype == torch.int32
-    for means, as_read, scales, spread in (
-        (clusters.centroids, mean_keys_of(kept), kept.centroid_scales, kept.frame[:, 1:]),
-        (clusters.value_centroids, unpacked(kept.value_centroids, kept.value_scales), kept.value_scales, 1.0),
+    middle, spread = kept.frame.split(1, 1)
+    for means, as_read, scales, middle, spread in (
+        (clusters.centroids, mean_keys_of(kept), kept.centroid_scales, middle, spread),
+        (clusters.value_centroids, unpacked(kept.value_centroids, kept.value_scales), kept.value_scales, 0.0, 1.0),
     ):
+        assert torch.allclose(((as_read - middle) / spread).abs().amax(-1), 7 * scales)
         assert ((as_read - means).abs() <= 0.501 * scales[..., None] * spread).all()
 
 
