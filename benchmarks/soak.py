@@ -22,21 +22,23 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+import psutil
+
 from vllm_squeeze.cli import add_engine_args
 from vllm_squeeze.offline_tools.fidelity import first_difference
 from vllm_squeeze.offline_tools.store import add_to_store, pin_in_store, remove_from_store
 from vllm_squeeze.prefix_index.index_folder import IndexWriter, PrefixIndex, find_indexes, holds_index, layer_file
 
 QUESTIONS_PER_PREFIX = 6
-ABORTED = 0.1
-"""Share of requests."""
+COUNTED = "vllm:num_preemptions", "vllm:squeeze_index_loads", "vllm:external_prefix_cache_hits"
+"""The last are tokens that another connector had."""
 CREATED = "2026-01-01T00:00:{:02}+00:00"
 
 
 def resident_mib() -> float:
-    """Memory of this process, in MiB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    """Memory of this process and of those that it started, in MiB."""
+    this = psutil.Process()
+    return sum(process.memory_info().rss for process in (this, *this.children(recursive=True))) / 2**20
 
 
 def make_prompts(indexes: list[PrefixIndex], random: Random) -> list[list[int]]:
@@ -84,6 +86,10 @@ def dense_answers(
         return answers, llm.llm_engine.vllm_config.cache_config.block_size
     finally:
         llm.llm_engine.engine_core.shutdown()
+        if arguments.get("distributed_executor_backend") == "ray":
+            import ray
+
+            ray.shutdown()  # vLLM's engine keeps its GPUs there
 
 
 class Store:
@@ -135,6 +141,7 @@ class Soak:
         steps_per_event: steps between two disturbances of the store.
         random: decides.
         at_once: requests, at most.
+        aborted: share of them, about.
     """
 
     def __init__(
@@ -147,11 +154,14 @@ class Soak:
         steps_per_event: int,
         random: Random,
         at_once: int,
+        aborted: float,
     ):
         self.engine, self.counts = llm.llm_engine, Counter[str]()
         self.wrong: list[dict[str, Any]] = []
         self._llm, self._store, self._prompts, self._answers = llm, store, prompts, answers
-        self._tie, self._steps_per_event, self._random, self._at_once = tie, steps_per_event, random, at_once
+        self._tie, self._steps_per_event, self._random = tie, steps_per_event, random
+        self._at_once, self._aborted = at_once, aborted
+        self.largest_lead = 0.0
         self._running: dict[str, int] = {}
 
     def run(self, seconds: float) -> None:
@@ -171,17 +181,18 @@ class Soak:
 
         if self.counts["steps"] % self._steps_per_event == 0:
             self._store.disturb()
-        while len(self._running) < self._at_once and self._random.random() < 0.5:
+        if self._running and self._random.random() < self._aborted / 4:
+            id = self._random.choice(sorted(self._running))
+            del self._running[id]
+            self.engine.abort_request([id])
+            self.counts["aborted"] += 1
+        # An engine in another process would be waited for, had it nothing to do.
+        while not self._running or (len(self._running) < self._at_once and self._random.random() < 0.5):
             number, id = self._random.randrange(len(self._prompts)), str(self.counts["requests"])
             asked = TokensPrompt(prompt_token_ids=self._prompts[number])
             self.engine.add_request(id, asked, sampling(len(self._answers[number].tokens)))
             self._running[id] = number
             self.counts["requests"] += 1
-        if self._running and self._random.random() < ABORTED / 4:
-            id = self._random.choice(sorted(self._running))
-            del self._running[id]
-            self.engine.abort_request([id])
-            self.counts["aborted"] += 1
 
     def _compare(self, number: int, answer: list[int]) -> None:
         self.counts["answered"] += 1
@@ -189,6 +200,7 @@ class Soak:
         differs = first_difference(dense.tokens, answer)
         if differs is None:
             return
+        self.largest_lead = max(self.largest_lead, dense.leads[differs])
         if dense.leads[differs] < self._tie:
             self.counts["ties"] += 1
         else:
@@ -196,12 +208,12 @@ class Soak:
             self.wrong.append({**wrong, "first difference": differs, "lead": dense.leads[differs]})
 
     def metrics(self) -> dict[str, float]:
-        """What the engine counted: rows by what became of them, preemptions, and loads of indexes."""
+        """What the engine counted: rows by what became of them, and COUNTED."""
         found = {}
         for metric in self._llm.get_metrics():
             if metric.name == "vllm:squeeze_rows":
                 found[f"rows {metric.labels['outcome']}"] = metric.value
-            elif metric.name in ("vllm:num_preemptions", "vllm:squeeze_index_loads"):
+            elif metric.name in COUNTED:
                 found[metric.name.removeprefix("vllm:").replace("_", " ")] = metric.value
         return found
 
@@ -227,7 +239,7 @@ def soak(arguments: argparse.Namespace) -> dict[str, Any]:
             num_gpu_blocks_override=arguments.room * -(-longest // block_size) + 4,
             **shared,
         )
-        few = arguments.steps_per_event, random, arguments.at_once
+        few = arguments.steps_per_event, random, arguments.at_once, arguments.aborted
         run = Soak(llm, store, prompts, answers, arguments.tie, *few)
         run.run(arguments.seconds / 10)
         at_start, run_start = resident_mib(), time.monotonic()
@@ -239,6 +251,7 @@ def soak(arguments: argparse.Namespace) -> dict[str, Any]:
             **run.metrics(),
             "MiB after a tenth": round(at_start),
             "MiB at the end": round(resident_mib()),
+            "largest lead where answers part": run.largest_lead,
             "wrong answers": len(run.wrong),
         }
         llm.llm_engine.engine_core.shutdown()
@@ -257,6 +270,7 @@ def main() -> int:
         "--tie", type=float, default=0.0, help="nats: where the best tokens are this close, any will do"
     )
     parser.add_argument("--mode", choices=("squeezed", "exact", "auto"), default="squeezed", help="of the server")
+    parser.add_argument("--aborted", type=float, default=0.1, metavar="SHARE", help="of requests, about")
     parser.add_argument("--at-once", type=int, default=10, metavar="N", help="requests, at most")
     parser.add_argument(
         "--room", type=int, default=3, metavar="N", help="requests that the KV cache is large enough for"

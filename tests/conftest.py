@@ -18,3 +18,8 @@ if not torch.cuda.is_available():
     patched, patch = SimpleNamespace(__globals__={"tl": tl, "core": tl.core}), interpreter._patch_lang
     interpreter._patch_lang = lambda kernel: patch(patched)
     interpreter.InterpretedFunction.__call__ = lambda function, *args, **kwargs: function.rewrite()(*args, **kwargs)
+
+
+def pytest_collection_modifyitems(items):
+    """Long tests run first, so that at the end no process has one left while the others have nothing."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)

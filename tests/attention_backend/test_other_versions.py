@@ -27,6 +27,7 @@ def unpack(wheel: Path, folder: Path) -> None:
     metadata.write_text(f"{head}\nVersion: {version}+cpu\n{body}", encoding="utf-8")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("version", VERSIONS)
 def test_what_we_build_on_is_there(version: str, tmp_path: Path):
     platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in (17, 28, 31, 35)]

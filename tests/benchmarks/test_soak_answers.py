@@ -16,9 +16,11 @@ DENSE = Answer([5, 6, 7], [2.0, 0.1, 3.0])
     ids=["the same", "parts at a tie", "parts elsewhere", "parts after a tie"],
 )
 def test_answers_may_part_only_at_ties(answer, ties, wrong):
-    soak = Soak(SimpleNamespace(llm_engine=None), None, [[1]], [DENSE], 0.2, 12, Random(0), 10)
+    soak = Soak(SimpleNamespace(llm_engine=None), None, [[1]], [DENSE], 0.2, 12, Random(0), 10, 0.1)
     soak._compare(0, answer)
     assert soak.counts["ties"] == ties and len(soak.wrong) == wrong and soak.counts["answered"] == 1
+    lead = {(5, 6, 7): 0.0, (5, 9, 1): 0.1, (9, 6, 7): 2.0, (5, 6, 8): 3.0}[tuple(answer)]
+    assert soak.largest_lead == lead
 
 
 def test_leads_are_those_of_the_best_over_the_second():

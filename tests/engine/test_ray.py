@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.engine.conftest import ENGINE_ARGS
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex, find_indexes
@@ -66,6 +67,7 @@ def result(driver: subprocess.Popen) -> tuple[dict[str, int], list[str], str]:
     return numbers, [line for line in lines if line.startswith("failed: ")], err
 
 
+@pytest.mark.long
 def test_a_worker_is_killed(models, tmp_path):
     (tmp_path / "model").symlink_to(models("llama"))
     (tmp_path / "asked").write_text("t10 t11\nt12")

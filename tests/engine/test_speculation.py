@@ -1,5 +1,7 @@
 """Speculative decoding: rows with several query tokens a step. At a budget of 1, answers are the dense ones."""
 
+import pytest
+
 from tests.engine.conftest import engine, generate, outcomes, tokens
 
 PREFIX = tokens(seed=1, count=600)
@@ -13,6 +15,7 @@ def drafts(llm) -> tuple[int, int, int]:
     return tuple(found[f"vllm:spec_decode_num_{kind}"] for kind in kinds)
 
 
+@pytest.mark.long
 def test_answers_are_the_dense_ones(models, indexes, dense_answers, monkeypatch):
     model = models("gemma2")
     prompts = [PREFIX + tokens(seed, 3 + seed) for seed in range(8)]

@@ -1,7 +1,6 @@
 """Other features of vLLM on an engine that squeezes: at a budget of 1, answers are those of vLLM's own backend."""
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -102,7 +101,7 @@ TENSOR, PIPELINE = (
 )
 
 
-@pytest.mark.skipif("SQUEEZE_TEST_RANKS" not in os.environ, reason="takes minutes; SQUEEZE_TEST_RANKS=1 runs it")
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("ranks", "budget"), [(TENSOR, 1.0), (TENSOR, 0.4), (PIPELINE, 1.0)], ids=["tensor", "tensor-0.4", "pipeline"]
 )

@@ -10,6 +10,7 @@ import pytest
 from tests.kernels.compiling import SHAPES
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("capability", "num_shapes"), [(80, 1), (90, len(SHAPES))])
 def test_kernels_compile(capability: int, num_shapes: int, tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}

@@ -73,6 +73,7 @@ def parts(store: Path, pattern: str) -> list[Path]:
         return []
 
 
+@pytest.mark.long
 def test_ended_and_run_again(folder):
     """Ended while keys are clustered, when the first layer's clusters have been written."""
     store = folder / "store"

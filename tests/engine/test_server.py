@@ -1,14 +1,19 @@
-"""What a streamed answer says of its request, as the server's own clients get it."""
+"""``vllm serve`` itself: what a streamed answer says of its request, and its end in the middle of answers."""
 
+import signal
 from pathlib import Path
 
+import openai
+import psutil
 import pytest
 
+import vllm_squeeze
 from benchmarks.quality.served import flags, server
 from tests.engine.conftest import ENGINE_ARGS, tokens
 
 PREFIX = tokens(seed=1, count=600)
 TOKENS = 4
+SECONDS_TO_END = 30
 # The tiny models have no template: messages as they stand, one after the other.
 TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 WRONG = "kv_transfer_params.squeeze.mode: 'off' is not one of auto, squeezed, exact, dense"
@@ -17,14 +22,12 @@ WRONG = "kv_transfer_params.squeeze.mode: 'off' is not one of auto, squeezed, ex
 @pytest.fixture
 def client(models, indexes, tmp_path):
     """An OpenAI client of a server that has the prefix in its KV cache."""
-    from openai import OpenAI
-
     model = models("llama")
     arguments = [*flags({**ENGINE_ARGS, "enforce_eager": True}), "--chat-template", TEMPLATE]
     settings = f'{{"squeeze": {{"index": "{indexes(model, PREFIX)}", "budget": 0.4}}}}'
     arguments += ["--attention-backend", "squeeze", "--additional-config", settings]
     with server(str(model), arguments, tmp_path / "server.log") as url:
-        client = OpenAI(base_url=f"{url}/v1", api_key="unused")
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused")
         client.completions.create(model=str(model), prompt=text(PREFIX), max_tokens=1)
         yield client
 
@@ -42,12 +45,14 @@ def told(index: Path, mode: str, budget: float | None, rows: dict[str, int], **e
     return {"squeeze": {"index": index.name, "mode": mode, "budget": budget, "rows": rows, **error}}
 
 
-def test_streams_tell(client, models, indexes):
+@pytest.mark.long
+def test_streams_tell_and_a_server_ends_under_load(client, models, indexes, tmp_path):
     """One server for all of it, as it takes most of the time."""
     check_responses(client, models("llama"), indexes, {}, ("auto", 0.4, {"dense: prefill": 1, "squeezed": TOKENS - 1}))
     dense = "dense", None, {"dense: asked for": TOKENS}
     check_responses(client, models("llama"), indexes, {"mode": "off"}, dense, error=WRONG)
     check_chats_and_completions(client, models("llama"), indexes)
+    check_sigterm_ends_it(client, models("llama"), tmp_path / "server.log")
 
 
 def check_responses(client, model: Path, indexes, settings: dict, expected: tuple, **error: str) -> None:
@@ -76,3 +81,21 @@ def check_chats_and_completions(client, model: Path, indexes) -> None:
     for stream, chunk in ((chat, ChatCompletionStreamResponse), (completion, CompletionStreamResponse)):
         known = [params for chunk in stream if (params := getattr(chunk, "kv_transfer_params", None))]
         assert known == ([expected] if "kv_transfer_params" in chunk.model_fields else [])
+
+
+def check_sigterm_ends_it(client, model: Path, log: Path) -> None:
+    """With squeezed answers half given, all of its processes end, and none of them in our code."""
+    (server,) = [process for process in psutil.Process().children() if str(model) in process.cmdline()]
+    workers = server.children(recursive=True)
+    arguments = {**asked(model, {}), "max_tokens": 1000}
+    streams = [client.completions.create(prompt=text([*PREFIX, seed]), **arguments) for seed in range(10, 16)]
+    for stream in streams:
+        next(iter(stream))
+    server.send_signal(signal.SIGTERM)
+    for stream in streams:
+        # vLLM may tell that the answer was cut short, or nothing, and wait for clients that do
+        stream.close()
+    ended, left = psutil.wait_procs([server, *workers], SECONDS_TO_END)
+    assert workers and not left
+    assert [process.returncode for process in ended if process == server] == [0]
+    assert str(Path(vllm_squeeze.__file__).parent) not in log.read_text(), "it ended with a traceback through our code"
