@@ -254,6 +254,20 @@ def test_coinciding_centroids_stay_in_place():
     assert [500, 501, 502] in [members.tolist() for members in spans(clusters, 0)]
 
 
+def test_few_keys_unlike_the_others_are_not_lumped_together():
+    """Six pairs among 4,000 keys near one of ten directions: seeds drawn evenly miss most of them."""
+    generator = torch.Generator().manual_seed(3)
+    keys, values = torch.zeros(2, 1, 4000, 32)
+    keys[0, torch.arange(4000), torch.randint(10, (4000,), generator=generator)] = 1
+    pairs = torch.randperm(4000 - SINKS - OBSERVED, generator=generator)[:12].view(6, 2) + SINKS
+    for direction, pair in enumerate(pairs):
+        keys[0, pair] = functional.one_hot(torch.tensor(20 + direction), 32).float()
+    keys += 0.03 * torch.randn(keys.shape, generator=generator)
+    found = [set(members.tolist()) for members in spans(cluster_keys(keys, values, IndexParameters()), 0)]
+    for pair in map(set, pairs.tolist()):
+        assert all(members <= pair for members in found if members & pair)
+
+
 def test_what_all_keys_have_in_common_does_not_count():
     """Softmax does not see it either."""
     keys, values = random_prefix(2, 1000)

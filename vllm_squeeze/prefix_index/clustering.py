@@ -2,9 +2,9 @@
 
 The first tokens (attention sinks) and the last ones (observation window) stay out. The others are cut into near-equal
 windows, but for those whose clusters are known (``extension``). K-means runs in each window on keys less their mean,
-which softmax does not see, L2-normalised; then clusters above the size limit are split along their main direction. B
-counts rows, a row being one KV head of one layer; M counts clustered tokens; I counts (row, window) pairs, n the tokens
-of a window and k its centroids.
+which softmax does not see, L2-normalised, from seeds that lie far apart; then clusters above the size limit are split
+along their main direction. B counts rows, a row being one KV head of one layer; M counts clustered tokens; I counts
+(row, window) pairs, n the tokens of a window and k its centroids.
 
 The result depends on the seed only: segment sums are reduced in the order of tokens, and no atomics take part. A row's
 result does not depend on the rows beside it, so that every tensor-parallel rank may cluster its own heads.
@@ -19,6 +19,8 @@ from torch.nn import functional
 from vllm_squeeze.kernels.reference import nearest_reference
 from vllm_squeeze.prefix_index.manifest import IndexParameters
 
+SEED_POWER, SEED_ROUNDS = 4, 4
+"""By which power of its distance from those before a point becomes a seed of K-means, and in how many rounds."""
 POWER_ITERATIONS = 8
 CPU_MEMORY_BYTES = 1 << 25
 
@@ -101,15 +103,16 @@ def cluster_keys(
         window_counts = labels.new_empty(num_rows, num_windows)
         num_centroids = round(parameters.centroids * num_counted * length / num_new)
         num_centroids = min(max(num_centroids, 1), length)
-        # the same positions in every row and window: what a row gets must not depend on how rows are batched
-        initial = torch.randperm(length, generator=generator)[:num_centroids].to(keys.device)
+        # the same lots in every row and window: what a row gets must not depend on how rows are batched
+        lots = torch.rand(1 + SEED_ROUNDS, length, generator=generator).to(keys.device)
         direction = torch.randn(head_size, generator=generator).to(keys.device)
-        bytes_per_window = 4 * length * (num_centroids + 5 * head_size)
+        bytes_per_window = 4 * length * (num_centroids + 7 * head_size)
         for batch in _batches(num_rows * num_windows, bytes_per_window, memory_bytes, keys.device):
             row, window = batch // num_windows, batch % num_windows
             batch_keys = windows[row, window].float()
             points = functional.normalize(batch_keys - batch_keys.mean(1, keepdim=True), dim=-1)
-            found = _k_means(points, initial, parameters.iterations, memory_bytes)
+            seeds = _seeds(points, num_centroids, lots, memory_bytes)
+            found = _k_means(points, seeds, parameters.iterations, memory_bytes)
             found, count = _split_large(batch_keys, found, num_centroids, parameters.max_cluster, direction)
             window_labels[row, window] = found.int()
             window_counts[row, window] = count.int()
@@ -177,11 +180,39 @@ def _batches(count: int, bytes_each: int, memory_bytes: int, device: torch.devic
     return torch.arange(count, device=device).split(max(memory_bytes // bytes_each, 1))
 
 
-def _k_means(points: torch.Tensor, initial: torch.Tensor, iterations: int, memory_bytes: int) -> torch.Tensor:
-    """Lloyd's algorithm from the points [I, n, D] at positions [k]: labels [I, n]. Empty clusters stay in place."""
-    centroids = points[:, initial]
+def _seeds(points: torch.Tensor, count: int, lots: torch.Tensor, memory_bytes: int) -> torch.Tensor:
+    """Draws the points that K-means starts from: some evenly, then more in rounds, rather those far from all so far.
+
+    Lloyd's algorithm moves centroids, but hardly from where keys are many and alike to where they are few and differ,
+    and a mean key there says little of its own.
+
+    Args:
+        points: [I, n, D].
+        count: k, how many to draw.
+        lots: [1 + SEED_ROUNDS, n] numbers from 0 to 1, for each draw.
+        memory_bytes: bound on temporary memory.
+
+    Returns:
+        [I, k, D].
+    """
+    per_round = count // len(lots)
+    seeds, log_weights = points[:, :0], torch.zeros_like(points[..., 0])
+    for number, size in zip(lots, [count - SEED_ROUNDS * per_round, *[per_round] * SEED_ROUNDS], strict=True):
+        if seeds.shape[1]:
+            nearest = torch.take_along_dim(seeds, _nearest(points, seeds, memory_bytes)[..., None], 1)
+            log_weights = (points - nearest).square().sum(-1).log() * (SEED_POWER / 2)
+        # the highest of these are a draw without replacement, by weight
+        ranks = log_weights - (-number.clamp(min=torch.finfo(number.dtype).tiny).log()).log()
+        drawn = ranks.argsort(dim=1, descending=True, stable=True)[:, :size]
+        seeds = torch.cat([seeds, torch.take_along_dim(points, drawn[..., None], 1)], 1)
+    return seeds
+
+
+def _k_means(points: torch.Tensor, centroids: torch.Tensor, iterations: int, memory_bytes: int) -> torch.Tensor:
+    """Lloyd's algorithm on points [I, n, D] from centroids [I, k, D]: labels [I, n]. Empty clusters stay in place."""
+    num_clusters = centroids.shape[1]
     for _ in range(iterations):
-        order, starts, sizes = _group(_nearest(points, centroids, memory_bytes), len(initial))
+        order, starts, sizes = _group(_nearest(points, centroids, memory_bytes), num_clusters)
         centroids = torch.where(sizes[..., None] > 0, _segment_means(points, order, starts), centroids)
     return _nearest(points, centroids, memory_bytes)
 
