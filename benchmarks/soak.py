@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -37,8 +38,11 @@ CREATED = "2026-01-01T00:00:{:02}+00:00"
 
 def resident_mib() -> float:
     """Memory of this process and of those that it started, in MiB."""
-    this = psutil.Process()
-    return sum(process.memory_info().rss for process in (this, *this.children(recursive=True))) / 2**20
+    this, resident = psutil.Process(), 0
+    for process in (this, *this.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            resident += process.memory_info().rss
+    return resident / 2**20
 
 
 def make_prompts(indexes: list[PrefixIndex], random: Random) -> list[list[int]]:

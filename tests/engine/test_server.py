@@ -85,17 +85,17 @@ def check_chats_and_completions(client, model: Path, indexes) -> None:
 
 def check_sigterm_ends_it(client, model: Path, log: Path) -> None:
     """With squeezed answers half given, all of its processes end, and none of them in our code."""
-    (server,) = [process for process in psutil.Process().children() if str(model) in process.cmdline()]
-    workers = server.children(recursive=True)
+    (serving,) = [process for process in psutil.Process().children() if str(model) in process.cmdline()]
+    workers = serving.children(recursive=True)
     arguments = {**asked(model, {}), "max_tokens": 1000}
     streams = [client.completions.create(prompt=text([*PREFIX, seed]), **arguments) for seed in range(10, 16)]
     for stream in streams:
         next(iter(stream))
-    server.send_signal(signal.SIGTERM)
+    serving.send_signal(signal.SIGTERM)
     for stream in streams:
         # vLLM may tell that the answer was cut short, or nothing, and wait for clients that do
         stream.close()
-    ended, left = psutil.wait_procs([server, *workers], SECONDS_TO_END)
+    ended, left = psutil.wait_procs([serving, *workers], SECONDS_TO_END)
     assert workers and not left
-    assert [process.returncode for process in ended if process == server] == [0]
+    assert [process.returncode for process in ended if process == serving] == [0]
     assert str(Path(vllm_squeeze.__file__).parent) not in log.read_text(), "it ended with a traceback through our code"

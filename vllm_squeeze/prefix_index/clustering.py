@@ -197,12 +197,12 @@ def _seeds(points: torch.Tensor, count: int, lots: torch.Tensor, memory_bytes: i
     """
     per_round = count // len(lots)
     seeds, log_weights = points[:, :0], torch.zeros_like(points[..., 0])
-    for number, size in zip(lots, [count - SEED_ROUNDS * per_round, *[per_round] * SEED_ROUNDS], strict=True):
+    for lot, size in zip(lots, [count - SEED_ROUNDS * per_round, *[per_round] * SEED_ROUNDS], strict=True):
         if seeds.shape[1]:
             nearest = torch.take_along_dim(seeds, _nearest(points, seeds, memory_bytes)[..., None], 1)
             log_weights = (points - nearest).square().sum(-1).log() * (SEED_POWER / 2)
         # the highest of these are a draw without replacement, by weight
-        ranks = log_weights - (-number.clamp(min=torch.finfo(number.dtype).tiny).log()).log()
+        ranks = log_weights - (-lot.clamp(min=torch.finfo(lot.dtype).tiny).log()).log()
         drawn = ranks.argsort(dim=1, descending=True, stable=True)[:, :size]
         seeds = torch.cat([seeds, torch.take_along_dim(points, drawn[..., None], 1)], 1)
     return seeds
