@@ -24,6 +24,8 @@ def client(models, indexes, tmp_path):
     """An OpenAI client of a server that has the prefix in its KV cache."""
     model = models("llama")
     arguments = [*flags({**ENGINE_ARGS, "enforce_eager": True}), "--chat-template", TEMPLATE]
+    # else vLLM kills its engine before our side of it has ended
+    arguments += ["--shutdown-timeout", "10"]
     settings = f'{{"squeeze": {{"index": "{indexes(model, PREFIX)}", "budget": 0.4}}}}'
     arguments += ["--attention-backend", "squeeze", "--additional-config", settings]
     with server(str(model), arguments, tmp_path / "server.log") as url:
