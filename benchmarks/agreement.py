@@ -77,9 +77,12 @@ def server_counters(llm: Any) -> dict[str, float]:
     }
 
 
+BYTES_ALONE, BYTES_DENSE = (f"vllm:squeeze_prefix_bytes_{kind}" for kind in ("alone", "dense"))
+
+
 def budget_used(counters: dict[str, float]) -> float | None:
     """Bytes read of prefixes over those that dense attention would read; None where no row was on an index."""
-    read, whole = (counters.get(f"vllm:squeeze_prefix_bytes_{kind}", 0) for kind in ("alone", "dense"))
+    read, whole = counters.get(BYTES_ALONE, 0), counters.get(BYTES_DENSE, 0)
     return read / whole if whole else None
 
 

@@ -29,6 +29,9 @@ there. Its answers are kept beside the others, which it is compared with where t
 
     alike     percent of answers that are token for token those that the engine in this process gave in the same arm
 
+With ``--beside`` rules of ``selection.py`` answer too, in torch and at the same budgets, by the engine in this process:
+arms called ``rule:budget``, such as ``oracle:0.125``. They say by themselves how much they choose, so need no threshold.
+
 All is kept in the work folder, answers one a line: the command goes on where it was stopped, and adds tasks and budgets
 to those that are there. An arm whose rows were not all squeezed (prompts dense), or that did not answer all questions,
 or whose budget is less than centroids alone read, has no figures, and the exit code is 1.
@@ -47,6 +50,7 @@ from typing import Any
 from benchmarks.quality import plots
 from benchmarks.quality.answers import DENSE, SERVED, answers_path, problem_path, read, same_tokens, summarise
 from benchmarks.quality.questions import Task
+from benchmarks.quality.selection import parse, threshold_of
 from benchmarks.quality.tasks import TASKS, make_task
 
 # Sets the environment before vLLM is imported.
@@ -124,7 +128,8 @@ def prompts_of(task: Task, model: str) -> list[list[int]]:
 
 
 def arms_of(arguments: argparse.Namespace) -> list[str]:
-    return list(dict.fromkeys([DENSE, *arguments.budgets]))
+    beside = [f"{rule}:{budget}" for rule in arguments.beside for budget in arguments.budgets]
+    return list(dict.fromkeys([DENSE, *arguments.budgets, *beside]))
 
 
 def kept_answers(folder: Path, arm: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -203,9 +208,9 @@ def print_table(arguments: argparse.Namespace, summaries: list[dict[str, Any]]) 
         print(f"{device}, {', '.join(f'{name} {version}' for name, version in versions)}, {datetime.now(UTC):%Y-%m-%d}")
     print(f"python -m benchmarks.quality {shlex.join(sys.argv[1:])}")
     columns = SERVED_COLUMNS if arguments.served else COLUMNS
-    print(f"{'task':<18}{'arm':<8}" + "".join(f"{title:>8}" for title, *_ in columns))
+    print(f"{'task':<18}{'arm':<16}" + "".join(f"{title:>8}" for title, *_ in columns))
     for summary in summaries:
-        start = f"{summary['task']:<18}{summary['arm']:<8}"
+        start = f"{summary['task']:<18}{summary['arm']:<16}"
         if "problem" in summary:
             print(f"{start}  {summary['problem']}")
             continue
@@ -221,7 +226,9 @@ def plot_summaries(path: Path, summaries: list[dict[str, Any]]) -> None:
         used = 1 if summary["arm"] == DENSE else summary.get("budget_used")
         for title, (name, scale) in figures.items():
             if name in summary:
-                panels[title].setdefault(summary["task"], []).append((used, summary[name] * scale))
+                rule, _, _ = summary["arm"].rpartition(":")
+                line = f"{summary['task']}, {rule}" if rule else summary["task"]
+                panels[title].setdefault(line, []).append((used, summary[name] * scale))
     plots.plot(path, panels, logarithmic=frozenset({plots.KL}))
 
 
@@ -240,6 +247,20 @@ def budget(text: str) -> str:
     return f"{value:g}"
 
 
+def rule(text: str) -> str:
+    """A rule as its arms are called.
+
+    Raises:
+        argparse.ArgumentTypeError: there is no such rule, or how much it chooses is a matter of its threshold.
+    """
+    try:
+        if threshold_of(parse(text), 0.5, 1) is None:
+            raise ValueError(f"{text!r} chooses by a threshold, which only benchmarks.quality.sweep can find")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -250,6 +271,7 @@ def main() -> int:
     parser.add_argument("--questions", type=int, default=20, help="of each task")
     parser.add_argument("--answer-tokens", type=int, help="most tokens of an answer, instead of RULER's")
     parser.add_argument("--budgets", nargs="+", type=budget, default=["0.5", "0.33", "0.125"])
+    parser.add_argument("--beside", nargs="+", type=rule, default=[], metavar="RULE", help="see above")
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps prefixes, indexes and answers")
     parser.add_argument("--essay", type=Path, default=ESSAY, help="text that needles are planted in")
     parser.add_argument("--seed", type=int, default=0, help="of the tasks")
@@ -269,6 +291,11 @@ def main() -> int:
         except ValueError as error:
             parser.error(str(error))
         return 0
+    if arguments.beside and (arguments.served or not arguments.engine_args.get("enforce_eager")):
+        parser.error(
+            "--beside: rules in torch need an engine in this process that captures no CUDA graphs, so no "
+            "--served, and --engine-args '{\"enforce_eager\": true}'"
+        )
     arguments.work.mkdir(parents=True, exist_ok=True)
     try:
         if arguments.plot:

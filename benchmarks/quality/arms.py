@@ -67,10 +67,15 @@ class Reads:
         """The share of the attention probability that was attended to exactly in each layer."""
         return [float(self.recall[layer]) / queries for layer, queries in self.queries.items()]
 
+    def bytes(self) -> tuple[float, float]:
+        """Bytes that all query tokens read, each alone, and those that dense attention would read."""
+        pairs, kept = sum(self.pairs.values()), sum(map(float, self.kept.values()))
+        return pairs * self.cost.fixed_bytes + kept * self.cost.bytes_per_key, pairs * self.cost.dense_bytes
+
     def budget_used(self) -> float:
         """Bytes read over those that dense attention would read, every query token alone."""
-        share = sum(map(float, self.kept.values())) / sum(self.pairs.values()) / self.cost.num_keys
-        return self.cost.budget_used(share)
+        alone, dense = self.bytes()
+        return alone / dense
 
     def threshold(self, share: float) -> float:
         """The threshold on ranks that would have chosen a share of the keys."""

@@ -1,10 +1,13 @@
 """Asks the questions on a prefix of one engine in this process, densely and at each budget, one arm after the other.
 
+Rules of ``selection.py`` that say by themselves how much they choose can answer too, in torch: arms called ``rule:budget``.
+
 An arm begins with nothing but the prefix in the KV cache, computed densely: vLLM would else take the keys and values of
 a question from another arm's answer to it.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.agreement import server_counters
+from benchmarks.agreement import BYTES_ALONE, BYTES_DENSE, server_counters
 from benchmarks.quality.answers import DENSE, answers_path, go_on, problem_path
+from benchmarks.quality.arms import attending
+from benchmarks.quality.selection import Arm, cost_of, parse, threshold_of
 from vllm_squeeze.offline_tools import forcing
 from vllm_squeeze.offline_tools.fidelity import divergence
 from vllm_squeeze.offline_tools.prefix_engine import PrefixEngine
@@ -48,16 +53,32 @@ class Asker:
     def ask(self, arms: Sequence[str]) -> None:
         """Answers the questions that arms have no answer to; notes why a budget cannot be met."""
         for arm in arms:
-            if arm != DENSE:
-                try:
-                    self.engine.set_budget(float(arm))
-                except ValueError as error:
-                    problem_path(self._folder, arm).write_text(str(error), encoding="utf-8")
-                    continue
+            try:
+                answer = self._answering(arm)
+            except ValueError as error:
+                problem_path(self._folder, arm).write_text(str(error), encoding="utf-8")
+                continue
             self.engine.begin()
-            answer = self._answer_densely if arm == DENSE else self._answer_and_compare
             with self.engine.squeezing_paused() if arm == DENSE else nullcontext():
                 go_on(answers_path(self._folder, arm), len(self._prompts), answer, f"{self._folder.name}, {arm}")
+
+    def _answering(self, arm: str) -> Callable[[int], dict[str, Any]]:
+        """What answers a question, given its number, as an arm does.
+
+        Raises:
+            ValueError: the budget cannot be met.
+        """
+        if arm == DENSE:
+            return self._answer_densely
+        rule, _, budget = arm.rpartition(":")
+        if rule:
+            cost = cost_of(parse(rule), self.engine.cost)
+            share = cost.share(float(budget))
+            return functools.partial(
+                self._answer_by, parse(rule), threshold_of(parse(rule), share, cost.num_keys), share
+            )
+        self.engine.set_budget(float(budget))
+        return self._answer_and_compare
 
     def _answer_densely(self, number: int) -> dict[str, Any]:
         found, logits = self._answer(number)
@@ -69,13 +90,25 @@ class Asker:
 
     def _answer_and_compare(self, number: int) -> dict[str, Any]:
         found, _ = self._answer(number)
+        return found | self._differences(number)
+
+    def _answer_by(self, arm: Arm, threshold: float, share: float, number: int) -> dict[str, Any]:
+        with attending(self.engine.llm, arm, threshold, share) as reads:
+            found, _ = self._answer(number)
+            # Those of the server are its kernels'.
+            found["counters"] |= dict(zip((BYTES_ALONE, BYTES_DENSE), reads.bytes()))
+            return found | self._differences(number)
+
+    def _differences(self, number: int) -> dict[str, Any]:
+        """How distributions differ from those of a dense answer, which is forced; nothing without one."""
         path = self._logits / f"{number}.safetensors"
-        if path.exists():
-            dense = load_file(path)
-            tokens = dense["tokens"][:FORCED_TOKENS].tolist()
-            (forced,) = forcing.force(self.engine.llm, [self._prompts[number]], [tokens])
-            found["kl"], found["same_top"] = divergence(dense["logits"], forced)
-        return found
+        if not path.exists():
+            return {}
+        dense = load_file(path)
+        tokens = dense["tokens"][:FORCED_TOKENS].tolist()
+        (forced,) = forcing.force(self.engine.llm, [self._prompts[number]], [tokens])
+        kl, same_top = divergence(dense["logits"], forced)
+        return {"kl": kl, "same_top": same_top}
 
     def _answer(self, number: int) -> tuple[dict[str, Any], torch.Tensor]:
         llm = self.engine.llm

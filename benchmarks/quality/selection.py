@@ -112,6 +112,21 @@ def parse(name: str) -> Arm:
     return arm
 
 
+def threshold_of(arm: Arm, share: float, num_keys: int) -> float | None:
+    """The threshold on ranks that chooses a share of the keys; None where the rule alone does not say.
+
+    Args:
+        arm: how to choose.
+        share: of the keys that is wanted; all have ranks above minus infinity.
+        num_keys: that there are to choose from.
+    """
+    if share >= 1:
+        return -math.inf
+    if arm.lot:
+        return 1 - share
+    return -share * num_keys if arm.choice == "topk" else None
+
+
 @dataclass(frozen=True)
 class Cost:
     """Bytes that one KV head reads for one query token, counted as ``ReadCost`` counts them.

@@ -12,8 +12,9 @@ too. An arm is ``rule+option:budget``, see ``selection.py``; they run in torch, 
     served    the server's own kernels, with the threshold of the index
 
 Before each run the KV cache is emptied and the prefix computed anew, densely. Budgets are met by what is really read:
-in a first run an arm chooses everything, and ranks of keys drawn by lot are noted, which say what threshold would have
-chosen the wanted share of them; it is found again in each run until bytes are within a tolerance. Served rows have the
+in a first run an arm whose rule does not say how much it chooses takes everything, and ranks of keys drawn by lot are
+noted, which say what threshold would have chosen the wanted share of them; it is found again in each run until bytes
+are within a tolerance. Served rows have the
 threshold of their index, and read what they read.
 
     bytes     read over those of dense attention, of all query tokens that are squeezed, each alone
@@ -38,7 +39,7 @@ from typing import Any
 
 from benchmarks.quality import plots
 from benchmarks.quality.answers import read
-from benchmarks.quality.selection import cost_of, parse
+from benchmarks.quality.selection import cost_of, parse, threshold_of
 
 # Sets the environment before vLLM is imported.
 from benchmarks.running import count
@@ -118,8 +119,10 @@ class Sweep:
         Raises:
             ValueError: the arm reads more in any case.
         """
-        share = cost_of(parse(name), self._engine.cost).share(budget)
-        runs, (figures, reads) = 1, self.measure(name, -math.inf, share)
+        cost = cost_of(parse(name), self._engine.cost)
+        share = cost.share(budget)
+        threshold = threshold_of(parse(name), share, cost.num_keys)
+        runs, (figures, reads) = 1, self.measure(name, -math.inf if threshold is None else threshold, share)
         while share < 1 and runs < most_runs and (runs == 1 or abs(figures["bytes"] / budget - 1) > tolerance):
             runs, (figures, reads) = runs + 1, self.measure(name, reads.threshold(share), share)
         return figures | {"runs": runs}

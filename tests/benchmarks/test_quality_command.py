@@ -100,6 +100,24 @@ def test_a_plot_needs_matplotlib(tmp_path: Path):
     assert "--plot needs matplotlib, which is not installed: pip install matplotlib" in ran.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--beside", "ours"], "'ours' chooses by a threshold, which only benchmarks.quality.sweep can find"),
+        (["--beside", "magic"], "'magic' is no arm; must be one of ours, paper, oracle, pages, random"),
+        (
+            ["--beside", "oracle"],
+            "--beside: rules in torch need an engine in this process that captures no CUDA graphs",
+        ),
+        (["--beside", "oracle", "--served", "--engine-args", '{"enforce_eager": true}'], "so no --served"),
+    ],
+)
+def test_rules_that_cannot_answer_beside(tmp_path: Path, arguments: list[str], message: str):
+    ran = quality(tmp_path / "work", *arguments)
+    assert ran.returncode == 2
+    assert message in ran.stderr
+
+
 @pytest.mark.parametrize("budget", ["0", "1.5", "half"])
 def test_budgets_that_are_none(tmp_path: Path, budget: str):
     ran = quality(tmp_path / "work", "--budgets", budget)

@@ -20,6 +20,7 @@ QUESTIONS = [tokens(seed, 70 + seed) for seed in range(3)]
 UNKNOWN = 3
 PROMPTS = [[*PREFIX, *question, UNKNOWN] for question in QUESTIONS]
 NUM_TOKENS = 6
+BESIDE = "oracle:1", "oracle:0.35", "pages:0.35", "random:0.35"
 
 
 def ask(folder: Path, model: Path, *arms: str) -> dict[str, list[dict[str, Any]]]:
@@ -40,7 +41,7 @@ def folder(models, indexes, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def answered(models, folder) -> dict[str, list[dict[str, Any]]]:
-    return ask(folder, models("llama"), "dense", "1", "0.01", "0.6", "0.35")
+    return ask(folder, models("llama"), "dense", "1", "0.01", "0.6", "0.35", *BESIDE)
 
 
 def test_the_dense_arm_is_vllms_own_attention(models, answered, dense_answers):
@@ -63,6 +64,16 @@ def test_each_arm_has_its_own_budget(answered):
     for arm in arms:
         # Budgets were calibrated on other questions; at 1 centroids come on top.
         assert budget_used(total(answered[arm])) == pytest.approx(float(arm), abs=0.03)
+
+
+def test_other_rules_answer_at_the_same_budgets(answered):
+    assert [problem_of(arm, answered[arm], len(PROMPTS)) for arm in BESIDE] == [None] * len(BESIDE)
+    for whole, dense in zip(answered["oracle:1"], answered["dense"], strict=True):
+        assert whole["tokens"] == dense["tokens"] and max(map(abs, whole["kl"])) < 1e-6
+    for arm in BESIDE[1:]:
+        assert budget_used(total(answered[arm])) == pytest.approx(0.35, abs=0.02)
+    kl = {arm: max(max(row["kl"]) for row in answered[arm]) for arm in ("0.35", *BESIDE)}
+    assert 0 < kl["oracle:0.35"] < min(kl[arm] for arm in ("0.35", "pages:0.35", "random:0.35"))
 
 
 def test_a_budget_that_cannot_be_met(folder, answered):
