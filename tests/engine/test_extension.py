@@ -7,7 +7,6 @@ import torch
 
 from tests.engine.conftest import ENGINE_ARGS, check_answers_are_dense, tokens
 from vllm_squeeze.cli import main
-from vllm_squeeze.kernels.tables import unpacked_keys
 from vllm_squeeze.prefix_index.index_folder import LayerClusters, PrefixIndex, find_indexes
 
 PREFIX = tokens(seed=1, count=600)
@@ -29,7 +28,7 @@ def extend(models, tmp_path):
 def centroid_by_members(clusters: LayerClusters, head: int) -> dict[tuple[int, ...], torch.Tensor]:
     """The clusters of a head that have any keys: the centroid of each and its steps, by the positions of its keys."""
     members = clusters.members[head].split(clusters.sizes[head].tolist())
-    centroids = unpacked_keys(clusters.centroids, clusters.centroid_scales, clusters.frame)[head]
+    centroids = clusters.mean_keys()[head]
     steps = clusters.centroid_scales[head, :, None] * clusters.frame[head, 1]
     each = zip(members, torch.stack([centroids, steps], 1), strict=True)
     return {tuple(keys.tolist()): centroid for keys, centroid in each if len(keys)}

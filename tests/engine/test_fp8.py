@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.engine.conftest import check_answers_are_dense, tokens
-from vllm_squeeze.kernels.tables import unpacked, unpacked_keys
+from vllm_squeeze.kernels.tables import unpacked
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
 
 pytestmark = pytest.mark.skipif(
@@ -50,7 +50,7 @@ def mean_key_and_value(index: Path, layer: int) -> torch.Tensor:
     """Of all clustered tokens, [2, H, D]."""
     clusters = PrefixIndex.open(index).layer(layer)
     sizes = clusters.sizes[..., None]
-    keys = unpacked_keys(clusters.centroids, clusters.centroid_scales, clusters.frame)
+    keys = clusters.mean_keys()
     values = unpacked(clusters.value_centroids, clusters.value_scales)
     return torch.stack([(means * sizes).sum(1) for means in (keys, values)]) / sizes.sum(1)
 

@@ -4,7 +4,7 @@ import torch
 
 from benchmarks.quality.arms import residency_in, squeezed_impls
 from tests.engine.conftest import engine, tokens
-from vllm_squeeze.kernels.tables import NEIGHBOURS, group_means, unpacked_keys
+from vllm_squeeze.kernels.tables import NEIGHBOURS, group_means
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
 
 
@@ -26,7 +26,7 @@ def test_clusters_of_a_group_are_alike(models, indexes):
     for number in range(len(index.manifest.layers)):
         held = index.layer(number)
         whole = held.sizes.shape[1] // NEIGHBOURS * NEIGHBOURS
-        centroids = unpacked_keys(held.centroids, held.centroid_scales, held.frame)[:, :whole]
+        centroids = held.mean_keys()[:, :whole]
         directions = torch.nn.functional.normalize(centroids - centroids.mean(1, keepdim=True), dim=-1)
         likeness = directions @ directions.mT
         of_group = torch.arange(whole) // NEIGHBOURS

@@ -44,7 +44,7 @@ from small_quality import make_quality
 
 import vllm_squeeze
 from vllm_squeeze.kernels.reference import attend_prefix
-from vllm_squeeze.kernels.tables import ClusterTable, group_means, unpacked_keys
+from vllm_squeeze.kernels.tables import ClusterTable, group_means
 from vllm_squeeze.offline_tools.inspect import inspect, inspect_index
 from vllm_squeeze.prefix_index.calibration import log_threshold
 from vllm_squeeze.prefix_index.index_folder import (
@@ -561,7 +561,7 @@ def assert_attention_is_finite(clusters: LayerClusters, num_sinks: int) -> None:
     starts = clusters.sizes.cumsum(1, dtype=torch.int32) - clusters.sizes
     facts = (clusters.log_weights, clusters.variances, starts, clusters.sizes, clusters.sizes.log(), clusters.members)
     of_keys = clusters.centroids, clusters.centroid_scales
-    groups = group_means(unpacked_keys(*of_keys, clusters.frame), clusters.sizes, clusters.frame)
+    groups = group_means(clusters.mean_keys(), clusters.sizes, clusters.frame)
     of_values = clusters.value_centroids, clusters.value_scales
     table = ClusterTable(*of_keys, *of_values, *facts, *groups, clusters.frame[:, None])
     query = torch.tensor([1.0, -60000.0])[:, None, None, None].expand(2, NUM_HEADS, 1, HEAD_SIZE)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_squeeze.kernels.tables import unpacked, unpacked_keys
+from vllm_squeeze.kernels.tables import unpacked
 from vllm_squeeze.prefix_index.clustering import Clusters, cluster_keys
 from vllm_squeeze.prefix_index.index_folder import LayerClusters
 from vllm_squeeze.prefix_index.manifest import IndexParameters
@@ -28,17 +28,13 @@ def kept_of(prefix: tuple[torch.Tensor, torch.Tensor], rule: str = "error", **pa
     return stored(clusters_of(prefix, **parameters), rule, prefix[0], queries)
 
 
-def mean_keys_of(kept: LayerClusters) -> torch.Tensor:
-    return unpacked_keys(kept.centroids, kept.centroid_scales, kept.frame)
-
-
 def test_centroids_are_within_half_a_step(prefix):
     clusters, kept = clusters_of(prefix), kept_of(prefix)
     assert torch.equal(kept.sizes, clusters.sizes) and torch.equal(kept.members, clusters.members)
     assert kept.centroids.dtype == kept.value_centroids.dtype == torch.int32
     middle, spread = kept.frame.split(1, 1)
     for means, as_read, scales, middle, spread in (
-        (clusters.centroids, mean_keys_of(kept), kept.centroid_scales, middle, spread),
+        (clusters.centroids, kept.mean_keys(), kept.centroid_scales, middle, spread),
         (clusters.value_centroids, unpacked(kept.value_centroids, kept.value_scales), kept.value_scales, 0.0, 1.0),
     ):
         assert torch.allclose(((as_read - middle) / spread).abs().amax(-1), 7 * scales)
@@ -52,7 +48,7 @@ def test_weights_are_errors_of_lumping_keys_together(prefix):
     for head in range(2):
         errors = []
         for cluster, members in enumerate(kept.members[head].long().split(kept.sizes[head].tolist())):
-            centroid = mean_keys_of(kept)[head, cluster].double()
+            centroid = kept.mean_keys()[head, cluster].double()
             apart = (keys[head, members] - centroid).square().sum(-1).mean().sqrt()
             errors.append(apart * values[head, members].double().square().sum(-1).mean().sqrt())
         errors = torch.stack(errors)
@@ -66,7 +62,7 @@ def test_variances_are_of_the_logits_around_their_centroids(prefix):
     kept = stored(clusters_of(prefix), "error", keys, queries)
     for head in range(2):
         for cluster, members in enumerate(kept.members[head].long().split(kept.sizes[head].tolist())):
-            centroid = mean_keys_of(kept)[head, cluster].double()
+            centroid = kept.mean_keys()[head, cluster].double()
             logits = queries[head].double() @ (keys[head, members] - centroid).mT
             expected = logits.square().mean() / queries[head].double().square().sum(-1).mean()
             assert float(kept.variances[head, cluster]) == pytest.approx(float(expected), rel=1e-3, abs=1e-5)
@@ -76,7 +72,7 @@ def test_variances_are_those_of_all_directions_for_queries_that_go_everywhere(pr
     kept = kept_of(prefix)
     for head in range(2):
         for cluster, members in enumerate(kept.members[head].long().split(kept.sizes[head].tolist())):
-            centroid = mean_keys_of(kept)[head, cluster].double()
+            centroid = kept.mean_keys()[head, cluster].double()
             expected = (prefix[0][head, members] - centroid).square().mean()
             assert float(kept.variances[head, cluster]) == pytest.approx(float(expected), rel=1e-3, abs=1e-4)
 

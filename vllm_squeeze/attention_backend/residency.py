@@ -17,7 +17,7 @@ from vllm_squeeze.attention_backend.placement import (
 )
 from vllm_squeeze.attention_backend.room import Room, Span, settle
 from vllm_squeeze.attention_backend.variants import VariantSlot
-from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes, group_means, num_groups, unpacked_keys
+from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes, group_means, num_groups
 from vllm_squeeze.prefix_index.budget import ReadCost
 from vllm_squeeze.prefix_index.index_folder import LayerClusters, PrefixIndex
 from vllm_squeeze.prefix_index.manifest import InvalidIndex, Manifest
@@ -167,8 +167,7 @@ class Residency:
         sizes = (before.gather(1, ends) - before.gather(1, starts)).int()
         table.sizes[:, span.centroids] = sizes.to(self.device)
         table.log_sizes[:, span.centroids] = sizes.log().to(self.device)
-        centroids = unpacked_keys(clusters.centroids[heads], clusters.centroid_scales[heads], frame)
-        of_groups = group_means(pad(centroids, (0, 0, 0, span.num_centroids - count)), sizes, frame)
+        of_groups = group_means(pad(clusters.mean_keys()[heads], (0, 0, 0, span.num_centroids - count)), sizes, frame)
         for held, of_group in zip((table.group_centroids, table.group_scales, table.group_sizes), of_groups):
             held[:, span.groups] = of_group.to(self.device)
 

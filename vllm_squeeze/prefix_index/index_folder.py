@@ -30,7 +30,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from vllm_squeeze.kernels.tables import LEAST_PACKED, LEAST_SPREAD
+from vllm_squeeze.kernels.tables import LEAST_PACKED, LEAST_SPREAD, unpacked_keys
 from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.manifest import (
     MAX_HEADER_BYTES,
@@ -81,6 +81,10 @@ class LayerClusters:
     sizes: torch.Tensor
     members: torch.Tensor
     frame: torch.Tensor
+
+    def mean_keys(self) -> torch.Tensor:
+        """The mean keys as they are read, [H, C, D] float32."""
+        return unpacked_keys(self.centroids, self.centroid_scales, self.frame)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_squeeze.kernels.tables import unpacked_keys
 from vllm_squeeze.prefix_index.calibration import attention_histogram, score_histogram
 from vllm_squeeze.prefix_index.clustering import Clusters, cluster_keys, mean_cosine
 from vllm_squeeze.prefix_index.manifest import IndexParameters
@@ -69,14 +68,14 @@ def index_layers(
         heads = slice(number * num_heads, (number + 1) * num_heads)
         of_layer = Clusters(*(getattr(clusters, field.name)[heads] for field in fields(Clusters)))
         cosine = mean_cosine(keys[heads], of_layer)
-        tensors = vars(stored(of_layer, parameters.rule, keys[heads], layer.queries))
+        kept = stored(of_layer, parameters.rule, keys[heads], layer.queries)
         # The threshold is calibrated with the centroids as the server will read them.
-        centroids = unpacked_keys(tensors["centroids"], tensors["centroid_scales"], tensors["frame"])
-        clusters_read = centroids, tensors["frame"], tensors["log_weights"], tensors["variances"], of_layer.sizes
+        clusters_read = kept.mean_keys(), kept.frame, kept.log_weights, kept.variances, kept.sizes
         softmax = layer.scale, layer.soft_cap, parameters.join
+        tensors = dict(vars(kept))
         tensors["scores"] = score_histogram(layer.queries.float(), *clusters_read, *softmax)
         if layer.held_back.shape[1]:
-            of_keys = layer.held_back.float(), keys[heads], *clusters_read, of_layer.members
+            of_keys = layer.held_back.float(), keys[heads], *clusters_read, kept.members
             tensors["attention"] = attention_histogram(*of_keys, *softmax)
         on_host = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         yield IndexedLayer(on_host, cosine, layer.queries.shape[1])
