@@ -247,7 +247,7 @@ def budget(text: str) -> str:
     return f"{value:g}"
 
 
-def rule(text: str) -> str:
+def rule_beside(text: str) -> str:
     """A rule as its arms are called.
 
     Raises:
@@ -271,7 +271,7 @@ def main() -> int:
     parser.add_argument("--questions", type=int, default=20, help="of each task")
     parser.add_argument("--answer-tokens", type=int, help="most tokens of an answer, instead of RULER's")
     parser.add_argument("--budgets", nargs="+", type=budget, default=["0.5", "0.33", "0.125"])
-    parser.add_argument("--beside", nargs="+", type=rule, default=[], metavar="RULE", help="see above")
+    parser.add_argument("--beside", nargs="+", type=rule_beside, default=[], metavar="RULE", help="see above")
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps prefixes, indexes and answers")
     parser.add_argument("--essay", type=Path, default=ESSAY, help="text that needles are planted in")
     parser.add_argument("--seed", type=int, default=0, help="of the tasks")

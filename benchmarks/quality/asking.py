@@ -72,11 +72,10 @@ class Asker:
             return self._answer_densely
         rule, _, budget = arm.rpartition(":")
         if rule:
-            cost = cost_of(parse(rule), self.engine.cost)
+            by = parse(rule)
+            cost = cost_of(by, self.engine.cost)
             share = cost.share(float(budget))
-            return functools.partial(
-                self._answer_by, parse(rule), threshold_of(parse(rule), share, cost.num_keys), share
-            )
+            return functools.partial(self._answer_by, by, threshold_of(by, share, cost.num_keys), share)
         self.engine.set_budget(float(budget))
         return self._answer_and_compare
 
