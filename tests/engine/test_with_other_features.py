@@ -9,7 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.engine.conftest import engine, generate, grown, outcomes, tokens
+from tests.engine.conftest import ENGINE_ARGS, engine, generate, grown, outcomes, tokens
+from vllm_squeeze.offline_tools.index import index as make_index
+from vllm_squeeze.prefix_index.index_folder import PrefixIndex
+from vllm_squeeze.prefix_index.manifest import IndexParameters
 
 PREFIX = tokens(seed=1, count=600)
 CHOICES, PATTERN = ["t10t11t12t13", "t20t21t22t23"], "(t[4-9]){6}"
@@ -102,9 +105,22 @@ TENSOR, PIPELINE = (
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("ranks", "budget"), [(TENSOR, 1.0), (TENSOR, 0.4), (PIPELINE, 1.0)], ids=["tensor", "tensor-0.4", "pipeline"]
-)
+def test_two_ranks_make_the_index_that_one_makes(models, indexes, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # vLLM would else want a NUMA node for each
+    model = models("llama")
+    one = PrefixIndex.open(indexes(model, PREFIX))
+    (tmp_path / "ids.json").write_text(str(PREFIX))
+    arguments = (None, tmp_path / "ids.json", None, tmp_path / "store", IndexParameters(), {**ENGINE_ARGS, **TENSOR})
+    two = PrefixIndex.open(make_index(str(model), *arguments, measured=False))
+    assert (two.manifest.model, two.manifest.parameters) == (one.manifest.model, one.manifest.parameters)
+    for number in range(len(one.manifest.layers)):
+        of_one, of_two = one.layer(number), two.layer(number)
+        assert torch.equal(of_two.members, of_one.members) and torch.equal(of_two.sizes, of_one.sizes)
+        torch.testing.assert_close(of_two.mean_keys(), of_one.mean_keys())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("ranks", "budget"), [(TENSOR, 0.4), (PIPELINE, 1.0)], ids=["tensor", "pipeline"])
 def test_one_index_fits_two_ranks(models, indexes, dense_answers, monkeypatch, ranks, budget):
     """Answers are those of one rank; below a budget of 1, where each rank must have the clusters of its own heads."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # vLLM would else want a NUMA node for each
