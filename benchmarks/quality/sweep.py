@@ -14,8 +14,7 @@ too. An arm is ``rule+option:budget``, see ``selection.py``; they run in torch, 
 Before each run the KV cache is emptied and the prefix computed anew, densely. Budgets are met by what is really read:
 in a first run an arm whose rule does not say how much it chooses takes everything, and ranks of keys drawn by lot are
 noted, which say what threshold would have chosen the wanted share of them; it is found again in each run until bytes
-are within a tolerance. Served rows have the
-threshold of their index, and read what they read.
+are within a tolerance. Served rows have the threshold of their index, and read what they read.
 
     bytes     read over those of dense attention, of all query tokens that are squeezed, each alone
     KL        of dense to other next-token distributions, nats, mean over the places of all answers, and its standard
