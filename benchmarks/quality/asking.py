@@ -1,6 +1,7 @@
 """Asks the questions on a prefix of one engine in this process, densely and at each budget, one arm after the other.
 
-Rules of ``selection.py`` that say by themselves how much they choose can answer too, in torch: arms called ``rule:budget``.
+Rules of ``selection.py`` that say by themselves how much they choose can answer too, in torch: arms called
+``rule:budget``.
 
 An arm begins with nothing but the prefix in the KV cache, computed densely: vLLM would else take the keys and values of
 a question from another arm's answer to it.

@@ -118,9 +118,10 @@ class Sweep:
         Raises:
             ValueError: the arm reads more in any case.
         """
-        cost = cost_of(parse(name), self._engine.cost)
+        arm = parse(name)
+        cost = cost_of(arm, self._engine.cost)
         share = cost.share(budget)
-        threshold = threshold_of(parse(name), share, cost.num_keys)
+        threshold = threshold_of(arm, share, cost.num_keys)
         runs, (figures, reads) = 1, self.measure(name, -math.inf if threshold is None else threshold, share)
         while share < 1 and runs < most_runs and (runs == 1 or abs(figures["bytes"] / budget - 1) > tolerance):
             runs, (figures, reads) = runs + 1, self.measure(name, reads.threshold(share), share)
