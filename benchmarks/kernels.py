@@ -125,6 +125,7 @@ def make_layer(shape: Shape, kept: float, likeness: float, beside: bool) -> Laye
         lens=torch.tensor([shape.prefix], dtype=torch.int32, device=device),
         frames=torch.zeros(1, dtype=torch.int32, device=device),
         log_threshold=threshold(log_p, kept).view(1),
+        kept_shares=torch.tensor([kept], device=device),
         counters=torch.zeros(1, 6, dtype=torch.int64, device=device),
     )
     queries = tile(shape, block_table, prefixes, shape.batch, beside)

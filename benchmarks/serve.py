@@ -165,6 +165,8 @@ def start(arguments: argparse.Namespace, prefix: list[int]) -> Any:
         settings["mode"] = arguments.arm
     if arguments.budget:
         settings["budget"] = arguments.budget
+    if arguments.prefill:
+        settings["prefill"] = arguments.prefill
     engine_args = {
         "max_model_len": len(prefix) + arguments.question_tokens + max(arguments.tokens, SEARCH_TOKENS) + 1,
         "max_num_seqs": max(arguments.batches),
@@ -274,7 +276,7 @@ def problems_of(arguments: argparse.Namespace, row: dict[str, Any], cached: int)
     expected = {
         ORDINARY_INDEX: ["dense: no index"],
         "exact": ["exact"],
-        "squeezed": ["dense: prefill", "squeezed"],
+        "squeezed": ["squeezed"] if arguments.prefill else ["dense: prefill", "squeezed"],
     }.get(arguments.arm, [])
     if arguments.arm != "auto" and sorted(rows) != expected:
         found.append(f"rows are {rows}, not {expected}")
@@ -423,6 +425,8 @@ def run_all(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
+    from vllm_squeeze.config import prefill_of
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a real model; needs --prefix or --index")
     parser.add_argument("--prefix", type=Path, help="text of the prefix")
@@ -430,6 +434,7 @@ def main() -> int:
     parser.add_argument("--prefix-tokens", type=int, default=131072, help="of the random prefix")
     parser.add_argument("--kept", type=float, help="share of keys to keep; 0.1 with random weights")
     parser.add_argument("--budget", type=float, help="of the server, where --kept is not given")
+    parser.add_argument("--prefill", type=prefill_of, metavar="BUDGET", help="of questions; dense if not given")
     parser.add_argument("--index", type=Path, help="an index to use; its tokens are the prefix")
     parser.add_argument("--work", type=Path, help="folder that keeps model, index and thresholds for another run")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["stock", "exact", "squeezed"])

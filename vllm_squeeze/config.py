@@ -35,8 +35,9 @@ class SqueezeConfig:
             are attended to, each loaded once for all rows that share the prefix, whatever the budget. Or "off": no
             index is looked at, and all attention is vLLM's own.
         prefill: what the tokens of a prompt that follow its prefix attend to: "dense", all of the prefix, by vLLM's own
-            attention, so that an answer begins as a dense one does and only its tokens are squeezed; or "squeezed",
-            as the answer's (the paper's way). An exact prefix is attended to exactly either way.
+            attention, so that an answer begins as a dense one does and only its tokens are squeezed. Or a budget of
+            their own, in (0, 1], as ``budget`` counts it: some tokens together choose what they all attend to. Or
+            "squeezed": each as an answer's. An exact prefix is attended to exactly either way.
         memory_limit_gib: device memory that the indexes may take on each GPU (or on the CPU), in GiB. If they need
             more together, they take turns: one that a request wants takes the place of those not wanted for longest.
             One that does not fit alone is left out, and its prefix is served densely.
@@ -50,7 +51,7 @@ class SqueezeConfig:
     max_kl: float = 0.05
     rest: str = "value_centroids"
     mode: str = "auto"
-    prefill: str = "dense"
+    prefill: float | str = "dense"
     memory_limit_gib: float = 4.0
     watch: float = 0.0
     pin_share: float = 0.5
@@ -66,8 +67,10 @@ class SqueezeConfig:
             raise ValueError(f"squeeze.rest: {self.rest!r} is not one of {', '.join(REST_MODES)}")
         if self.mode not in (*SERVING_MODES, OFF):
             raise ValueError(f"squeeze.mode: {self.mode!r} is not one of {', '.join(SERVING_MODES)}, {OFF}")
-        if self.prefill not in PREFILLS:
-            raise ValueError(f"squeeze.prefill: {self.prefill!r} is not one of {', '.join(PREFILLS)}")
+        if self.prefill not in PREFILLS and not (is_number(self.prefill) and 0 < self.prefill <= 1):
+            raise ValueError(
+                f"squeeze.prefill: {self.prefill!r} is not one of {', '.join(PREFILLS)}, nor a number in (0, 1]"
+            )
         if self.prefill != "dense" and self.budget == AUTO:
             raise ValueError(
                 f'squeeze.prefill: {self.prefill!r} is not "dense", which a squeeze.budget of "{AUTO}" was measured with'
@@ -123,6 +126,15 @@ class SqueezeConfig:
             except ValueError as error:
                 raise ValueError(f"squeeze.index (or {INDEX_VARIABLE}): {error}") from None
         return list(dict.fromkeys(folders))
+
+
+def prefill_of(text: str) -> float | str:
+    """The setting ``prefill`` as a command line has it.
+
+    Raises:
+        ValueError: it is not allowed.
+    """
+    return SqueezeConfig(prefill=text if text in PREFILLS else float(text)).prefill
 
 
 def is_number(value: Any) -> bool:

@@ -12,6 +12,7 @@ from benchmarks.quality.selection import Arm, Attention, Cost, Prefix, Units, at
 from vllm_squeeze.attention_backend.residency import Residency
 from vllm_squeeze.attention_backend.worker import layers_of
 from vllm_squeeze.kernels.reference import ReadTokens, dequantised, merge
+from vllm_squeeze.kernels.tables import PROMPT_SLOTS
 
 TOKENS_AT_ONCE = 256
 # Ranks that are noted of each query token in each layer, to find a threshold by.
@@ -104,7 +105,9 @@ class TorchLayer:
     def on_cpu(
         self, query: torch.Tensor, suffix_output: torch.Tensor, suffix_lse: torch.Tensor, slot: int, read: ReadTokens
     ) -> torch.Tensor:
-        """In place of ``SqueezeCPUImpl.attend_prefix``."""
+        """In place of ``SqueezeCPUImpl.attend_prefix``, but for prompts whose tokens choose together."""
+        if slot >= PROMPT_SLOTS:
+            return type(self._impl).attend_prefix(self._impl, query, suffix_output, suffix_lse, slot, read)
         covered = self._impl.residency.active[slot].covered
         return self._attend(query, suffix_output, suffix_lse, *self._prefix(lambda: read(torch.arange(covered))))
 

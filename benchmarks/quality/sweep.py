@@ -7,7 +7,7 @@ One engine with one indexed prefix runs all arms one after the other. The task a
 ``python -m benchmarks.quality``, with the same further arguments, where the work folder has none. First vLLM's own
 attention answers all questions together; then each arm has these answers forced on it, all together, token by token as
 they would be decoded, every layer really attending as the arm does, with ``--prefill squeezed`` in the prompts' ends
-too. An arm is ``rule+option:budget``, see ``selection.py``; they run in torch, except
+too; with a budget there, these are squeezed as the server does it, whatever the arm, and count among what is served. An arm is ``rule+option:budget``, see ``selection.py``; they run in torch, except
 
     served    the server's own kernels, with the threshold of the index
 
@@ -42,7 +42,7 @@ from benchmarks.quality.selection import cost_of, parse, threshold_of
 
 # Sets the environment before vLLM is imported.
 from benchmarks.running import count
-from vllm_squeeze.config import PREFILLS, SqueezeConfig
+from vllm_squeeze.config import SqueezeConfig, prefill_of
 from vllm_squeeze.offline_tools.fidelity import mean_and_error
 from vllm_squeeze.offline_tools.timing import machine
 
@@ -72,7 +72,7 @@ class Sweep:
         prompts: list[list[int]],
         num_tokens: int,
         engine_args: dict[str, Any],
-        prefill: str = SqueezeConfig.prefill,
+        prefill: float | str = SqueezeConfig.prefill,
     ):
         from benchmarks.quality import arms
         from vllm_squeeze.offline_tools import measure
@@ -198,7 +198,7 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, default=0.02, help="how far bytes may be from the budget, relative")
     parser.add_argument("--most-runs", type=int, default=4, help="of an arm, to meet its budget")
     parser.add_argument(
-        "--prefill", choices=PREFILLS, default=SqueezeConfig.prefill, help="what prompts' ends attend to"
+        "--prefill", type=prefill_of, default=SqueezeConfig.prefill, help="what prompts' ends attend to, as the setting"
     )
     parser.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="where to draw KL against bytes, of all arms so far")

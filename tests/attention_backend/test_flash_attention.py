@@ -30,11 +30,14 @@ def test_flash_attention_gets_what_follows_the_prefixes(monkeypatch):
         lens=torch.tensor([32] * 3, dtype=torch.int32, device=DEVICE),
         frames=torch.zeros(3, dtype=torch.int32, device=DEVICE),
         log_threshold=torch.zeros(3, device=DEVICE),
+        kept_shares=torch.ones(3, device=DEVICE),
         counters=torch.zeros(3, 6, dtype=torch.int64, device=DEVICE),
     )
     config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=MAX_ROWS, max_num_batched_tokens=32))
     room = Room(num_slots=1, num_centroids=0, num_members=0, longest_prefix=32, most_centroids=0)
-    rows = SuffixRows(PAGE_SIZE, config, SimpleNamespace(device=DEVICE, prefixes=prefixes, room=room))
+    options = SimpleNamespace(prefill="dense")
+    residency = SimpleNamespace(device=DEVICE, prefixes=prefixes, room=room, options=options)
+    rows = SuffixRows(PAGE_SIZE, config, residency)
     rows.prepare(group=2)
     rows.warm_up(PAGE_SIZE)
     assert not rows.squeezing and (rows.queries.tiles[:, 0] == -1).all()

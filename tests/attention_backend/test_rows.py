@@ -16,6 +16,7 @@ from vllm_squeeze.attention_backend.matching import (
     DENSE_SLOT,
     EXACT,
     FASTER,
+    FEWEST_PROMPT_TOKENS,
     NO_INDEX,
     NO_ROOM,
     NOT_COMPUTED,
@@ -29,6 +30,7 @@ from vllm_squeeze.attention_backend.rows import RowGroup
 from vllm_squeeze.attention_backend.variants import Variants
 from vllm_squeeze.kernels.reference import match_rows_reference
 from vllm_squeeze.kernels.rows import match_rows
+from vllm_squeeze.kernels.tables import PROMPT_SLOTS
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 MAX_ROWS, MAX_BLOCKS, NUM_GROUPS = 9, 40, 3
@@ -101,12 +103,14 @@ class Server:
         # Nested ones, forked ones, and one of another text.
         self.prefixes = [text[: random.randrange(SHORTEST, 200)] for text in (main, main, main, *self.texts[1:])]
         matcher, self.placements = make_matcher(self.prefixes, block_sizes)
-        self.dense_prefill = random.random() < 0.5
+        self.prefill = random.choice(["dense", "squeezed", "tiles"])
         self.variants = Variants(range(len(self.prefixes), len(self.prefixes) + NUM_VARIANTS))
-        self.live = LiveRequests(matcher, block_sizes, self.choose, self.dense_prefill, variants=self.variants)
+        dense, tiled = self.prefill == "dense", self.prefill == "tiles"
+        self.live = LiveRequests(matcher, block_sizes, self.choose, dense, variants=self.variants, tiled_prompts=tiled)
         self.choosing = choosing
         self.cache = KVCache(block_sizes, caching, random)
         self.sequences, self.preempted, self.num_requests, self.num_alone = [], set(), 0, 0
+        self.num_prompts = 0
         # What earlier batches left: any blocks, live ones too.
         kernel_blocks = 300 * max(size // kernel_block_size for size in block_sizes.values())
         shape = (MAX_ROWS, MAX_BLOCKS)
@@ -120,11 +124,16 @@ class Server:
         }
 
     def choose(self, step):
-        return [Arm.SQUEEZED if rows.squeezed else self.arm_on(rows.placement) for rows in step]
+        return [Arm.SQUEEZED if rows.squeezed else self.arm_on(rows.placement, rows.prompt) for rows in step]
 
-    def arm_on(self, placement):
-        """The same for all settings on a prefix, but that none is squeezed where all keys are attended to."""
+    def arm_on(self, placement, prompt):
+        """The same for all settings on a prefix, but that none is squeezed where all keys are attended to.
+
+        And no prompt whose tokens choose together is exact.
+        """
         arm = self.arms[placement.slot]
+        if prompt:
+            return Arm.SQUEEZED if arm is Arm.EXACT else arm
         return Arm.EXACT if placement.exact and arm is Arm.SQUEEZED else arm
 
     def arrive(self):
@@ -182,9 +191,17 @@ class Server:
             for _ in self.prefixes
         ]
         scheduled, rows = self.schedule()
-        live, num_tokens, longest_suffix, variants, _ = self.live.step(scheduled)
-        ready = [self.expected(sequence) for sequence, _ in rows]
+        step = self.live.step(scheduled)
+        live, num_tokens, longest_suffix, variants = step[:4]
+        ready = [self.expected(sequence, count) for sequence, count in rows]
         attention = [p and self.attention(sequence, p) for (sequence, _), p in zip(rows, ready)]
+        usual = [sequence.request.kv_transfer_params in (None, {"squeeze": {}}) for sequence, _ in rows]
+        exactly = {p.slot for p, is_usual, arm in zip(ready, usual, attention) if is_usual and arm == (Arm.EXACT, None)}
+        prompts = [p is not None and self.is_prompt(sequence) for (sequence, _), p in zip(rows, ready)]
+        for row, placement in enumerate(ready):
+            # which have no clusters in such a step
+            if prompts[row] and placement.slot in exactly:
+                attention[row] = (Arm.STOCK, None)
         if not self.asking:
             assert not variants
         no_room = self.live.rows[NO_ROOM]
@@ -193,18 +210,24 @@ class Server:
         meant |= {variant.slot: (variant.prefix, variant.log_threshold) for variant in variants}
         exact = {block.slot for block in live if block.exact}
         expected = list(ready)
-        for group, found in self.find_rows(rows, live, num_tokens).items():
+        for group, found in self.find_rows(rows, live, num_tokens, step.prompts).items():
             assert not any(facts != (DENSE_SLOT, 0) for facts in found[len(rows) :])
             for row, ((slot, length), placement, arm) in enumerate(zip(found, ready, attention)):
                 if slot == DENSE_SLOT:
                     may_have_no_room = no_room and self.settings_of(rows[row][0]) not in (None, {})
                     assert length == 0 and (arm in (None, (Arm.STOCK, None)) or may_have_no_room)
                     expected[row] = None
+                elif prompts[row]:
+                    assert (slot - PROMPT_SLOTS, length) == (placement.slot, placement.prefix_lens[group])
+                    assert arm == (Arm.SQUEEZED, None) and placement.slot not in exact
                 else:
                     assert (meant[slot][0], length) == (placement.slot, placement.prefix_lens[group])
                     assert arm == ((Arm.EXACT, None) if slot in exact else (Arm.SQUEEZED, meant[slot][1]))
-        assert num_tokens == sum(count for (_, count), p in zip(rows, expected) if p is not None)
-        alone = bool(rows) and None not in expected
+        of_prompts = [count for (_, count), p, prompt in zip(rows, expected, prompts) if p is not None and prompt]
+        assert sorted(of_prompts) == sorted(step.prompts)
+        assert num_tokens + sum(of_prompts) == sum(count for (_, count), p in zip(rows, expected) if p is not None)
+        self.num_prompts += len(of_prompts)
+        alone = bool(rows) and None not in expected and not of_prompts
         ends = [sequence.computed + count - p.covered for (sequence, count), p in zip(rows, expected) if alone]
         assert longest_suffix == max(ends, default=None)
         self.num_alone += alone
@@ -217,10 +240,17 @@ class Server:
         self.live.rows.clear()
         self.go_on(rows)
 
-    def expected(self, sequence):
+    def is_prompt(self, sequence):
+        """Whether a row's tokens choose together."""
+        mode = (self.settings_of(sequence) or {}).get("mode")
+        return (
+            self.prefill == "tiles" and mode != "exact" and sequence.computed < len(sequence.request.prompt_token_ids)
+        )
+
+    def expected(self, sequence, count=FEWEST_PROMPT_TOKENS):
         """The placement of the prefix that a row has computed, the longest that its request begins with, or None.
 
-        None as well where prompts are dense and it has not computed its own.
+        None as well where prompts are dense and it has not computed its own, or too few of its tokens would choose together.
         """
         if sequence.request.cache_salt:
             return None
@@ -232,7 +262,9 @@ class Server:
         settings = self.settings_of(sequence) or {}
         if settings.get("mode") == "dense":
             return None
-        dense_prefill = self.dense_prefill and settings.get("mode") != "exact"
+        if self.is_prompt(sequence) and count < FEWEST_PROMPT_TOKENS:
+            return None
+        dense_prefill = self.prefill == "dense" and settings.get("mode") != "exact"
         return longest if sequence.computed >= (len(prompt) if dense_prefill else longest.covered) else None
 
     @staticmethod
@@ -246,10 +278,11 @@ class Server:
             placement = placement.attended_exactly()
         elif "budget" in settings:
             placement = placement.at_budget(settings["budget"])
-        arm = Arm.SQUEEZED if settings.get("mode") == "squeezed" else self.arm_on(placement)
-        return arm, placement.log_threshold if arm is Arm.SQUEEZED else None
+        prompt = self.is_prompt(sequence)
+        arm = Arm.SQUEEZED if settings.get("mode") == "squeezed" else self.arm_on(placement, prompt)
+        return arm, placement.log_threshold if arm is Arm.SQUEEZED and not prompt else None
 
-    def find_rows(self, rows, live, num_tokens):
+    def find_rows(self, rows, live, num_tokens, prompts):
         """What the worker finds in each group, with a padded row at the end."""
         counts = [count for _, count in rows] + [0]
         ends = [sequence.computed + count for sequence, count in rows]
@@ -271,7 +304,7 @@ class Server:
             state.note(metadata, self.kernel_block_size)
             state.found = [(DENSE_SLOT, 0)] * (len(rows) + 1)
             if of_group := [block for block in live if block.group == group]:
-                state.begin_step(of_group, num_tokens)
+                state.begin_step(of_group, num_tokens, prompts=prompts)
             found[group] = state.found
             state.end_step()
         return found
@@ -320,6 +353,8 @@ def test_no_row_is_mistaken(rows_class, num_worlds, block_sizes, kernel_block_si
             server.step()
             outcomes.update(server.seen)
         outcomes["alone"] += server.num_alone
+        outcomes["prompts"] += server.num_prompts
+    assert outcomes["prompts"], "no prompt's tokens have chosen together"
     assert outcomes.keys() >= {SQUEEZED, PREFILL, NOT_COMPUTED, NO_INDEX, CACHE_SALT}, "the worlds are too simple"
     assert outcomes["alone"], "no step has squeezed rows alone"
 

@@ -70,6 +70,7 @@ def rows(monkeypatch):
         lens=torch.tensor([32], dtype=torch.int32, device=device),
         frames=torch.zeros(1, dtype=torch.int32, device=device),
         log_threshold=torch.zeros(1, device=device),
+        kept_shares=torch.ones(1, device=device),
         counters=torch.zeros(1, 6, dtype=torch.int64, device=device),
     )
     config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=ROWS, max_num_batched_tokens=32))

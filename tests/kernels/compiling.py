@@ -9,8 +9,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from tests.kernels.conftest import build_scene
+from tests.kernels.test_prompts import prompts_of, workspace_for
 from vllm_squeeze.kernels import workspace
 from vllm_squeeze.kernels.nearest import nearest
+from vllm_squeeze.kernels.prompts import squeezed_prompts
 from vllm_squeeze.kernels.shared_prefix import gather_queries, join_shared
 from vllm_squeeze.kernels.squeezed_attention import squeezed_attention
 
@@ -22,6 +24,10 @@ SHAPES = (
     ({"group": 4, "head_size": 128, "dtype": torch.bfloat16, "cache_dtype": torch.float8_e4m3fn}, (1,)),
 )
 """And numbers of tokens, for tiles of one size or of both."""
+
+
+def no_library(q: torch.Tensor, **operands: object) -> torch.Tensor:
+    return torch.zeros(q.shape[1], len(q))
 
 
 def main(capability: int, num_shapes: int) -> None:
@@ -58,6 +64,10 @@ def main(capability: int, num_shapes: int) -> None:
         lse = torch.zeros(gathered.shape[1], len(gathered))
         operands = scene.suffix_output, scene.suffix_lse, gathered, lse, scene.queries, scene.prefixes
         join_shared(*operands, scene.num_kv_heads)
+        if "cache_dtype" not in shape:
+            prompt = prompts_of(build_scene("cpu", slot_of=(0, 0), **shape), (0,), (2,), 0.5)
+            for rest, soft_cap in ((True, 0.0), (False, 30.0)):
+                prompt.apply(squeezed_prompts, rest, workspace_for(prompt), no_library, soft_cap)
     print(dict(compiled))
 
 

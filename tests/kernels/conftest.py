@@ -347,6 +347,7 @@ def build_scene(
         lens=torch.tensor([keys.shape[1] for keys in keys], dtype=torch.int32, device=device),
         frames=torch.arange(1, 1 + len(slots), dtype=torch.int32, device=device),
         log_threshold=torch.full((len(slots),), -torch.inf, device=device),
+        kept_shares=torch.ones(len(slots), device=device),
         counters=torch.zeros(len(slots), 6, dtype=torch.int64, device=device),
     )
     scene = Scene(

@@ -42,6 +42,7 @@ def test_tokens_are_grouped_by_prefix(rows, group, spare):
         lens=torch.tensor([16, 40, 3], dtype=torch.int32, device=DEVICE),
         frames=torch.zeros(NUM_SLOTS, dtype=torch.int32, device=DEVICE),
         log_threshold=torch.zeros(NUM_SLOTS, device=DEVICE),
+        kept_shares=torch.ones(NUM_SLOTS, device=DEVICE),
         counters=torch.zeros(NUM_SLOTS, 6, dtype=torch.int64, device=DEVICE),
     )
     block_table = torch.arange(len(rows) * 4, dtype=torch.int32, device=DEVICE).view(-1, 4)

@@ -17,7 +17,7 @@ from vllm_squeeze.attention_backend.catalogue import Catalogue
 from vllm_squeeze.attention_backend.matching import LiveRequests, Step
 from vllm_squeeze.attention_backend.orders import LoadReport, Order
 from vllm_squeeze.attention_backend.pins import Pins
-from vllm_squeeze.attention_backend.placement import Options, full_attention_groups
+from vllm_squeeze.attention_backend.placement import Options, full_attention_groups, tiled_prompts
 from vllm_squeeze.attention_backend.policy import arms_of
 from vllm_squeeze.attention_backend.stats import SqueezePromMetrics, SqueezeStats
 from vllm_squeeze.attention_backend.variants import Variants
@@ -79,10 +79,11 @@ class SqueezeConnector(PassiveConnector):
             groups = full_attention_groups(kv_cache_config)
             num_layers = sum(len(kv_cache_config.kv_cache_groups[group].layer_names) for group in groups)
             choose = arms_of(options, vllm_config, num_layers)
-            dense_prefill = options.prefill == "dense"
-            variants = Variants(self._catalogue.variant_slots)
+            tiled = tiled_prompts(options, vllm_config)
+            dense_prefill = not tiled and options.prefill != "squeezed"
+            variants, how = Variants(self._catalogue.variant_slots), (self._keep_apart, tiled)
             self._requests = LiveRequests(
-                self._catalogue.matcher, groups, choose, dense_prefill, self._pins.pin, variants, self._keep_apart
+                self._catalogue.matcher, groups, choose, dense_prefill, self._pins.pin, variants, *how
             )
             self._pool: Any = None
             # other engines may squeeze in other ways, and share what connectors store

@@ -26,7 +26,7 @@ from vllm_squeeze.kernels.reference import (
     dequantised,
     merge,
 )
-from vllm_squeeze.kernels.tables import JOINS
+from vllm_squeeze.kernels.tables import JOINS, PROMPT_SLOTS, prompt_tile_tokens
 
 # Query tokens scored at once. Bounds the memory of a long question over a long prefix.
 QUERY_CHUNK = 256
@@ -36,7 +36,8 @@ class HostRows(RowGroup):
     """The rows of a step as Python numbers.
 
     Attributes:
-        squeezed: per squeezed row its index, slot, prefix length, sequence length, first and last query token + 1.
+        squeezed: per squeezed row its index, slot as in ``row_slot``, prefix length, sequence length, first and last query
+            token + 1.
     """
 
     def set_rows(self, num_tokens: int) -> None:
@@ -172,7 +173,14 @@ class SqueezeCPUImpl(SqueezeLayer, CPUAttentionBackendImpl):
             ]
             suffix_output, suffix_lse = (torch.cat(parts) for parts in zip(*suffix))
             read = functools.partial(pages.read, blocks[rows[0][0]])
-            for chunk in torch.arange(len(tokens)).split(QUERY_CHUNK):
+            counts, size = [len(tokens)], QUERY_CHUNK
+            if slot >= PROMPT_SLOTS:
+                counts, size = (
+                    [end - start for *_, start, end in rows],
+                    prompt_tile_tokens(query.shape[2], self.head_size),
+                )
+            chunks = (chunk for some in torch.arange(len(tokens)).split(counts) for chunk in some.split(size))
+            for chunk in chunks:
                 suffix = suffix_output[chunk], suffix_lse[chunk]
                 merged = self.attend_prefix(query[tokens[chunk]], *suffix, slot, read)
                 output[tokens[chunk]] = merged.to(output.dtype)
@@ -186,13 +194,14 @@ class SqueezeCPUImpl(SqueezeLayer, CPUAttentionBackendImpl):
             query: [R, H, G, D].
             suffix_output: [R, H, G, D] float32, over what follows the prefix.
             suffix_lse: [R, H, G] float32, its log-sum-exp.
-            slot: of the prefix.
+            slot: of the prefix, as in ``row_slot``.
             read: reads keys and values of the prefix.
 
         Returns:
             [R, H, G, D] float32.
         """
-        prefixes = self.residency.prefixes
+        prefixes, together = self.residency.prefixes, slot >= PROMPT_SLOTS
+        slot -= PROMPT_SLOTS * together
         first, count, num_sinks, join = prefixes.slots[slot].tolist()
         output, lse, kept, loaded = attend_prefix(
             query,
@@ -204,6 +213,7 @@ class SqueezeCPUImpl(SqueezeLayer, CPUAttentionBackendImpl):
             self.residency.options.rest == "value_centroids",
             self.logits_soft_cap,
             JOINS[join],
+            float(prefixes.kept_shares[slot]) if together else None,
         )
         count_reads(prefixes.counters[slot], count > 0, kept, loaded)
         return merge(suffix_output, suffix_lse, output, lse)

@@ -1,5 +1,6 @@
 """The backend on NVIDIA GPUs: FlashAttention for all that is not indexed, our kernels for indexed prefixes."""
 
+import functools
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm_squeeze.attention_backend.compat import can_share_prefixes
 from vllm_squeeze.attention_backend.device_layers import DeviceBuilder, DeviceLayer, DeviceRows, RecordingLayer
 from vllm_squeeze.attention_backend.layers import in_model_dtype, mode_of_engine
+from vllm_squeeze.attention_backend.placement import tiled_prompts
 from vllm_squeeze.attention_backend.residency import Residency
 from vllm_squeeze.attention_backend.wiring import RECORD, SERVE
+from vllm_squeeze.kernels.prompts import PromptTiles, PromptWorkspace, squeezed_prompts
 from vllm_squeeze.kernels.rows import skip_prefixes
 from vllm_squeeze.kernels.shared_prefix import gather_queries, join_shared
+from vllm_squeeze.kernels.tables import DENSE_SLOT
 from vllm_squeeze.kernels.tiles import largest_tile
 
 
@@ -29,16 +33,23 @@ class SuffixRows(DeviceRows):
         suffix_blocks: [max rows, max blocks] int32, their block tables.
         prefix_blocks: [P, max blocks] int32, those of the prefixes of shared steps, by slot.
         side: the stream that attends to the suffixes, between the events ``begun`` and ``suffix_done``.
+        prompts: the query tokens of prompts that choose together, in tiles; None where none ever do.
     """
+
+    prompts: PromptTiles | None = None
 
     def __init__(self, block_size: int, vllm_config: Any, residency: Residency):
         super().__init__(block_size, vllm_config, residency)
         self.suffix_lens = torch.zeros(self._max_rows, dtype=torch.int32, device=self._device)
         self.suffix_blocks = self.prefix_blocks = torch.zeros(0, dtype=torch.int32, device=self._device)
+        self._vllm_config = vllm_config
 
     def prepare(self, group: int) -> None:
         super().prepare(group)
         self.side, self.begun, self.suffix_done = torch.cuda.Stream(), torch.cuda.Event(), torch.cuda.Event()
+        if tiled_prompts(self._residency.options, self._vllm_config):
+            head_size = self._vllm_config.model_config.get_head_size()
+            self.prompts = PromptTiles.allocate(self._max_tokens, self._max_rows, group, head_size, self._device)
 
     def note(self, metadata: Any, kernel_block_size: int) -> None:
         super().note(metadata, kernel_block_size)
@@ -68,6 +79,16 @@ class SuffixRows(DeviceRows):
             # of slots that no rows are on, any row will do
             torch.index_select(self.block_table, 0, self.queries.slot_rows.clamp(min=0), out=self.prefix_blocks)
 
+    def set_prompts(self, counts: tuple[int, ...]) -> None:
+        if self.prompts is not None:
+            self.prompts = self.prompts.of(counts)
+            if counts:
+                self.prompts.fill(self.row_slot, self.query_start_loc)
+
+    def begin_capture(self, *kind: bool) -> None:
+        super().begin_capture(*kind)
+        self.set_prompts(())
+
 
 class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
     """Attention of one layer: vLLM's own in steps without squeezed rows."""
@@ -77,11 +98,30 @@ class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         super().process_weights_after_loading(act_dtype)
         if self.table is not None:
-            self._workspace = self.residency.shared(self.make_workspace)
+            self._workspace, self._prompt_workspace = self.residency.shared(
+                lambda: (self.make_workspace(), self._make_prompt_workspace())
+            )
+
+    def _make_prompt_workspace(self) -> PromptWorkspace | None:
+        if not tiled_prompts(self.residency.options, self._vllm_config):
+            return None
+        room, group = self.residency.room, self.num_heads // self.num_kv_heads
+        heads = self.num_kv_heads, group, self.head_size
+        return PromptWorkspace.allocate(
+            *heads, room.most_centroids, room.longest_prefix, self.dtype, self.residency.device
+        )
 
     def warm_up(self, layer: Any, kv_cache: torch.Tensor) -> None:
         super().warm_up(layer, kv_cache)
         rows, group = self.rows, self.num_heads // self.num_kv_heads
+        if rows.prompts is not None:
+            # of a step that has none
+            rows.prompts = rows.prompts.of((1,))
+            rows.prompts.fill(torch.full_like(rows.row_slot[:1], DENSE_SLOT), rows.query_start_loc)
+            query = torch.zeros(1, self.num_heads, self.head_size, dtype=self.dtype, device=kv_cache.device)
+            suffix_lse, caches = query.new_zeros(self.num_heads, 1).float(), self.caches_of(layer, kv_cache)
+            self._attend_prompts(layer, query, query.clone(), suffix_lse, *caches)
+            rows.set_prompts(())
         rows.num_queries = largest_tile(group) + 1
         if rows.can_be_shared(rows.num_queries):
             shape = rows.num_queries, self.num_heads, self.head_size
@@ -112,13 +152,17 @@ class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
         if rows.shared:
             self._attend_shared(layer, query, *caches, output, suffix_lse)
             return output
-        self.attend_prefixes(
-            in_model_dtype(query, layer, output.dtype),
-            output,
-            suffix_lse,
-            *caches,
-            **self.kernel_options(layer),
-        )
+        if rows.prompts is not None and rows.prompts.num_tiles:
+            torch.cuda.current_stream().wait_event(rows.suffix_done)
+            self._attend_prompts(layer, query, output, suffix_lse, *caches)
+        if rows.num_queries:
+            self.attend_prefixes(
+                in_model_dtype(query, layer, output.dtype),
+                output,
+                suffix_lse,
+                *caches,
+                **self.kernel_options(layer),
+            )
         return output
 
     def caches_of(self, layer: Any, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,11 +239,40 @@ class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
         torch.cuda.current_stream().wait_event(rows.suffix_done)
         join_shared(output, suffix_lse, attended, lse, queries, prefixes, self.num_kv_heads)
 
-    def _flash(self, layer: Any, block_table: torch.Tensor, **operands: Any) -> torch.Tensor:
+    def _attend_prompts(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        suffix_lse: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+    ) -> None:
+        """Attention over prefixes of prompts whose tokens choose together, joined to that over suffixes."""
+        rows = self.rows
+        squeezed_prompts(
+            query,
+            output,
+            suffix_lse,
+            key_cache,
+            value_cache,
+            rows.block_table,
+            rows.prompts,
+            self.table,
+            self.residency.prefixes,
+            self.scale,
+            self.residency.options.rest == "value_centroids",
+            self._prompt_workspace,
+            functools.partial(self._flash, layer, causal=False, num_splits=0),
+            self.logits_soft_cap or 0.0,
+        )
+
+    def _flash(self, layer: Any, k: torch.Tensor, block_table: torch.Tensor, **operands: Any) -> torch.Tensor:
         """Has FlashAttention write its output; returns the log-sum-exp [heads, tokens]."""
-        per_row_and_head = len(block_table), self.num_kv_heads
+        per_row_and_head = len(block_table), k.shape[2]
         _, lse = flash_attn_varlen_func(
             **operands,
+            k=k,
             block_table=block_table,
             softmax_scale=self.scale,
             softcap=self.logits_soft_cap,

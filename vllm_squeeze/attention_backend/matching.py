@@ -29,6 +29,9 @@ MULTIMODAL = "dense: multimodal item in the prefix"
 
 OUTCOMES = {Arm.SQUEEZED: SQUEEZED, Arm.EXACT: EXACT, Arm.SHARED: EXACT, Arm.STOCK: FASTER}
 
+FEWEST_PROMPT_TOKENS = 16
+"""Of a prompt's in a step, that choose together. Fewer have nothing to gain, and steps of few replay CUDA graphs."""
+
 _FIRST = 16
 _ANY_NUMBER = 2**31 - 1
 
@@ -46,6 +49,7 @@ class LiveBlock(NamedTuple):
         length: tokens of the prefix, 0 for DENSE_SLOT.
         most: tokens that the row may have computed.
         exact: whether rows of the slot attend to all keys of the prefix in this step.
+        prompt: whether the rows are prompts', whose tokens choose together.
     """
 
     slot: int
@@ -56,6 +60,7 @@ class LiveBlock(NamedTuple):
     length: int
     most: int = _ANY_NUMBER
     exact: bool = False
+    prompt: bool = False
 
 
 class Step(NamedTuple):
@@ -63,12 +68,13 @@ class Step(NamedTuple):
 
     Attributes:
         live: the live blocks, first those of single rows, none if our kernels have no rows.
-        num_tokens: query tokens of the rows that they have.
+        num_tokens: query tokens of the rows that they have, but for those of prompts that choose together.
         longest_suffix: tokens that follow the prefix in the longest of these rows, at most; None if the step has other
             rows too.
         variants: how the slots beyond those of prefixes are set.
         shared: whether these rows, all of which are exact, do best to attend to their prefixes by FlashAttention of all
             rows at once.
+        prompts: query tokens of each prompt whose tokens choose together.
     """
 
     live: list[LiveBlock]
@@ -76,6 +82,7 @@ class Step(NamedTuple):
     longest_suffix: int | None
     variants: tuple[VariantSlot, ...] = ()
     shared: bool = False
+    prompts: tuple[int, ...] = ()
 
 
 _NOTHING = Step([], 0, None)
@@ -171,6 +178,7 @@ class _Live:
         variant: the prefix as its rows attend to it.
         begins_with_prefix: whether it is the former.
         ready_from: tokens that must have been computed before its row is more than dense: the prefix, or the prompt.
+        together_to: of tokens before this one those of a step choose together: the prompt's, or none.
         never: why its rows are to be dense all the same; None if they are not.
         block_sizes: by KV cache group.
         blocks: that vLLM has told of, by KV cache group.
@@ -185,6 +193,7 @@ class _Live:
     variant: Placement
     begins_with_prefix: bool
     ready_from: int
+    together_to: int
     never: str | None
     block_sizes: dict[int, int]
     blocks: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
@@ -197,6 +206,10 @@ class _Live:
         if self.never is not None:
             return self.never
         return PREFILL if computed < self.ready_from else NOT_LOADED
+
+    def is_prompt(self, computed: int) -> bool:
+        """Whether its tokens choose together where it has computed so many."""
+        return computed < self.together_to
 
     def clear(self) -> None:
         """Forgets the blocks."""
@@ -214,7 +227,9 @@ class _Live:
         lens = self.placement.prefix_lens.items()
         return [block for group, len in lens for block in self.blocks[group][: len // self.block_sizes[group]]]
 
-    def own_blocks(self, slot: int, computed: int, length: int, exact: bool = False) -> Iterator[LiveBlock]:
+    def own_blocks(
+        self, slot: int, computed: int, length: int, exact: bool = False, prompt: bool = False
+    ) -> Iterator[LiveBlock]:
         """Tells the request's row from all others, whatever prefixes they share, by the block that it is filling.
 
         Others find a block in the cache once it is full, if only in this very step: they have computed all of it. The
@@ -225,7 +240,8 @@ class _Live:
             size, blocks = self.block_sizes[group], self.blocks[group]
             for index in range(min(computed, self.request.num_tokens - 1) // size, computed // size + 1):
                 for block in blocks[index : index + 1]:
-                    yield LiveBlock(slot, group, index, block, index * size, length, (index + 1) * size - 1, exact)
+                    most = (index + 1) * size - 1
+                    yield LiveBlock(slot, group, index, block, index * size, length, most, exact, prompt)
 
     def _find_ends(self) -> tuple[tuple[int, ...], ...] | None:
         ends = []
@@ -245,6 +261,7 @@ class LiveRequests:
         block_sizes: by KV cache group.
         choose: how the rows of a step attend to their prefixes.
         dense_prefill: whether a prompt's tokens are dense where attention to the prefix would not be exact.
+        tiled_prompts: else whether they choose together.
         pin: told, in each step of a row, of a computed prefix that is to stay in the KV cache, and asked for, its blocks.
         variants: the slots for settings of requests.
         keep_apart: told of a request that may be squeezed, its first token that may be, and how: blocks of the KV cache
@@ -265,6 +282,7 @@ class LiveRequests:
         pin: Callable[[Placement, Callable[[], list[int]]], None] = lambda placement, block_ids: None,
         variants: Variants | None = None,
         keep_apart: Callable[[Any, int, str], None] = lambda request, first, how: None,
+        tiled_prompts: bool = False,
     ):
         self.running: dict[str, Any] = {}
         self.rows: Counter[str] = Counter()
@@ -272,7 +290,7 @@ class LiveRequests:
         self._choose = choose
         self._matcher = matcher
         self._block_sizes = block_sizes
-        self._dense_prefill = dense_prefill
+        self._dense_prefill, self._tiled_prompts = dense_prefill, tiled_prompts
         self._pin = pin
         self._variants = variants or Variants()
         self._keep_apart = keep_apart
@@ -297,9 +315,11 @@ class LiveRequests:
         if report is not None and reason == SQUEEZED:
             settings, variant, never = self._as_asked(placement, report)
         dense_prompt = self._dense_prefill and not variant.exact
-        ready_from = len(request.prompt_token_ids) if dense_prompt else placement.covered
+        num_prompt = len(request.prompt_token_ids)
+        ready_from = num_prompt if dense_prompt else placement.covered
+        together_to = num_prompt if self._tiled_prompts and not variant.exact else 0
         self._live[request.request_id] = _Live(
-            request, placement, settings, variant, reason == SQUEEZED, ready_from, never, self._block_sizes
+            request, placement, settings, variant, reason == SQUEEZED, ready_from, together_to, never, self._block_sizes
         )
         if reason != SQUEEZED or never is not None:
             return None
@@ -356,36 +376,54 @@ class LiveRequests:
             if placement.pinned and live.prefix_ends is not None and computed >= placement.covered:
                 self._pin(placement, live.prefix_blocks)
             waits = placement.slot is None or live.never is not None
-            if live.prefix_ends is not None and computed >= live.ready_from and not waits:
-                ready[placement][live.settings].append((request_id, live, computed))
+            prompt = live.is_prompt(computed)
+            short = prompt and counts[request_id] < FEWEST_PROMPT_TOKENS
+            if live.prefix_ends is not None and computed >= live.ready_from and not (waits or short):
+                ready[placement][live.settings, prompt].append((request_id, live, computed))
                 continue
             dense.append((live, computed))
             if live.begins_with_prefix:
-                outcomes[request_id] = live.why_dense(computed)
+                ready_but_short = short and computed >= live.ready_from and not waits
+                outcomes[request_id] = PREFILL if ready_but_short else live.why_dense(computed)
 
-        ends, own, num_tokens, num_rows, suffixes = set(), set(), 0, 0, []
+        ends, own, num_tokens, num_rows, suffixes, prompts = set(), set(), 0, 0, [], []
         groups = list(_grouped(ready))
         works = [Work.of([counts[request_id] for request_id, _, _ in rows]) for _, _, rows, _ in groups]
         arms = self._choose(
             [
-                Rows(rows[0][1].variant, work, settings.mode == "squeezed")
-                for (_, settings, rows, _), work in zip(groups, works, strict=True)
+                Rows(rows[0][1].variant, work, settings.mode == "squeezed", prompt)
+                for (_, (settings, prompt), rows, _), work in zip(groups, works, strict=True)
             ]
         )
-        for (placement, settings, rows, most_rows), work, arm in zip(groups, works, arms, strict=True):
+        # a slot has its clusters in a step, or has none
+        exact_slots = {
+            placement.slot
+            for (placement, (settings, _), _, _), arm in zip(groups, arms, strict=True)
+            if arm in (Arm.EXACT, Arm.SHARED) and settings == RequestSettings()
+        }
+        for (placement, (settings, prompt), rows, most_rows), work, arm in zip(groups, works, arms, strict=True):
             request_ids = [request_id for request_id, _, _ in rows]
-            slot = self._slot(placement, settings, rows[0][1].variant, arm)
+            if prompt and placement.slot in exact_slots:
+                arm = Arm.STOCK
+            # prompts have no other settings than their prefix
+            slot = placement.slot if prompt else self._slot(placement, settings, rows[0][1].variant, arm)
             outcomes.update(dict.fromkeys(request_ids, NO_ROOM if slot is None else OUTCOMES[arm]))
             squeezed = slot is not None and arm is not Arm.STOCK
             exact = squeezed and arm is not Arm.SQUEEZED
             if most_rows:
                 prefix_ends = {end for ends_of_one in {live.prefix_ends for _, live, _ in rows} for end in ends_of_one}
-                ends |= {LiveBlock(slot if squeezed else STOCK_SLOT, *end, exact=exact) for end in prefix_ends}
+                ends |= {
+                    LiveBlock(slot if squeezed else STOCK_SLOT, *end, exact=exact, prompt=prompt and squeezed)
+                    for end in prefix_ends
+                }
             elif squeezed:
                 for _, live, computed in rows:
-                    own |= set(live.own_blocks(slot, computed, placement.covered, exact))
+                    own |= set(live.own_blocks(slot, computed, placement.covered, exact, prompt))
             if squeezed:
-                num_tokens += work.tokens
+                if prompt:
+                    prompts += [counts[request_id] for request_id in request_ids]
+                else:
+                    num_tokens += work.tokens
                 num_rows += len(rows)
                 longest = max(computed + counts[request_id] for request_id, _, computed in rows)
                 suffixes.append(longest - placement.covered)
@@ -401,9 +439,9 @@ class LiveRequests:
         for live, computed in dense:
             if computed >= shortest:
                 own |= set(live.own_blocks(DENSE_SLOT, computed, length=0))
-        longest_suffix = max(suffixes) if num_rows == len(counts) else None
-        live = [*sorted(own), *sorted(ends)]
-        return Step(live, num_tokens, longest_suffix, self._variants.in_use(), Arm.SHARED in arms)
+        longest_suffix = max(suffixes) if num_rows == len(counts) and not prompts else None
+        live, shared = [*sorted(own), *sorted(ends)], Arm.SHARED in arms
+        return Step(live, num_tokens, longest_suffix, self._variants.in_use(), shared, tuple(prompts))
 
     def _slot(self, placement: Placement, settings: RequestSettings, variant: Placement, arm: Arm) -> int | None:
         """The slot of rows on a prefix with the same settings; None if there is none left."""
@@ -443,14 +481,18 @@ _Rows = list[tuple[str, _Live, int]]
 """Requests in a step: their ids, what is known of them, and the tokens that each has computed."""
 
 
+_Kind = tuple[RequestSettings, bool]
+"""The settings of rows, and whether they are prompts' whose tokens choose together."""
+
+
 def _grouped(
-    ready: dict[Placement, dict[RequestSettings, _Rows]],
-) -> Iterator[tuple[Placement, RequestSettings, _Rows, bool]]:
-    """Rows by prefix and settings, and whether they are most of those on the prefix.
+    ready: dict[Placement, dict[_Kind, _Rows]],
+) -> Iterator[tuple[Placement, _Kind, _Rows, bool]]:
+    """Rows by prefix and kind, and whether they are most of those on the prefix.
 
     These are told by the prefix's last block, in one mark for all of them; others each by a block of its own.
     """
     for placement, groups in ready.items():
-        most = max(groups, key=lambda settings: len(groups[settings]))
-        for settings, rows in groups.items():
-            yield placement, settings, rows, settings is most
+        most = max(groups, key=lambda kind: len(groups[kind]))
+        for kind, rows in groups.items():
+            yield placement, kind, rows, kind == most

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_squeeze.attention_backend.compat import logger
+from vllm_squeeze.attention_backend.compat import can_share_prefixes, logger
 from vllm_squeeze.attention_backend.model_identity import model_identity
-from vllm_squeeze.config import AUTO
+from vllm_squeeze.config import AUTO, PREFILLS
 from vllm_squeeze.kernels.tables import NEIGHBOURS, num_groups
 from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, ReadCost, bytes_of_clusters, bytes_of_frame
 from vllm_squeeze.prefix_index.calibration import Curve, log_threshold
@@ -41,7 +41,7 @@ class Options:
     max_kl: float
     rest: str
     mode: str
-    prefill: str
+    prefill: float | str
     memory_limit_gib: float
     pin_share: float
 
@@ -60,6 +60,8 @@ class Placement:
         cost: what reading the prefix costs.
         join: how query heads are joined in the choice, one of JOINS.
         thresholds: of shares of kept keys, as in the manifest.
+        prompt_share: of the clustered keys, which tokens of a prompt choose together; None where each chooses, or none is
+            squeezed.
         slot: that the index has on the devices; None while it does not lie there.
         pinned: whether the prefix's KV is to stay once it is computed.
     """
@@ -72,6 +74,7 @@ class Placement:
     cost: ReadCost
     join: str = "max"
     thresholds: Curve = ()
+    prompt_share: float | None = None
     slot: int | None = None
     pinned: bool = False
 
@@ -96,7 +99,7 @@ class Placement:
 
     def attended_exactly(self) -> "Placement":
         """The same prefix, where all of its keys are attended to."""
-        return replace(self, num_sinks=self.covered, budget=1.0, log_threshold=math.inf)
+        return replace(self, num_sinks=self.covered, budget=1.0, log_threshold=math.inf, prompt_share=None)
 
 
 class Admission:
@@ -264,9 +267,31 @@ def place(index: PrefixIndex, options: Options, block_sizes: dict[int, int]) -> 
         return placement
     budget = budget_of(index, options)
     try:
+        setting = "prefill"
+        if options.prefill not in PREFILLS:
+            placement.prompt_share = cost.kept_share(options.prefill)
+        setting = "budget"
         return placement.at_budget(budget)
     except ValueError as error:
-        raise InvalidIndex(f"{index.folder.name}: squeeze.{error}") from None
+        reason = str(error).replace("budget", setting, 1)
+        raise InvalidIndex(f"{index.folder.name}: squeeze.{reason}") from None
+
+
+def tiled_prompts(options: Options, vllm_config: Any) -> bool:
+    """Whether tokens of prompts choose together: if they have a budget of their own, and attention that can do it."""
+    if options.prefill in PREFILLS:
+        return False
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return True
+    if can_share_prefixes() and not vllm_config.cache_config.cache_dtype.startswith("fp8"):
+        return True
+    logger.warning_once(
+        "squeeze: prefill is %s, which needs FlashAttention 3 and a KV cache in 16 bits; prompts are dense.",
+        options.prefill,
+    )
+    return False
 
 
 def budget_of(index: PrefixIndex, options: Options) -> float:

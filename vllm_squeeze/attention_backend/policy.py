@@ -66,11 +66,13 @@ class Rows(NamedTuple):
         placement: of the prefix, as they attend to it.
         work: that they are.
         squeezed: whether they asked to be squeezed, whatever it costs.
+        prompt: whether they are prompts', whose tokens choose together if they are squeezed.
     """
 
     placement: Placement
     work: Work
     squeezed: bool = False
+    prompt: bool = False
 
 
 ChooseArms = Callable[[list[Rows]], list[Arm]]
@@ -232,6 +234,16 @@ class CostModel:
         more = loaded(kept) - loaded(self.kept) + (centroids - self.centroids) * tokens_of_centroid
         return self.squeezed[rest].us(prefix, rows) + more * self.exact.us(prefix, rows)
 
+    def prompt_us(self, shape: Shape, num_tokens: int, work: Work, kept: float, centroids: float, rest: str) -> float:
+        """Microseconds where tokens of prompts choose together; with the arguments of ``squeezed_us``.
+
+        Products of queries with kept keys and with centroids count, in parts of dense ones' time.
+        """
+        rows = work.tokens * shape.kv_heads * shape.group
+        parts = kept / GATHERED_RATE + centroids * PARTS_OF_CENTROID[rest] * max(PROMPT_FULL_ROWS / rows, 1.0)
+        us = PROMPT_US + parts * 4 * rows * shape.head_size * num_tokens / self.tflops / 1e6
+        return max(us, PROMPT_HOST_US)
+
     def _equal_prefix(self, shape: Shape, num_tokens: int) -> float:
         """Tokens of a prefix of the measured shape with as many bytes."""
         return num_tokens * shape.token_bytes / self.shape.token_bytes
@@ -248,18 +260,28 @@ WEIGHT_BYTES_OF_US = 3e6
 """Bytes of weights that a GPU loads in a microsecond, about."""
 
 
+GATHERED_RATE, PROMPT_US, PROMPT_HOST_US = 0.82, 60.0, 500.0
+PARTS_OF_CENTROID = {"drop": 3.2, "value_centroids": 5.7}
+PROMPT_FULL_ROWS = 16896
+"""Of FlashAttention's rate, what is left over keys that lie anywhere; what prompts whose tokens choose together take beside
+products, and what the host does; what a centroid costs them, in the time of a dense key; and query rows, of 128 for each of
+132 multiprocessors, that it takes as long for if there are fewer. These give within 7% what was measured on an H200 with a
+prefix of 128K and 256 to 2,048 tokens of 32 heads of 128 elements, .1 or .3 of the keys kept."""
+
+
 _PLANS = ((Arm.STOCK,), (Arm.STOCK, Arm.SHARED), (Arm.STOCK, Arm.EXACT, Arm.SQUEEZED))
 """Arms that the rows of one step may have, each the fastest of these."""
 
 
 class _Facts(NamedTuple):
     """What counts of a step's rows on one prefix: its tokens, the work, shares of kept keys and of centroids, None
-    without clusters, and whether they asked to be squeezed."""
+    without clusters, whether they asked to be squeezed, and whether they are prompts' whose tokens choose together."""
 
     num_tokens: int
     work: Work
     shares: tuple[float, float] | None
     squeezed: bool
+    prompt: bool
 
 
 @dataclass(frozen=True)
@@ -292,8 +314,9 @@ class Policy:
         placement, shares = rows.placement, None
         if not placement.exact:
             cost = placement.cost
-            shares = cost.kept_share(placement.budget), cost.num_centroids / cost.num_tokens
-        return _Facts(placement.covered, rows.work, shares, rows.squeezed)
+            kept = placement.prompt_share if rows.prompt else cost.kept_share(placement.budget)
+            shares = kept, cost.num_centroids / cost.num_tokens
+        return _Facts(placement.covered, rows.work, shares, rows.squeezed, rows.prompt)
 
     @functools.cached_property
     def _chosen(self) -> Callable[[tuple[_Facts, ...]], tuple[Arm, ...]]:
@@ -319,9 +342,11 @@ class Policy:
         """Microseconds of a layer by each arm that the rows may have."""
         work = self.shape, facts.num_tokens, facts.work
         us = {}
-        if facts.shares is not None:
+        if facts.prompt:
+            us[Arm.SQUEEZED] = self.model.prompt_us(*work, *facts.shares, self.rest)
+        elif facts.shares is not None:
             us[Arm.SQUEEZED] = self.model.squeezed_us(*work, *facts.shares, self.rest)
-        if not facts.squeezed and (facts.shares is None or self.mode == "auto"):
+        if not (facts.squeezed or facts.prompt) and (facts.shares is None or self.mode == "auto"):
             us[Arm.EXACT] = self.model.exact_us(*work)
             if self.can_share and self.model.shared is not None:
                 us[Arm.SHARED] = self.model.shared_us(*work)

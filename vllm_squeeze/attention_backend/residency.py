@@ -54,6 +54,7 @@ class Residency:
             lens=torch.zeros(slots, dtype=torch.int32, device=self.device),
             frames=torch.zeros(slots, dtype=torch.int32, device=self.device),
             log_threshold=torch.full((slots,), torch.inf, device=self.device),
+            kept_shares=torch.zeros(slots, device=self.device),
             counters=torch.zeros(slots, 6, dtype=torch.int64, device=self.device),
         )
 
@@ -136,6 +137,7 @@ class Residency:
         """Allows rows to attend to what was loaded. The device gets it in stream order."""
         self.active[span.slot], self._spans[span.slot] = placement, span
         self.prefixes.log_threshold[span.slot] = placement.log_threshold
+        self.prefixes.kept_shares[span.slot] = placement.prompt_share or 0.0
         self._write_slots()
 
     def drop(self, slot: int) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from vllm_squeeze.attention_backend.matching import LiveBlock
 from vllm_squeeze.kernels.reference import match_rows_reference
+from vllm_squeeze.kernels.tables import PROMPT_SLOTS
 
 
 class RowGroup:
@@ -18,6 +19,7 @@ class RowGroup:
         shared: whether they attend to their prefixes by FlashAttention of all rows at once.
         block_table, seq_lens, query_start_loc: as in vLLM's metadata, of the step built last.
         row_slot, prefix_len: [B] int32, the slot of each row's prefix, negative where it has none, and its tokens.
+            PROMPT_SLOTS is added where its tokens choose together.
         worker: the rank's serving state that these rows belong to.
     """
 
@@ -69,6 +71,7 @@ class RowGroup:
         alone: bool = False,
         crowded: bool = False,
         shared: bool = False,
+        prompts: tuple[int, ...] = (),
     ) -> None:
         """Matches the noted step's rows.
 
@@ -79,6 +82,7 @@ class RowGroup:
             alone: whether layers do without vLLM's attention in this step.
             crowded: whether the rows are on more slots than there are for prefixes.
             shared: whether they attend to their prefixes by FlashAttention of all rows at once.
+            prompts: query tokens of each prompt whose tokens choose together.
         """
         self.alone, self.crowded, self.shared = alone, crowded, shared
         if len(self.row_slot) != (num_rows := len(self.seq_lens)):
@@ -88,18 +92,27 @@ class RowGroup:
             self.seq_lens,
             self.query_start_loc,
             self._on_device(live),
-            num_tokens,
+            num_tokens + sum(prompts),
             self.row_slot,
             self.prefix_len,
         )
         self.set_rows(num_tokens)
+        self.set_prompts(prompts)
         self.squeezing = True
 
     def _on_device(self, live: list[LiveBlock]) -> torch.Tensor:
         """Live blocks as ``match_rows`` takes them, [A, 6] int32. In most steps they are those of the step before."""
         pages = self._blocks_per_page
         table = [
-            (b.slot, (b.index + 1) * pages - 1, (b.block + 1) * pages - 1, b.context, b.most, b.length) for b in live
+            (
+                b.slot + PROMPT_SLOTS * b.prompt,
+                (b.index + 1) * pages - 1,
+                (b.block + 1) * pages - 1,
+                b.context,
+                b.most,
+                b.length,
+            )
+            for b in live
         ]
         if table != self._live:
             on_host = torch.tensor(table, dtype=torch.int32, pin_memory=self._device.type == "cuda")
@@ -109,6 +122,9 @@ class RowGroup:
     def set_rows(self, num_tokens: int) -> None:
         """Keeps the matched rows in the form that this device's layers read."""
         raise NotImplementedError
+
+    def set_prompts(self, counts: tuple[int, ...]) -> None:
+        """The same of prompts whose tokens choose together."""
 
     def end_step(self) -> None:
         self.squeezing = self.alone = self.crowded = self.shared = False

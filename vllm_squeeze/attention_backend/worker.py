@@ -113,7 +113,7 @@ class SqueezeWorker:
         for group, rows in self._groups.items():
             live = [b for b in step.live if b.group == group and (b.slot < 0 or b.slot in there)]
             if live:
-                rows.begin_step(live, step.num_tokens, *self.kind)
+                rows.begin_step(live, step.num_tokens, *self.kind, step.prompts)
 
     def end_step(self) -> None:
         self.squeezing, self.kind = False, Kind()

@@ -16,6 +16,7 @@ The keys of chosen clusters and the first tokens (attention sinks) are attended 
 chosen contributes N_i exp(s q.c_i + r_i) times v_i, r_i here at most MOST_REST_RAISE; or nothing where ``rest`` is off.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -27,12 +28,14 @@ from vllm_squeeze.kernels.tables import (
     JOINS,
     MOST_RAISE,
     MOST_REST_RAISE,
+    SAMPLE,
     ClusterTable,
     Prefixes,
     unpacked,
 )
 
 if TYPE_CHECKING:
+    from vllm_squeeze.kernels.prompts import PromptTiles
     from vllm_squeeze.kernels.tiles import QueryTiles
 
 ReadTokens = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -46,6 +49,7 @@ def choose_clusters(
     scale: float,
     soft_cap: float = 0.0,
     join: str = "max",
+    kept_share: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores the clusters and chooses those that matter, once per KV head.
 
@@ -57,6 +61,8 @@ def choose_clusters(
         scale: softmax scale.
         soft_cap: bound on the logits; 0 for none.
         join: one of JOINS.
+        kept_share: of the keys in clusters, which all tokens choose together, by the largest of their values of any head
+            whatever threshold and join are; None where each token chooses for itself.
 
     Returns:
         scores s q.c_i, [R, H, G, C] float32, and the choice, [R, H, C] bool.
@@ -71,7 +77,32 @@ def choose_clusters(
     scores = scores_of_packed(table.centroids, table.centroid_scales)
     groups = scores_of_packed(table.group_centroids, table.group_scales), table.group_sizes
     of_clusters = table.log_weights, table.variances, table.sizes
-    return scores, log_ranks(query, scores, *of_clusters, *groups, scale, join) > log_threshold
+    ranks = log_ranks(query, scores, *of_clusters, *groups, scale, "max" if kept_share is not None else join)
+    if kept_share is not None:
+        ranks = ranks.amax(0)  # [H, C]
+        return scores, (ranks > sampled_thresholds(ranks, table.sizes, kept_share)).expand(len(query), -1, -1)
+    return scores, ranks > log_threshold
+
+
+def sampled_thresholds(ranks: torch.Tensor, sizes: torch.Tensor, kept_share: float) -> torch.Tensor:
+    """What the ranks of clusters must exceed so that those that do have a share of all keys, told by SAMPLE of them.
+
+    Args:
+        ranks: [H, C].
+        sizes: [H, C], keys of each.
+        kept_share: of the keys.
+
+    Returns:
+        [H, 1]: of the sampled clusters, the largest rank that does not fit in; minus infinity where all do.
+    """
+    num_heads, count = ranks.shape
+    if kept_share >= 1 or not count:
+        return ranks.new_full((num_heads, 1), -torch.inf)
+    sampled = torch.arange(min(count, SAMPLE), device=ranks.device) * count // min(count, SAMPLE)
+    ranks, order = ranks[:, sampled].sort(dim=-1, descending=True)
+    kept = sizes[:, sampled].gather(1, order).cumsum(1)
+    left_out = kept > kept_share * kept[:, -1:]
+    return ranks.masked_fill(~left_out, -torch.inf).amax(-1, keepdim=True)
 
 
 def log_ranks(
@@ -149,6 +180,7 @@ def attend_prefix(
     rest: bool,
     soft_cap: float = 0.0,
     join: str = "max",
+    kept_share: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention of R query tokens over one indexed prefix. Each chosen key is read once for all R.
 
@@ -162,6 +194,7 @@ def attend_prefix(
         rest: whether clusters that were not chosen contribute through their mean value.
         soft_cap: bound on the logits, by a hyperbolic tangent; 0 for none.
         join: how query heads are joined, one of JOINS.
+        kept_share: as in ``choose_clusters``.
 
     Returns:
         output [R, H, G, D] float32, log-sum-exp [R, H, G] float32 (natural log; minus infinity and a zero output
@@ -171,7 +204,7 @@ def attend_prefix(
     # members elsewhere belong to clusters of other prefixes
     first, last = (int(table.starts.min()), int((table.starts + table.sizes).max())) if table.sizes.shape[1] else (0, 0)
     members = table.members[:, first:last]
-    scores, chosen = choose_clusters(query, table, log_threshold, scale, soft_cap, join)
+    scores, chosen = choose_clusters(query, table, log_threshold, scale, soft_cap, join, kept_share)
     query = query.float()
 
     slots = torch.arange(first, last, device=device, dtype=torch.int32).expand(num_heads, -1).contiguous()
@@ -270,15 +303,8 @@ def squeezed_attention_reference(
     value_scale: torch.Tensor | None = None,
 ) -> None:
     """The oracle of ``squeezed_attention``, with its arguments and its effect on ``output`` and ``counters``."""
-    num_kv_heads = len(table.centroids)
-    block_size = key_cache.shape[1]
-
-    def read(blocks: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        heads = torch.arange(num_kv_heads, device=blocks.device)[:, None]
-        return (
-            dequantised(key_cache[blocks, places, heads], key_scale),
-            dequantised(value_cache[blocks, places, heads], value_scale),
-        )
+    num_kv_heads, block_size = len(table.centroids), key_cache.shape[1]
+    read = functools.partial(_read_paged, key_cache, value_cache, key_scale, value_scale)
 
     for tile, (slot, size, row, first, count, num_always, join, num_suffix) in enumerate(queries.tiles.tolist()):
         if slot < 0:
@@ -286,13 +312,10 @@ def squeezed_attention_reference(
         tokens = queries.tokens[tile, :size].long()
         grouped = query[tokens].unflatten(1, (num_kv_heads, -1))
 
-        def read_tokens(positions: torch.Tensor, row: int = row) -> tuple[torch.Tensor, torch.Tensor]:
-            return read(block_table[row].long()[positions // block_size], positions % block_size)
-
         prefix_output, prefix_lse, kept, loaded = attend_prefix(
             grouped,
             table.prefix(first, count, int(prefixes.frames[slot])),
-            read_tokens,
+            lambda positions: read(*_places(block_table[row], positions, block_size)),  # noqa: B023
             float(prefixes.log_threshold[slot]),
             num_always,
             scale,
@@ -311,6 +334,70 @@ def squeezed_attention_reference(
         merged = merge(suffix_output, lse, prefix_output, prefix_lse).flatten(1, 2)
         output[tokens] = merged.to(output.dtype)
         count_reads(prefixes.counters[slot], count > 0, kept, loaded)
+
+
+def squeezed_prompts_reference(
+    query: torch.Tensor,
+    output: torch.Tensor,
+    suffix_lse: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    prompts: "PromptTiles",
+    table: ClusterTable,
+    prefixes: Prefixes,
+    scale: float,
+    rest: bool,
+    soft_cap: float = 0.0,
+) -> None:
+    """The oracle of ``squeezed_prompts``, with its arguments and its effect on ``output`` and ``counters``."""
+    num_kv_heads, block_size = len(table.centroids), key_cache.shape[1]
+    for slot, row, start, size in prompts.tiles.tolist():
+        if slot < 0:
+            continue
+        tokens = slice(start, start + size)
+        first, count, num_always, join = prefixes.slots[slot].tolist()
+        attended, lse, kept, loaded = attend_prefix(
+            query[tokens].unflatten(1, (num_kv_heads, -1)),
+            table.prefix(first, count, int(prefixes.frames[slot])),
+            lambda positions: _read_paged(  # noqa: B023
+                key_cache,
+                value_cache,
+                None,
+                None,
+                *_places(block_table[row], positions, block_size),  # noqa: B023
+            ),
+            math.inf,
+            num_always,
+            scale,
+            rest,
+            soft_cap,
+            JOINS[join],
+            float(prefixes.kept_shares[slot]),
+        )
+        suffix = output[tokens].unflatten(1, (num_kv_heads, -1)).float()
+        merged = merge(suffix, suffix_lse[:, tokens].T.unflatten(1, (num_kv_heads, -1)), attended, lse)
+        output[tokens] = merged.flatten(1, 2).to(output.dtype)
+        count_reads(prefixes.counters[slot], count > 0, kept, loaded)
+
+
+def _places(blocks: torch.Tensor, positions: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks of a row, and places in them, of tokens at positions."""
+    return blocks.long()[positions // block_size], positions % block_size
+
+
+def _read_paged(
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    key_scale: torch.Tensor | None,
+    value_scale: torch.Tensor | None,
+    blocks: torch.Tensor,
+    places: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [H, M, D] of a cache [num_blocks, S, H, D], at places in blocks, [H, M] or [M] both."""
+    heads = torch.arange(key_cache.shape[2], device=blocks.device)[:, None]
+    caches = (key_cache, key_scale), (value_cache, value_scale)
+    return tuple(dequantised(cache[blocks, places, heads], scale) for cache, scale in caches)
 
 
 def count_reads(counters: torch.Tensor, has_clusters: bool, kept: torch.Tensor, loaded: torch.Tensor) -> None:

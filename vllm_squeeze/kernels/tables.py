@@ -35,6 +35,23 @@ STOCK_SLOT = -2
 """In a slot's place: of a row on an indexed prefix that vLLM's own attention serves in this step."""
 
 
+PROMPT_SLOTS = 1 << 16
+"""What is added to the slot of a row whose tokens are a prompt's, which choose together, by tiles."""
+
+PROMPT_ROWS, PROMPT_WIDTH = 128, 128
+"""Query rows of a tile of a prompt, tokens times padded query heads, as many as FlashAttention takes at once; half of them
+where a head has more elements than this."""
+
+SAMPLE = 4096
+"""Clusters, at equal distances, that tell where a tile's choice of a share of the keys ends; all if there are fewer."""
+
+
+def prompt_tile_tokens(group: int, head_size: int) -> int:
+    """Tokens of a prompt that choose together, of ``group`` query heads for each KV head."""
+    rows = PROMPT_ROWS if head_size <= PROMPT_WIDTH else PROMPT_ROWS // 2
+    return rows >> (group - 1).bit_length()
+
+
 def packed(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Vectors [..., D] in 4 bits an element, and what to multiply each with, [...] float32.
 
@@ -204,6 +221,7 @@ class Prefixes:
         frames: [P] int32, which of ClusterTable.frames is that of its mean keys.
         log_threshold: [P] float32. A cluster is chosen if the log of its predicted attention probability per key, its
             raise and its log weight together exceed it; minus infinity chooses every cluster.
+        kept_shares: [P] float32, the share of the keys in clusters that each tile of a prompt's tokens chooses.
         counters: [P, 6] int64, added to by the kernels. Of prefixes with clusters: look-ups, one for each tile of
             tokens and KV head; members that those loaded; (query token, KV head) pairs served; and members that those
             attended to exactly. Of prefixes without: passes, one for each tile and KV head, and pairs served.
@@ -213,4 +231,5 @@ class Prefixes:
     lens: torch.Tensor
     frames: torch.Tensor
     log_threshold: torch.Tensor
+    kept_shares: torch.Tensor
     counters: torch.Tensor

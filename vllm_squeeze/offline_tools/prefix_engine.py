@@ -62,7 +62,7 @@ class PrefixEngine:
         prompts: Sequence[Sequence[int]],
         num_tokens: int,
         engine_args: dict[str, Any],
-        prefill: str = SqueezeConfig.prefill,
+        prefill: float | str = SqueezeConfig.prefill,
     ):
         from vllm import LLM, TokensPrompt
 

@@ -147,6 +147,7 @@ def difference_of_kernels(dtype: torch.dtype, device: torch.device | str) -> Dif
         lens=torch.full((2,), num_tokens, dtype=torch.int32, device=device),
         frames=torch.zeros(2, dtype=torch.int32, device=device),
         log_threshold=torch.tensor([prefix.log_threshold(), torch.inf], device=device),
+        kept_shares=torch.ones(2, device=device),
         counters=torch.zeros(2, 6, dtype=torch.int64, device=device),
     )
     query = torch.cat([prefix.query, prefix.query])  # of each slot

@@ -1,0 +1,201 @@
+"""Prompts whose tokens choose together, by tiles: the kernels against the oracle, with a library of torch."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from tests.kernels.conftest import Scene, check_close, poisoned
+from tests.kernels.test_squeezed_attention import SIZES, UNEVEN, every_dtype
+from vllm_squeeze.kernels import prompts as kernels
+from vllm_squeeze.kernels.prompts import PromptTiles, PromptWorkspace, squeezed_prompts
+from vllm_squeeze.kernels.reference import attend_seen, squeezed_prompts_reference
+from vllm_squeeze.kernels.tables import PROMPT_SLOTS, SAMPLE, prompt_tile_tokens
+
+
+class Library:
+    """Attention to the keys of lists, each a page of its own; counts its calls."""
+
+    def __init__(self, scene: Scene, soft_cap: float = 0.0):
+        self._softmax = scene.scale, soft_cap
+        self.lengths: list[list[int]] = []
+
+    def __call__(
+        self, q: Any, k: Any, v: Any, out: Any, cu_seqlens_q: Any, seqused_k: Any, block_table: Any, **sizes: int
+    ) -> torch.Tensor:
+        assert sizes == {"max_seqlen_q": int(cu_seqlens_q.diff().max()), "max_seqlen_k": block_table.shape[1]}
+        assert k.shape[1:] == v.shape[1:] == (1, 1, q.shape[-1]) and len(q) == len(out) == cu_seqlens_q[-1]
+        self.lengths.append(seqused_k.tolist())
+        lse = poisoned(torch.empty(q.shape[1], len(q), device=q.device))
+        poisoned(out)
+        starts = cu_seqlens_q.tolist()
+        for start, end, length, rows in zip(starts, starts[1:], self.lengths[-1], block_table.long()):
+            if length:
+                keys, values = (cache[rows[:length], 0, 0][None] for cache in (k, v))
+                seen = torch.ones(end - start, length, dtype=torch.bool, device=q.device)
+                attended, log_sum = attend_seen(q[start:end, None], keys, values, seen, *self._softmax)
+                out[start:end], lse[:, start:end] = attended[:, 0].to(out.dtype), log_sum[:, 0].T
+        return lse
+
+
+def prompts_of(scene: Scene, slots: tuple[int, ...], counts: tuple[int, ...], kept_share: float) -> Scene:
+    """A step whose rows have these slots and numbers of tokens; those with a slot are prompts."""
+    device, ends = scene.query.device, torch.tensor(counts).cumsum(0)
+    starts = torch.nn.functional.pad(ends, (1, 0)).int().to(device)
+    prompts = PromptTiles.allocate(int(ends[-1]), len(counts), scene.group, scene.query.shape[-1], device)
+    prompts = prompts.of([count for slot, count in zip(slots, counts) if slot >= 0])
+    coded = torch.tensor([slot + PROMPT_SLOTS if slot >= 0 else slot for slot in slots], dtype=torch.int32)
+    prompts.fill(coded.to(device), starts)
+    scene.prefixes.kept_shares.fill_(kept_share)
+    return dataclasses.replace(scene, queries=prompts, block_table=scene.block_table[(ends - 1).tolist()])
+
+
+def workspace_for(scene: Scene) -> PromptWorkspace:
+    return PromptWorkspace.allocate(
+        scene.num_kv_heads,
+        scene.group,
+        scene.query.shape[-1],
+        int(scene.prefixes.slots[:, 1].max()),
+        max(1, *(keys.shape[1] for keys in scene.keys)),
+        scene.query.dtype,
+        scene.query.device,
+    )
+
+
+def check(scene: Scene, rest: bool = True, soft_cap: float = 0.0) -> torch.Tensor:
+    """Fails if the kernels differ from the oracle; returns what they made."""
+    expected = scene.apply(squeezed_prompts_reference, rest, soft_cap)
+    counters, workspace = scene.prefixes.counters.clone(), workspace_for(scene)
+    output = scene.apply(squeezed_prompts, rest, workspace, Library(scene, soft_cap), soft_cap)
+    check_close(output, expected)
+    assert torch.equal(scene.prefixes.counters, counters)
+    return output
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 64, 16), (2, 3, 128, 32), (2, 4, 128, 16), (1, 6, 256, 16), (2, 7, 64, 32), (3, 16, 8, 64), (1, 2, 72, 16)],
+    ids=lambda shape: "H{}-G{}-D{}-S{}".format(*shape),
+)
+def test_agrees_with_the_reference(make_scene, shape: tuple[int, int, int, int], dtype: torch.dtype):
+    num_kv_heads, group, head_size, page_size = shape
+    many = prompt_tile_tokens(group, head_size) + 1
+    scene = make_scene(
+        num_kv_heads=num_kv_heads,
+        group=group,
+        head_size=head_size,
+        page_size=page_size,
+        sizes=UNEVEN,
+        slot_of=(0,) * many,
+        dtype=dtype,
+    )
+    check(prompts_of(scene, (0,), (many,), 0.3))
+
+
+@pytest.mark.parametrize("num_sinks", [0, 16])
+@pytest.mark.parametrize("rest", [True, False], ids=["rest", "drop"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0], ids=["none-chosen", "some-chosen", "all-chosen"])
+def test_any_choice(make_scene, share: float, rest: bool, num_sinks: int):
+    scene = make_scene(num_kv_heads=1, sizes=UNEVEN, slot_of=(0,) * 5, num_sinks=num_sinks)
+    check(prompts_of(scene, (0,), (5,), share), rest)
+
+
+@pytest.mark.parametrize("rest", [True, False], ids=["rest", "drop"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+def test_any_clusters(make_scene, sizes: tuple, rest: bool):
+    scene = make_scene(num_kv_heads=1, sizes=sizes, slot_of=(0, 0), num_sinks=0)
+    check(prompts_of(scene, (0,), (2,), 0.4), rest)
+
+
+def test_everything_chosen_is_dense_attention(make_scene):
+    scene = make_scene(sizes=UNEVEN, slot_of=(0,) * 3)
+    check_close(check(prompts_of(scene, (0,), (3,), 1.0)), torch.stack([scene.dense(token) for token in range(3)]))
+
+
+def test_what_is_not_chosen_counts_by_its_means(make_scene):
+    scene = make_scene(sizes=UNEVEN, slot_of=(0,))
+    everything = torch.ones_like(scene.table_of(0).sizes, dtype=torch.bool)
+    check_close(check(prompts_of(scene, (0,), (1,), 0.0))[0], scene.dense(0, replaced=everything))
+
+
+def test_rows_beside_each_other(make_scene):
+    """Prompts on two prefixes, one of them exact, of more than a tile and of less, between rows that are none."""
+    group = 8
+    size = prompt_tile_tokens(group, 64)
+    counts = 2, size + 3, 1, 5, 2 * size
+    slots = -1, 0, -1, 1, 0
+    slot_of = sum(((max(slot, 0),) * count for slot, count in zip(slots, counts, strict=True)), ())
+    scene = make_scene(num_kv_heads=2, group=group, sizes=(UNEVEN[0], UNEVEN[0][:7]), slot_of=slot_of).make_exact(1)
+    scene = prompts_of(scene, slots, counts, 0.3)
+    tiles = scene.queries.tiles[scene.queries.tiles[:, 0] >= 0].tolist()
+    rows = [
+        (0, 1, 2, size),
+        (0, 1, 2 + size, 3),
+        (1, 3, size + 6, 5),
+        (0, 4, size + 11, size),
+        (0, 4, 2 * size + 11, size),
+    ]
+    assert tiles == [list(row) for row in rows]
+    output = check(scene)
+    others = [0, 1, size + 5]
+    assert torch.equal(output[others], scene.suffix_output[others])
+    exact = list(range(size + 6, size + 11))
+    check_close(output[exact], torch.stack([scene.dense(token) for token in exact]))
+
+
+def test_a_tile_has_one_choice_that_others_do_not_change(make_scene):
+    """A prompt's output is the same beside another on the same prefix, and not what each token alone would choose."""
+    scene = make_scene(sizes=UNEVEN, slot_of=(0,) * 7)
+    together = check(prompts_of(scene, (0, 0), (4, 3), 0.2))
+    alone = check(prompts_of(scene, (0, -1), (4, 3), 0.2))
+    assert torch.equal(together[:4], alone[:4])
+    each = check(prompts_of(scene, (0,) * 7, (1,) * 7, 0.2))
+    assert not torch.allclose(each[:4], together[:4], rtol=1e-2)
+
+
+def test_how_query_heads_are_joined_elsewhere_does_not_matter(make_scene):
+    scene = make_scene(num_kv_heads=1, group=3, sizes=UNEVEN, slot_of=(0,) * 4, join="mean")
+    by_mean = check(prompts_of(scene, (0,), (4,), 0.3))
+    scene.prefixes.slots[0, 3] = 0
+    assert torch.equal(check(prompts_of(scene, (0,), (4,), 0.3)), by_mean)
+
+
+def test_a_logit_soft_cap(make_scene):
+    scene = prompts_of(make_scene(sizes=UNEVEN, slot_of=(0,) * 4), (0,), (4,), 0.3)
+    assert not torch.allclose(check(scene, soft_cap=1.5), check(scene), rtol=0.05)
+
+
+def test_more_clusters_than_are_sampled(make_scene):
+    """Every fourth tells where the choice ends; what is kept is about what was asked for."""
+    scene = make_scene(num_kv_heads=1, group=1, sizes=((3,) * (4 * SAMPLE + 5),), slot_of=(0,) * 2, head_size=8)
+    scene = prompts_of(scene, (0,), (2,), 0.25)
+    expected = scene.apply(squeezed_prompts_reference, True)
+    # so many that rounding changes the choice
+    check_close(scene.apply(squeezed_prompts, True, workspace_for(scene), Library(scene)), expected, 1e-2)
+    _, loaded, pairs, kept = scene.prefixes.counters[0, :4].tolist()
+    assert pairs == 2 and kept == 2 * loaded
+    assert loaded == pytest.approx(0.25 * 3 * (4 * SAMPLE + 5), rel=0.1)
+
+
+def test_more_tiles_than_are_handled_at_once(make_scene, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels, "MAX_TILES", 2)
+    scene = make_scene(num_kv_heads=1, group=16, head_size=8, sizes=UNEVEN, slot_of=(0,) * 37)
+    check(prompts_of(scene, (0, 0), (30, 7), 0.3))
+
+
+def test_no_prompts(make_scene):
+    scene = prompts_of(make_scene(), (-1,), (2,), 0.3)
+    assert torch.equal(check(scene), scene.suffix_output)
+
+
+def test_pages_of_one_key(make_scene):
+    scene = make_scene()
+    rows = kernels.rows_of(scene.value_cache)
+    size = scene.query.shape[-1]
+    block, place, head = 3, 5, 1
+    strides = scene.value_cache.stride()
+    row = (block * strides[0] + place * strides[1] + head * strides[2]) // size
+    scene.value_cache[block, place, head] = 7.0
+    assert rows.shape[1:] == (1, 1, size) and (rows[row] == 7).all() and (rows != 7).any(-1).sum() == len(rows) - 1

@@ -1,0 +1,604 @@
+"""Prompts on the GPU: what follows a prefix in a prompt attends to keys that a whole tile of its tokens chooses.
+
+Here products count, not bytes, so a tile has one choice, and tensor cores do what is chosen and nothing else:
+
+    tile     grid (1,)                        the prompts' tokens, in tiles of one row each
+    choose   grid (tiles, H)                  a tile's queries, and which clusters they choose
+    list     grid (tiles, H, blocks of C)     where the keys of these lie in the KV cache
+    flash    a library's attention            over them, as if each were a page
+    rest     grid (tiles, H, parts of tiles)  attention over the means of the other clusters
+    merge    grid (tiles * tokens, H)         all of it and that over the suffixes, into the output
+
+A cluster's rank is the log of its raised and weighted predicted attention probability, as in ``look_up``, for the query
+of the tile to which it matters most. Those with the highest are chosen, a share of the keys that is the same for all
+tiles, heads and layers, so that all take as long. Where they end is told by ``SAMPLE`` clusters, at equal distances.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_squeeze.kernels.look_up import OF_GROUP, RAISE, REST_RAISE, load_queries
+from vllm_squeeze.kernels.packing import WHOLE, load_packed
+from vllm_squeeze.kernels.softmax import LOG2_E, capped, finite_or_zero
+from vllm_squeeze.kernels.tables import (
+    MAX_GROUP,
+    PROMPT_SLOTS,
+    PROMPT_WIDTH,
+    SAMPLE,
+    ClusterTable,
+    Prefixes,
+    prompt_tile_tokens,
+)
+from vllm_squeeze.kernels.tiles import MAX_BLOCK, padded
+
+REST_ROWS = 64
+"""Query rows of a part of a tile."""
+
+MAX_TILES, LIST_BYTES = 64, 1 << 28
+"""Tiles at once, at most, and bytes of their lists, unless that of one has more; more tiles are handled in turns."""
+
+Flash = Callable[..., torch.Tensor]
+"""A library's attention to keys that lie anywhere, each a page of its own, as ``squeezed_prompts`` calls it."""
+
+_TILE_FACTS = tl.constexpr(4)
+_FIRST_PROMPT = tl.constexpr(PROMPT_SLOTS)
+_SAMPLE = tl.constexpr(SAMPLE)
+_HALVINGS = tl.constexpr(24)
+MOST_OVER_MASS = tl.constexpr(8.0)
+"""By how much, to the base 2, the log probability of a cluster may exceed 0 in the rest: 16-bit floats hold 2**15."""
+_FEWEST_ROWS = 256
+_PICK_BLOCK = 1024
+_LIST_BLOCK, _LIST_KEYS, _ALWAYS_BLOCK = 64, 8, 128
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_tiles", "size"])
+def _tile_kernel(
+    row_slot, query_start_loc, tiles, num_rows, num_tiles, size,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    o_row, o_t = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    m_row = o_row < num_rows
+    b_slot = tl.load(row_slot + o_row, mask=m_row, other=-1) - _FIRST_PROMPT
+    b_start = tl.load(query_start_loc + o_row, mask=m_row, other=0)
+    b_count = tl.load(query_start_loc + o_row + 1, mask=m_row, other=0) - b_start
+    b_tiles = tl.where(b_slot >= 0, tl.cdiv(b_count, size), 0)
+    b_first = tl.cumsum(b_tiles, 0) - b_tiles
+    for i in range(0, tl.max(b_tiles, 0)):
+        m_t = (i < b_tiles) & (b_first + i < num_tiles)
+        p_tile = tiles + (b_first + i) * _TILE_FACTS
+        tl.store(p_tile, b_slot, mask=m_t)
+        tl.store(p_tile + 1, o_row, mask=m_t)
+        tl.store(p_tile + 2, b_start + i * size, mask=m_t)
+        tl.store(p_tile + 3, tl.minimum(b_count - i * size, size), mask=m_t)
+    # the rest of them are none
+    for i_t in range(tl.sum(b_tiles, 0), num_tiles, BLOCK):
+        tl.store(tiles + (i_t + o_t) * _TILE_FACTS, tl.full([BLOCK], -1, tl.int32), mask=i_t + o_t < num_tiles)
+
+
+@triton.jit
+def _load_tile(
+    query, first_token, num_tokens, p_frame, scale, stride_token, stride_head,
+    GROUP: tl.constexpr, GP: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """A tile's queries [M, DP], zero where padded; the same in the frame of its prefix; s q.m and |s q|^2 / 2 [M]."""
+    i_h, o_d = tl.program_id(1), tl.arange(0, DP)
+    b_token = first_token.to(tl.int64) + tl.arange(0, SIZE * GP) // GP
+    b_q = load_queries(query, b_token, num_tokens, i_h, stride_token, stride_head, GROUP, GP, SIZE, D, DP)
+    b_mean = tl.load(p_frame + o_d, mask=o_d < D, other=0.0)
+    b_spread = tl.load(p_frame + D + o_d, mask=o_d < D, other=0.0)
+    b_wide = b_q.to(tl.float32)
+    b_framed = (b_wide * b_spread[None, :]).to(b_q.dtype)
+    b_of_mean = tl.sum(b_wide * b_mean[None, :], 1) * (scale * LOG2_E)
+    return b_q, b_framed, b_of_mean, tl.sum(b_wide * b_wide, 1) * (scale * scale * LOG2_E / 2)
+
+
+@triton.jit
+def _logits_by_cluster(
+    b_framed, b_of_mean, p_centroids, b_scale, o_row, soft_cap, stride_centroid,
+    D: tl.constexpr, DP: tl.constexpr, SOFT_CAP: tl.constexpr,
+):  # fmt: skip
+    """s q.c [N, M] of rows ``o_row`` [N] of clusters or groups: so what is joined over queries lies in one warp."""
+    b_c = load_packed(p_centroids, o_row, stride_centroid, b_framed.dtype, D, DP)
+    b_s = tl.dot(b_c, tl.trans(b_framed), input_precision="ieee") * b_scale[:, None] + b_of_mean[None, :]
+    return capped(b_s, soft_cap * LOG2_E) if SOFT_CAP else b_s
+
+
+@triton.jit
+def _threshold_of(b_rank, b_size, share):
+    """The largest rank that is not chosen, where the highest are as long as they have a share of all keys."""
+    wanted = share * tl.sum(b_size, 0).to(tl.float32)
+    m_some = b_rank > float("-inf")
+    low, high = tl.min(tl.where(m_some, b_rank, float("inf")), 0) - 1, tl.max(b_rank, 0)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        fits = tl.sum(tl.where(b_rank > middle, b_size, 0), 0).to(tl.float32) <= wanted
+        low, high = tl.where(fits, low, middle), tl.where(fits, middle, high)
+    threshold = tl.max(tl.where(b_rank <= high, b_rank, float("-inf")), 0)
+    return tl.where(share < 1, threshold, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["first_tile", "max_centroids"])
+def _choose_kernel(
+    query, tiles, slots, kept_shares, frame_of_slot,
+    centroids, centroid_scales, sizes, starts, log_weights, variances,
+    group_centroids, group_scales, group_sizes, frames,
+    gathered, masses, ranks, thresholds, picked, num_picked, listed,
+    first_tile, scale, soft_cap,
+    stride_query_token, stride_query_head, stride_centroid_head, stride_centroid,
+    stride_size_head, stride_group_head, stride_group_size_head, stride_frame_head, max_centroids,
+    GROUP: tl.constexpr, GP: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, PICK_BLOCK: tl.constexpr, SOFT_CAP: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = SIZE * GP
+    i_t, i_h = tl.program_id(0), tl.program_id(1)
+    i_th = (i_t * tl.num_programs(1) + i_h).to(tl.int64)
+    p_tile = tiles + (first_tile + i_t) * _TILE_FACTS
+    i_slot, first_token, num_tokens = tl.load(p_tile), tl.load(p_tile + 2), tl.load(p_tile + 3)
+    tl.store(num_picked + i_th, 0)
+    if i_slot < 0:
+        tl.store(listed + i_th, 0)
+        return
+    first_centroid, count = tl.load(slots + i_slot * 4).to(tl.int64), tl.load(slots + i_slot * 4 + 1)
+    num_always = tl.load(slots + i_slot * 4 + 2)
+    o_m, o_d, o_c = tl.arange(0, M), tl.arange(0, DP), tl.arange(0, BLOCK)
+    m_m = (o_m // GP < num_tokens) & (o_m % GP < GROUP)
+    p_frame = frames + i_h.to(tl.int64) * stride_frame_head + tl.load(frame_of_slot + i_slot) * 2 * D
+    b_q, b_framed, b_of_mean, b_square = _load_tile(
+        query, first_token, num_tokens, p_frame, scale, stride_query_token, stride_query_head, GROUP, GP, SIZE, D, DP
+    )  # fmt: skip
+    p_gathered = gathered + ((i_th * SIZE + o_m // GP) * GROUP + o_m % GP)[:, None] * D + o_d[None, :]
+    tl.store(p_gathered, b_q, mask=(o_m % GP < GROUP)[:, None] & (o_d < D)[None, :])
+    if count == 0:
+        tl.store(listed + i_th, num_always)
+        return
+
+    of_groups = i_h.to(tl.int64) * stride_group_size_head + first_centroid // OF_GROUP
+    p_groups = group_centroids + i_h.to(tl.int64) * stride_group_head + first_centroid // OF_GROUP * stride_centroid
+    num_groups = tl.cdiv(count, OF_GROUP)
+    b_max = tl.full([M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([M], tl.float32)
+    for i_c in tl.range(0, num_groups, BLOCK, num_stages=STAGES):
+        o_row = tl.minimum(i_c + o_c, num_groups - 1)
+        b_size = tl.load(group_sizes + of_groups + o_row)
+        b_size = tl.where(i_c + o_c < num_groups, b_size, 0).to(tl.float32)
+        b_scale = tl.load(group_scales + of_groups + o_row) * (scale * LOG2_E)
+        b_s = _logits_by_cluster(
+            b_framed, b_of_mean, p_groups, b_scale, o_row, soft_cap, stride_centroid, D, DP, SOFT_CAP
+        )  # fmt: skip
+        b_s = tl.where((b_size > 0)[:, None], b_s, float("-inf"))
+        b_next = tl.maximum(b_max, tl.max(b_s, 0))
+        b_shift = finite_or_zero(b_next)
+        b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_s - b_shift[None, :]) * b_size[:, None], 0)
+        b_max = b_next
+    # if all clusters are empty the sum is 0, and any number will do; where rows are padded nothing is chosen
+    b_mass = finite_or_zero(b_max) + tl.log2(tl.where(b_sum > 0, b_sum, 1.0))
+    tl.store(masses + i_th * M + o_m, b_mass)
+    b_less = tl.where(m_m, b_mass, float("inf"))
+
+    of_head = i_h.to(tl.int64) * stride_size_head + first_centroid
+    p_centroids = centroids + i_h.to(tl.int64) * stride_centroid_head + first_centroid * stride_centroid
+    p_scales, p_sizes = centroid_scales + of_head, sizes + of_head
+    p_ranks = ranks + i_th * max_centroids
+    for i_c in tl.range(0, count, BLOCK, num_stages=STAGES):
+        o_row = tl.minimum(i_c + o_c, count - 1)
+        b_scale = tl.load(p_scales + o_row) * (scale * LOG2_E)
+        b_variance, b_weight = tl.load(variances + of_head + o_row), tl.load(log_weights + of_head + o_row)
+        b_size = tl.load(p_sizes + o_row)
+        b_s = _logits_by_cluster(
+            b_framed, b_of_mean, p_centroids, b_scale, o_row, soft_cap, stride_centroid, D, DP, SOFT_CAP
+        )  # fmt: skip
+        b_s += tl.minimum(b_variance[:, None] * b_square[None, :], RAISE * LOG2_E) - b_less[None, :]
+        b_rank = tl.where(b_size > 0, tl.max(b_s, 1) + b_weight * LOG2_E, float("-inf"))
+        tl.store(p_ranks + o_row, b_rank, mask=i_c + o_c < count)
+    # what other threads stored is read below
+    tl.debug_barrier()
+    num_sampled = tl.minimum(count, _SAMPLE)
+    o_s = tl.arange(0, _SAMPLE)
+    m_s = o_s < num_sampled
+    o_sampled = (o_s.to(tl.int64) * count // num_sampled).to(tl.int32)
+    b_sampled_rank = tl.load(p_ranks + o_sampled, mask=m_s, other=float("-inf"))
+    b_sampled_size = tl.load(p_sizes + o_sampled, mask=m_s, other=0)
+    threshold = _threshold_of(b_sampled_rank, b_sampled_size, tl.load(kept_shares + i_slot))
+    tl.store(thresholds + i_th, threshold)
+
+    num_keys, so_far = num_always, 0
+    o_p = tl.arange(0, PICK_BLOCK)
+    for i_c in range(0, count, PICK_BLOCK):
+        o_pick = i_c + o_p
+        m_p = o_pick < count
+        b_chosen = tl.load(p_ranks + o_pick, mask=m_p, other=float("-inf")) > threshold
+        b_keys = tl.where(b_chosen, tl.load(p_sizes + o_pick, mask=m_p, other=0), 0)
+        # one scan counts chosen clusters, above, and their keys
+        b_both = (b_chosen.to(tl.int64) << 32) | b_keys
+        b_before = tl.cumsum(b_both, 0) - b_both
+        p_pick = picked + 3 * (i_th * max_centroids + so_far + (b_before >> 32).to(tl.int32))
+        tl.store(p_pick, num_keys + b_before.to(tl.int32), mask=b_chosen)
+        tl.store(p_pick + 1, tl.load(starts + of_head + o_pick, mask=m_p), mask=b_chosen)
+        tl.store(p_pick + 2, b_keys, mask=b_chosen)
+        total = tl.sum(b_both, 0)
+        so_far += (total >> 32).to(tl.int32)
+        num_keys += total.to(tl.int32)
+    tl.store(num_picked + i_th, so_far)
+    tl.store(listed + i_th, num_keys)
+
+
+@triton.jit(do_not_specialize=["first_tile", "max_centroids"])
+def _rest_kernel(
+    query, tiles, slots, frame_of_slot,
+    centroids, centroid_scales, value_centroids, value_scales, log_sizes, variances, frames,
+    masses, ranks, thresholds, rest_output, rest_lse,
+    first_tile, scale, soft_cap,
+    stride_query_token, stride_query_head, stride_centroid_head, stride_centroid, stride_mean_head, stride_mean,
+    stride_size_head, stride_frame_head, max_centroids,
+    GROUP: tl.constexpr, GP: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, SOFT_CAP: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = SIZE * GP
+    i_t, i_h, i_part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_th = (i_t * tl.num_programs(1) + i_h).to(tl.int64)
+    p_tile = tiles + (first_tile + i_t) * _TILE_FACTS
+    i_slot = tl.load(p_tile)
+    first_token, num_tokens = tl.load(p_tile + 2) + i_part * SIZE, tl.load(p_tile + 3) - i_part * SIZE
+    if (i_slot < 0) | (num_tokens <= 0):
+        return
+    first_centroid, count = tl.load(slots + i_slot * 4).to(tl.int64), tl.load(slots + i_slot * 4 + 1)
+    o_m, o_d = tl.arange(0, M), tl.arange(0, DP)
+    p_frame = frames + i_h.to(tl.int64) * stride_frame_head + tl.load(frame_of_slot + i_slot) * 2 * D
+    b_q, b_framed, b_of_mean, b_square = _load_tile(
+        query, first_token, num_tokens, p_frame, scale, stride_query_token, stride_query_head, GROUP, GP, SIZE, D, DP
+    )  # fmt: skip
+    threshold = tl.load(thresholds + i_th)
+    of_head = i_h.to(tl.int64) * stride_size_head + first_centroid
+    p_centroids = centroids + i_h.to(tl.int64) * stride_centroid_head + first_centroid * stride_centroid
+    p_means = value_centroids + i_h.to(tl.int64) * stride_mean_head + first_centroid * stride_mean
+    p_scales, p_value_scales = centroid_scales + of_head, value_scales + of_head
+    p_log_sizes, p_variances, p_ranks = log_sizes + of_head, variances + of_head, ranks + i_th * max_centroids
+    o_row = (i_th * tl.num_programs(2) + i_part) * M + o_m
+    # what all clusters attract is no less, by far, than what any does that is not chosen: so nothing overflows
+    b_mass = tl.load(masses + o_row)
+    b_of_mean -= b_mass
+    b_sum = tl.zeros([M], tl.float32)
+    b_o = tl.zeros([M, DP], tl.float32)
+    for i_c in tl.range(0, count, BLOCK, num_stages=STAGES):
+        o_c = tl.minimum(i_c + tl.arange(0, BLOCK), count - 1)
+        b_scale, b_variance = tl.load(p_scales + o_c) * (scale * LOG2_E), tl.load(p_variances + o_c)
+        b_left = (tl.load(p_ranks + o_c) <= threshold) & (i_c + tl.arange(0, BLOCK) < count)
+        b_log_size = tl.where(b_left, tl.load(p_log_sizes + o_c) * LOG2_E, float("-inf"))
+        b_c = load_packed(p_centroids, o_c, stride_centroid, b_q.dtype, D, DP)
+        b_s = tl.dot(b_framed, tl.trans(b_c), input_precision="ieee") * b_scale[None, :]
+        if SOFT_CAP:
+            b_s = capped(b_s + (b_of_mean + b_mass)[:, None], soft_cap * LOG2_E) - b_mass[:, None]
+        else:
+            b_s += b_of_mean[:, None]
+        b_s += tl.minimum(b_square[:, None] * b_variance[None, :], REST_RAISE * LOG2_E) + b_log_size[None, :]
+        b_p = tl.exp2(tl.minimum(b_s, MOST_OVER_MASS))
+        b_sum += tl.sum(b_p, 1)
+        b_v = load_packed(p_means, o_c, stride_mean, b_q.dtype, D, DP)  # [BLOCK, DP]
+        b_value_scale = tl.load(p_value_scales + o_c) * WHOLE
+        b_o = tl.dot((b_p * b_value_scale[None, :]).to(b_q.dtype), b_v, b_o, input_precision="ieee")
+    b_some = b_sum > 0
+    b_sum = tl.where(b_some, b_sum, 1.0)
+    tl.store(rest_lse + o_row, tl.where(b_some, b_mass + tl.log2(b_sum), float("-inf")))
+    p_o = rest_output + o_row[:, None] * D + o_d[None, :]
+    tl.store(p_o, b_o / (b_sum * WHOLE)[:, None], mask=(o_d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["first_tile", "max_centroids", "max_keys", "stride_row"])
+def _list_kernel(
+    tiles, slots, members, block_table, picked, num_picked, places,
+    first_tile, stride_member_head, stride_row, rows_of_block, rows_of_token, rows_of_head, max_centroids, max_keys,
+    S: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, ALWAYS: tl.constexpr,
+):  # fmt: skip
+    i_t, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_th = (i_t * tl.num_programs(1) + i_h).to(tl.int64)
+    left = tl.load(num_picked + i_th) - i_b * BLOCK
+    if (left <= 0) & (i_b > 0):
+        return
+    p_tile = tiles + (first_tile + i_t) * _TILE_FACTS
+    i_slot, i_row = tl.load(p_tile), tl.load(p_tile + 1).to(tl.int64)
+    if i_slot < 0:
+        return
+    p_blocks, p_places = block_table + i_row * stride_row, places + i_th * max_keys
+    first_row = i_h * rows_of_head
+    if i_b == 0:
+        num_always = tl.load(slots + i_slot * 4 + 2)
+        for i_k in range(0, num_always, ALWAYS):
+            o_position = i_k + tl.arange(0, ALWAYS)
+            m_k = o_position < num_always
+            b_block = tl.load(p_blocks + o_position // S, mask=m_k, other=0)
+            tl.store(
+                p_places + o_position, b_block * rows_of_block + o_position % S * rows_of_token + first_row, mask=m_k
+            )
+    o_c, o_k = tl.arange(0, BLOCK), tl.arange(0, KEYS)
+    p_pick = picked + 3 * (i_th * max_centroids + i_b * BLOCK + o_c)
+    m_c = o_c < left
+    b_key, b_start = tl.load(p_pick, mask=m_c, other=0), tl.load(p_pick + 1, mask=m_c, other=0)
+    b_size = tl.load(p_pick + 2, mask=m_c, other=0)
+    p_members = members + i_h.to(tl.int64) * stride_member_head
+    for i_k in range(0, tl.max(b_size, 0), KEYS):
+        m_k = (i_k + o_k)[None, :] < b_size[:, None]
+        b_position = tl.load(p_members + b_start[:, None] + (i_k + o_k)[None, :], mask=m_k, other=0)
+        b_block = tl.load(p_blocks + b_position // S, mask=m_k, other=0)
+        b_place = b_block * rows_of_block + b_position % S * rows_of_token + first_row
+        tl.store(p_places + b_key[:, None] + (i_k + o_k)[None, :], b_place, mask=m_k)
+
+
+@triton.jit(do_not_specialize=["first_tile", "stride_lse_head", "stride_chosen_lse_head"])
+def _merge_kernel(
+    output, suffix_lse, chosen_output, chosen_lse, rest_output, rest_lse, tiles, slots, listed, counters,
+    first_tile, H, stride_output_token, stride_output_head, stride_lse_head, stride_chosen_lse_head,
+    GROUP: tl.constexpr, GP: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    i_t, i_r, i_h = tl.program_id(0) // SIZE, tl.program_id(0) % SIZE, tl.program_id(1)
+    p_tile = tiles + (first_tile + i_t) * _TILE_FACTS
+    i_slot, num_tokens = tl.load(p_tile), tl.load(p_tile + 3)
+    if (i_slot < 0) | (i_r >= num_tokens):
+        return
+    i_th = (i_t * H + i_h).to(tl.int64)
+    num_listed = tl.load(listed + i_th)
+    if i_r == 0:
+        p_counters, one = counters + i_slot * 6, tl.full([], 1, tl.int64)
+        if tl.load(slots + i_slot * 4 + 1) > 0:
+            num_kept = (num_listed - tl.load(slots + i_slot * 4 + 2)).to(tl.int64)
+            tl.atomic_add(p_counters, one, sem="relaxed")
+            tl.atomic_add(p_counters + 1, num_kept, sem="relaxed")
+            tl.atomic_add(p_counters + 2, one * num_tokens, sem="relaxed")
+            tl.atomic_add(p_counters + 3, num_kept * num_tokens, sem="relaxed")
+        else:
+            tl.atomic_add(p_counters + 4, one, sem="relaxed")
+            tl.atomic_add(p_counters + 5, one * num_tokens, sem="relaxed")
+
+    o_g, o_d = tl.arange(0, GP), tl.arange(0, DP)
+    m_g = o_g < GROUP
+    m_o = m_g[:, None] & (o_d < D)[None, :]
+    i_token = (tl.load(p_tile + 2) + i_r).to(tl.int64)
+    i_place = i_th * SIZE + i_r  # where the library has the token
+    i_head = i_h * GROUP + o_g
+    p_output = output + i_token * stride_output_token + i_head[:, None] * stride_output_head + o_d[None, :]
+    b_lse = tl.load(suffix_lse + i_head.to(tl.int64) * stride_lse_head + i_token, mask=m_g, other=0.0) * LOG2_E
+    b_chosen_lse = tl.load(chosen_lse + o_g.to(tl.int64) * stride_chosen_lse_head + i_place, mask=m_g, other=0.0)
+    b_chosen_lse = tl.where(num_listed > 0, b_chosen_lse * LOG2_E, float("-inf"))
+    o_row = i_place * GP + o_g
+    b_largest = tl.maximum(b_lse, b_chosen_lse)
+    if REST:
+        b_rest_lse = tl.load(rest_lse + o_row, mask=m_g, other=float("-inf"))
+        b_largest = tl.maximum(b_largest, b_rest_lse)
+    b_weight, b_chosen_weight = tl.exp2(b_lse - b_largest), tl.exp2(b_chosen_lse - b_largest)
+    b_sum = b_weight + b_chosen_weight
+
+    b_o = tl.load(p_output, mask=m_o, other=0.0).to(tl.float32) * b_weight[:, None]
+    p_chosen = chosen_output + (i_place * GROUP + o_g)[:, None] * D + o_d[None, :]
+    # where nothing was attended to it may hold anything
+    m_chosen = m_o & (b_chosen_lse > float("-inf"))[:, None]
+    b_chosen = tl.load(p_chosen, mask=m_chosen, other=0.0).to(tl.float32)
+    b_o += b_chosen * b_chosen_weight[:, None]
+    if REST:
+        m_rest = m_o & (b_rest_lse > float("-inf"))[:, None]
+        b_rest = tl.load(rest_output + o_row[:, None] * D + o_d[None, :], mask=m_rest, other=0.0)
+        b_rest_weight = tl.exp2(b_rest_lse - b_largest)
+        b_o += b_rest * b_rest_weight[:, None]
+        b_sum += b_rest_weight
+    tl.store(p_output, (b_o / b_sum[:, None]).to(output.dtype.element_ty), mask=m_o)
+
+
+@dataclass(frozen=True)
+class PromptTiles:
+    """The query tokens of a step's prompts that are squeezed, in tiles of one row each. The same for all layers.
+
+    Attributes:
+        num_tiles: how many tiles there may be.
+        size: tokens of a tile, at most.
+        tiles: [at least as many, 4] int32, per tile: slot of the prefix or -1 where there is no tile, row of the block
+            table, first token, and number of tokens.
+    """
+
+    num_tiles: int
+    size: int
+    tiles: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls, max_tokens: int, max_rows: int, group: int, head_size: int, device: torch.device | str
+    ) -> "PromptTiles":
+        """Room for ``max_tokens`` tokens of ``max_rows`` rows; no tiles yet."""
+        size = prompt_tile_tokens(group, head_size)
+        return cls(0, size, torch.full((max_tokens // size + max_rows, 4), -1, dtype=torch.int32, device=device))
+
+    def of(self, counts: Sequence[int]) -> "PromptTiles":
+        """The same, of a step of prompts of so many tokens."""
+        return PromptTiles(sum(-(-count // self.size) for count in counts), self.size, self.tiles)
+
+    def fill(self, row_slot: torch.Tensor, query_start_loc: torch.Tensor) -> None:
+        """Finds the tiles of a step, without waiting for the device.
+
+        Args:
+            row_slot: [B] int32, of each row that is a squeezed prompt's the slot of its prefix plus PROMPT_SLOTS.
+            query_start_loc: [at least B + 1] int32, the first token of each row.
+        """
+        _tile_kernel[(1,)](
+            row_slot, query_start_loc, self.tiles, len(row_slot), self.num_tiles, self.size,
+            ROWS=padded(max(len(row_slot), _FEWEST_ROWS)), BLOCK=MAX_BLOCK,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PromptWorkspace:
+    """What the kernels need beside their operands, for t tiles at a time, of n tokens, M rows when padded.
+
+    Attributes:
+        gathered, chosen_output: [t * H * n, G, D], queries, and attention over what was chosen.
+        starts: [t * H + 1] int32, where those of each tile and head begin.
+        masses: [t * H, M] float32, log of what all clusters attract, to the base 2.
+        ranks: [t * H, C] float32, of clusters.
+        thresholds: [t * H] float32, what the ranks of chosen ones exceed.
+        picked: [t * H, C, 3] int32, of chosen ones: where their keys go in the list, where their members begin, and how
+            many these are.
+        num_picked, listed: [t * H] int32, how many are chosen, and keys of each list.
+        places: [t * H, T] int32, the lists: rows of D elements in the cache.
+        rest_output, rest_lse: [t * H, M, D] and [t * H, M] float32, of the clusters that were not chosen; to the base 2.
+        num_tiles: t.
+    """
+
+    gathered: torch.Tensor
+    chosen_output: torch.Tensor
+    starts: torch.Tensor
+    masses: torch.Tensor
+    ranks: torch.Tensor
+    thresholds: torch.Tensor
+    picked: torch.Tensor
+    num_picked: torch.Tensor
+    listed: torch.Tensor
+    places: torch.Tensor
+    rest_output: torch.Tensor
+    rest_lse: torch.Tensor
+    num_tiles: int
+
+    @classmethod
+    def allocate(
+        cls,
+        num_kv_heads: int,
+        group: int,
+        head_size: int,
+        max_centroids: int,
+        max_keys: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> "PromptWorkspace":
+        """For prefixes of up to ``max_centroids`` clusters and ``max_keys`` tokens, and queries of a dtype."""
+        num_tiles = max(min(MAX_TILES, LIST_BYTES // (4 * num_kv_heads * max_keys)), 1)
+        lists, size = num_tiles * num_kv_heads, prompt_tile_tokens(group, head_size)
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        rows = size * padded(group)
+        return cls(
+            gathered=empty(lists * size, group, head_size, dtype=dtype),
+            chosen_output=empty(lists * size, group, head_size, dtype=dtype),
+            starts=torch.arange(lists + 1, dtype=torch.int32, device=device) * size,
+            masses=empty(lists, rows, dtype=torch.float32),
+            ranks=empty(lists, max(max_centroids, 1), dtype=torch.float32),
+            thresholds=empty(lists, dtype=torch.float32),
+            picked=empty(lists, max(max_centroids, 1), 3),
+            num_picked=empty(lists),
+            listed=empty(lists),
+            # it may be looked at beyond a list's end
+            places=torch.zeros(lists, max_keys, dtype=torch.int32, device=device),
+            rest_output=empty(lists, rows, head_size, dtype=torch.float32),
+            rest_lse=empty(lists, rows, dtype=torch.float32),
+            num_tiles=num_tiles,
+        )
+
+
+def rows_of(cache: torch.Tensor) -> torch.Tensor:
+    """A paged cache [num_blocks, S, H, D] as pages of one key of one head, [rows, 1, 1, D]: rows of D elements.
+
+    The key at (block, place, head) is in the row that their strides come to, over D.
+    """
+    head_size = cache.shape[-1]
+    last = sum((size - 1) * stride for size, stride in zip(cache.shape[:3], cache.stride()[:3]))
+    return cache.as_strided((last // head_size + 1, 1, 1, head_size), (head_size, head_size, head_size, 1))
+
+
+def squeezed_prompts(
+    query: torch.Tensor,
+    output: torch.Tensor,
+    suffix_lse: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    prompts: PromptTiles,
+    table: ClusterTable,
+    prefixes: Prefixes,
+    scale: float,
+    rest: bool,
+    workspace: PromptWorkspace,
+    flash: Flash,
+    soft_cap: float = 0.0,
+) -> None:
+    """Joins attention of prompts over their prefixes to the dense attention over what follows these, in place.
+
+    Args:
+        query: [N, H * G, D].
+        output: [N, H * G, D], attention over the suffix; merged for the tokens in ``prompts``, untouched for others.
+        suffix_lse: [H * G, N] float32, its natural log-sum-exp.
+        key_cache, value_cache: [num_blocks, S, H, D], views of the paged cache with the same strides, multiples of D.
+        block_table: [B, max_blocks] int32.
+        prompts: the tokens to squeeze, in tiles.
+        table: the clusters of all prefixes.
+        prefixes: none with more clusters or tokens than the workspace has room for.
+        scale: softmax scale.
+        rest: whether clusters that were not chosen contribute through their mean value.
+        workspace: of the same H, G, D and dtype.
+        flash: attention without a mask, by the library. Takes ``q`` [R, G, D]; ``k`` and ``v`` as ``rows_of``;
+            ``cu_seqlens_q`` [L + 1], where the queries of each list begin, no more than ``max_seqlen_q``;
+            ``block_table`` [L, ``max_seqlen_k``], the lists; ``seqused_k`` [L], keys of each; and ``out``, which it
+            writes. Returns the natural log-sum-exp [G, R].
+        soft_cap: bound on the logits, by a hyperbolic tangent; 0 for none.
+    """
+    num_kv_heads, *_, head_size = table.frames.shape
+    group, page_size = query.shape[1] // num_kv_heads, key_cache.shape[1]
+    assert query.shape == output.shape and query.dtype == key_cache.dtype == workspace.gathered.dtype
+    assert key_cache.stride() == value_cache.stride() and all(s % head_size == 0 for s in key_cache.stride()[:3])
+    assert prompts.size == prompt_tile_tokens(group, head_size) and group <= MAX_GROUP
+    size, padded_group, width = prompts.size, padded(group), max(16, padded(head_size))
+    max_centroids, max_keys = workspace.ranks.shape[1], workspace.places.shape[1]
+    rows_of_block, rows_of_token, rows_of_head = (stride // head_size for stride in key_cache.stride()[:3])
+    tile = {"GROUP": group, "GP": padded_group, "SIZE": size, "D": head_size, "DP": width}
+    keys, values = rows_of(key_cache), rows_of(value_cache)
+    parts = -(-size * padded_group // REST_ROWS)
+    for first_tile in range(0, prompts.num_tiles, workspace.num_tiles):
+        tiles_now = min(prompts.num_tiles - first_tile, workspace.num_tiles)
+        lists = tiles_now * num_kv_heads
+        _choose_kernel[(tiles_now, num_kv_heads)](
+            query, prompts.tiles, prefixes.slots, prefixes.kept_shares, prefixes.frames,
+            table.centroids, table.centroid_scales, table.sizes, table.starts, table.log_weights, table.variances,
+            table.group_centroids, table.group_scales, table.group_sizes, table.frames,
+            workspace.gathered, workspace.masses, workspace.ranks, workspace.thresholds, workspace.picked, workspace.num_picked,
+            workspace.listed,
+            first_tile, scale, soft_cap,
+            *query.stride()[:2], *table.centroids.stride()[:2], table.sizes.stride(0),
+            table.group_centroids.stride(0), table.group_sizes.stride(0), table.frames.stride(0), max_centroids,
+            BLOCK=128, STAGES=3, PICK_BLOCK=_PICK_BLOCK, SOFT_CAP=soft_cap > 0, num_warps=8, **tile,
+        )  # fmt: skip
+        _list_kernel[(tiles_now, num_kv_heads, triton.cdiv(max_centroids, _LIST_BLOCK))](
+            prompts.tiles, prefixes.slots, table.members, block_table, workspace.picked, workspace.num_picked,
+            workspace.places,
+            first_tile, table.members.stride(0), block_table.stride(0), rows_of_block, rows_of_token, rows_of_head,
+            max_centroids, max_keys,
+            S=page_size, BLOCK=_LIST_BLOCK, KEYS=_LIST_KEYS, ALWAYS=_ALWAYS_BLOCK,
+        )  # fmt: skip
+        queries = slice(lists * size)
+        chosen_lse = flash(
+            q=workspace.gathered[queries],
+            k=keys,
+            v=values,
+            out=workspace.chosen_output[queries],
+            cu_seqlens_q=workspace.starts[: lists + 1],
+            max_seqlen_q=size,
+            seqused_k=workspace.listed[:lists],
+            max_seqlen_k=max_keys,
+            block_table=workspace.places[:lists],
+        )
+        if rest:
+            _rest_kernel[(tiles_now, num_kv_heads, parts)](
+                query, prompts.tiles, prefixes.slots, prefixes.frames,
+                table.centroids, table.centroid_scales, table.value_centroids, table.value_scales, table.log_sizes,
+                table.variances, table.frames,
+                workspace.masses, workspace.ranks, workspace.thresholds, workspace.rest_output, workspace.rest_lse,
+                first_tile, scale, soft_cap,
+                *query.stride()[:2], *table.centroids.stride()[:2], *table.value_centroids.stride()[:2],
+                table.sizes.stride(0), table.frames.stride(0), max_centroids,
+                BLOCK=MAX_BLOCK * PROMPT_WIDTH // max(width, PROMPT_WIDTH), STAGES=1, SOFT_CAP=soft_cap > 0, num_warps=4,
+                **{**tile, "SIZE": size // parts},
+            )  # fmt: skip
+        _merge_kernel[(tiles_now * size, num_kv_heads)](
+            output, suffix_lse, workspace.chosen_output, chosen_lse, workspace.rest_output, workspace.rest_lse,
+            prompts.tiles, prefixes.slots, workspace.listed, prefixes.counters,
+            first_tile, num_kv_heads, *output.stride()[:2], suffix_lse.stride(0), chosen_lse.stride(0),
+            REST=rest, num_warps=1, **tile,
+        )  # fmt: skip
