@@ -38,6 +38,11 @@ def test_nothing_is_squeezed_by_default(additional_config):
         ({"max_kl": "0.1"}, ["squeeze.max_kl", "'0.1'", "above 0"]),
         ({"rest": "keep"}, ["squeeze.rest", "'keep'", "value_centroids, drop"]),
         ({"prefill": "exact"}, ["squeeze.prefill", "'exact'", "dense, squeezed"]),
+        ({"prefill": 0}, ["squeeze.prefill", "0", "dense, squeezed", "(0, 1]"]),
+        ({"prefill": 1.5}, ["squeeze.prefill", "1.5", "(0, 1]"]),
+        ({"prefill": True}, ["squeeze.prefill", "True", "(0, 1]"]),
+        ({"prefill": ["dense"]}, ["squeeze.prefill", "['dense']", "(0, 1]"]),
+        ({"prefill": 0.33, "budget": "auto"}, ["squeeze.prefill", "0.33", '"dense"', '"auto"']),
         ({"prefill": "squeezed", "budget": "auto"}, ["squeeze.prefill", "'squeezed'", '"dense"', '"auto"']),
         ({"mode": "dense"}, ["squeeze.mode", "'dense'", "auto, squeezed, exact, off"]),
         ({"rest": None}, ["squeeze.rest", "None", "value_centroids, drop"]),
@@ -68,7 +73,7 @@ def test_what_is_not_allowed_is_refused_in_one_line(settings, words):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"prefill": "squeezed"}, {"budget": 1}, {"budget": 1.0}, {"budget": 1e-9}, {"budget": "auto"}, {"max_kl": 1e-9},
+    [{"prefill": "squeezed"}, {"prefill": 1}, {"prefill": 1e-9}, {"budget": 1}, {"budget": 1.0}, {"budget": 1e-9}, {"budget": "auto"}, {"max_kl": 1e-9},
      {"memory_limit_gib": 0}, {"memory_limit_gib": math.inf}, {"rest": "drop"}],
     ids=repr,
 )  # fmt: skip

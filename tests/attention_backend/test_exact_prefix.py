@@ -1,5 +1,6 @@
 """An index without clusters: where its prefix lies in the KV cache, and in the tables that the kernels read."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -52,6 +53,20 @@ def reside(monkeypatch):
         return Residency(CONFIG, options)
 
     return make
+
+
+def test_prompts_have_a_budget_of_their_own(clustered, exact):
+    """Whatever that of a request is; but where all keys are attended to."""
+    options = dataclasses.replace(OPTIONS, prefill=0.95)
+    placement = place(clustered, options, {0: 1})
+    assert placement.budget == 1 and 0 < placement.prompt_share == placement.cost.kept_share(0.95) < 1
+    assert placement.at_budget(0.97).prompt_share == placement.prompt_share
+    assert placement.attended_exactly().prompt_share is place(exact, options, {0: 1}).prompt_share is None
+    assert place(clustered, OPTIONS, {0: 1}).prompt_share is None
+    with pytest.raises(
+        InvalidIndex, match=r"^clustered-0: squeeze.prefill: 0.01 is less than the 0\.\d+ that centroids"
+    ):
+        place(clustered, dataclasses.replace(OPTIONS, prefill=0.01), {0: 1})
 
 
 @pytest.mark.parametrize(("block_sizes", "covered"), [({0: 16}, 32), ({0: 4, 2: 8}, 40), ({1: 1}, 47)], ids=str)

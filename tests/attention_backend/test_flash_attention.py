@@ -1,5 +1,6 @@
 """The rows of a step for FlashAttention, as far as they can be seen without it."""
 
+import dataclasses
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -7,10 +8,13 @@ import pytest
 import torch
 from vllm.v1.attention.backends import flash_attn
 
+from tests.attention_backend.world import OPTIONS
 from tests.kernels.conftest import ON_GPU, build_scene, check_close
+from tests.kernels.test_prompts import prompts_of, workspace_for
+from tests.kernels.test_squeezed_attention import UNEVEN
 from vllm_squeeze.attention_backend.matching import LiveBlock
 from vllm_squeeze.attention_backend.room import Room
-from vllm_squeeze.kernels.reference import attend_seen
+from vllm_squeeze.kernels.reference import attend_seen, squeezed_prompts_reference
 from vllm_squeeze.kernels.tables import Prefixes
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -82,6 +86,50 @@ def test_flash_attention_gets_what_follows_the_prefixes(monkeypatch):
     assert rows.queries.starts.tolist() == [0, 0, 8, 8] and rows.queries.slot_rows.tolist() == [-1, 2, -1]
     rows.end_step()
     assert not rows.shared
+
+
+def test_prompts_whose_tokens_choose_together_attend_over_pages_of_one_key(monkeypatch):
+    """Beside a row that is none, with torch in FlashAttention's place."""
+    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", None, raising=False)
+    from vllm_squeeze.attention_backend import flash_attention
+
+    monkeypatch.setattr(flash_attention, "flash_attn_varlen_func", flash_in_torch)
+    scene = build_scene(str(DEVICE), sizes=(UNEVEN[0],), slot_of=(0,) * 40)
+    scene = prompts_of(scene, (0, -1), (37, 3), 0.3)
+    impl = object.__new__(flash_attention.SqueezeImpl)
+    impl.num_heads, impl.num_kv_heads, impl.head_size = scene.query.shape[1], scene.num_kv_heads, scene.query.shape[2]
+    impl.scale, impl.logits_soft_cap, impl.supports_quant_query_input = scene.scale, 0, False
+    impl.vllm_flash_attn_version, impl.table = 3, scene.table
+    impl.rows = SimpleNamespace(prompts=scene.queries, block_table=scene.block_table)
+    impl.residency = SimpleNamespace(prefixes=scene.prefixes, options=SimpleNamespace(rest="value_centroids"))
+    impl._prompt_workspace = workspace_for(scene)
+    one = torch.ones(1, device=DEVICE)
+    layer, output = SimpleNamespace(_k_scale=one, _v_scale=one), scene.suffix_output.clone()
+    impl._attend_prompts(layer, scene.query, output, scene.suffix_lse, scene.key_cache, scene.value_cache)
+    check_close(output, scene.apply(squeezed_prompts_reference, True))
+    assert torch.equal(output[37:], scene.suffix_output[37:])
+
+
+@pytest.mark.parametrize(
+    ("prefill", "gpu", "version", "cache", "tiled"),
+    [
+        (0.3, True, 3, "auto", True),
+        (0.3, True, 2, "auto", False),
+        (0.3, True, 3, "fp8_e4m3", False),
+        (0.3, False, None, "auto", True),
+        ("dense", True, 3, "auto", False),
+        ("squeezed", False, None, "auto", False),
+    ],
+)
+def test_where_tokens_of_prompts_choose_together(monkeypatch, prefill, gpu, version, cache, tiled):
+    from vllm.platforms import current_platform
+
+    from vllm_squeeze.attention_backend import placement
+
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: gpu)
+    monkeypatch.setattr(placement, "can_share_prefixes", lambda: version == 3)
+    config = SimpleNamespace(cache_config=SimpleNamespace(cache_dtype=cache))
+    assert placement.tiled_prompts(dataclasses.replace(OPTIONS, prefill=prefill), config) == tiled
 
 
 @pytest.mark.parametrize(("version", "shared"), [(3, True), (2, False), (None, False)])

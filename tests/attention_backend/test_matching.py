@@ -32,9 +32,11 @@ from vllm_squeeze.attention_backend.variants import Variants, VariantSlot
 SIZE = 16
 
 
-def end(slot: int, group: int, index: int, block: int, length: int, exact: bool = False) -> LiveBlock:
+def end(
+    slot: int, group: int, index: int, block: int, length: int, exact: bool = False, prompt: bool = False
+) -> LiveBlock:
     """The last block of a prefix of so many tokens."""
-    return LiveBlock(slot, group, index, block, length, length, exact=exact)
+    return LiveBlock(slot, group, index, block, length, length, exact=exact, prompt=prompt)
 
 
 def own(slot: int, group: int, index: int, block: int, length: int = 0, exact: bool = False) -> LiveBlock:
@@ -195,6 +197,47 @@ def test_prompts_that_are_dense(dense_prefill):
     assert taken(dense_prefill) == {SQUEEZED: 1, PREFILL: 1}
     assert dense_prefill.step(make_step(cached=[("long", None, 101, 1)])) == Step([end(0, 1, 4, 14, 80)], 1, 22)
     assert taken(dense_prefill) == {SQUEEZED: 1}
+
+
+@pytest.fixture
+def tiled():
+    """Follows requests whose prompts' tokens choose together: "long" and "twin" on prefix 0, "short" on 1."""
+    matcher, _ = make_matcher(PREFIXES, {1: SIZE})
+
+    def choose(step):
+        requests.asked = [(rows.placement.slot, rows.prompt, rows.work.tokens) for rows in step]
+        return [Arm.SQUEEZED if rows.prompt else requests.arm for rows in step]
+
+    requests = LiveRequests(matcher, {1: SIZE}, choose, tiled_prompts=True)
+    requests.arm = Arm.SQUEEZED
+    for id, tokens in {"long": LONG + [1], "twin": LONG + [2] * 40, "short": LONG[:60] + [1] * 40}.items():
+        requests.add(make_request(id, tokens))
+    return requests
+
+
+def test_tokens_of_prompts_that_choose_together(tiled):
+    """Where there are 16 of them in a step; fewer attend densely. Then the answer's choose each for itself."""
+    step = tiled.step(make_step(new=[("long", blocks(10, 7), 80, 21), ("short", blocks(20, 7), 90, 10)]))
+    assert step == Step([own(DENSE_SLOT, 1, 5, 25), end(0, 1, 4, 14, 80, prompt=True)], 0, None, prompts=(21,))
+    assert taken(tiled) == {SQUEEZED: 1, PREFILL: 1} and tiled.asked == [(0, True, 21)]
+    # of a prompt and an answer on the same prefix, as many of each, one is told by the block that it is filling
+    step = tiled.step(make_step(new=[("twin", ([0] * 9, [10, 11, 12, 13, 14, *range(60, 64)]), 80, 60)],
+                                cached=[("long", None, 101, 1), ("short", None, 100, 1)]))  # fmt: skip
+    others = [end(0, 1, 4, 14, 80, prompt=True), end(1, 1, 2, 22, 48)]
+    assert step == Step([own(0, 1, 6, 16, 80), *others], 2, None, prompts=(60,))
+    assert tiled.asked == [(0, True, 60), (0, False, 1), (1, False, 1)] and taken(tiled) == {SQUEEZED: 3}
+
+
+def test_prompts_beside_exact_answers_are_left_to_vllm(tiled):
+    """In such a step the slot that they share has no clusters."""
+    tiled.step(make_step(new=[("long", blocks(10, 7), 80, 21)]))
+    taken(tiled)
+    tiled.arm = Arm.EXACT
+    step = tiled.step(make_step(new=[("twin", ([0] * 9, [10, 11, 12, 13, 14, *range(60, 64)]), 80, 60)],
+                                cached=[("long", None, 101, 1)]))  # fmt: skip
+    others = [own(0, 1, 6, 16, 80, exact=True), end(STOCK_SLOT, 1, 4, 14, 80)]
+    assert step == Step([own(DENSE_SLOT, 1, 5, 60), *others], 1, None)
+    assert taken(tiled) == {EXACT: 1, FASTER: 1}
 
 
 def test_prompts_on_an_exact_prefix_are_exact():

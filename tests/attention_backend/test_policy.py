@@ -219,6 +219,45 @@ def test_long_questions_are_left_to_vllm(model):
 
 
 @MODELS
+@pytest.mark.parametrize(
+    ("num_tokens", "tokens", "kept", "arm"),
+    [
+        (2**17, 512, 0.3, Arm.SQUEEZED),
+        (2**17, 2048, 0.1, Arm.SQUEEZED),
+        (2**17, 32, 0.1, Arm.STOCK),
+        (2**17, 512, 1.0, Arm.STOCK),
+        (2**13, 512, 0.1, Arm.STOCK),
+    ],
+)
+def test_prompts_that_choose_together_are_squeezed_where_that_is_faster(model, num_tokens, tokens, kept, arm):
+    """Not few tokens, nor over short prefixes; unless squeezing was asked for. They are never exact or shared."""
+    placement, work = placed(num_tokens), Work(0, 1, tokens)
+    placement.prompt_share = kept
+    rows = Rows(placement, work, prompt=True)
+    for rest in ("value_centroids", "drop"):
+        assert Policy(model, LLAMA, 32, rest, LARGE)([rows]) == [arm]
+    assert Policy(model, LLAMA, 32, "drop", LARGE)([rows._replace(squeezed=True)]) == [Arm.SQUEEZED]
+    times = [model.prompt_us(LLAMA, num_tokens, work, kept, 0.05, rest) for rest in ("drop", "value_centroids")]
+    assert times == sorted(times)
+
+
+def test_prompts_take_about_as_long_as_measured():
+    """On an H200, prefix of 128K (2026-11-28)."""
+    model = CostModel.of(measured_times()["NVIDIA H200"])
+    measured = {
+        (256, 0.1): 642,
+        (256, 0.3): 783,
+        (512, 0.1): 730,
+        (512, 0.3): 1140,
+        (2048, 0.1): 2625,
+        (2048, 0.3): 4392,
+    }
+    for (tokens, kept), us in measured.items():
+        reckoned = model.prompt_us(LLAMA, 2**17, Work(0, 1, tokens), kept, 0.05, "value_centroids")
+        assert reckoned == pytest.approx(us, rel=0.12)
+
+
+@MODELS
 def test_other_shapes_are_reckoned_by_bytes_and_tiles(model):
     half = Shape(kv_heads=4, group=4, head_size=128, element_size=2)
     wide = Shape(kv_heads=8, group=7, head_size=128, element_size=2)

@@ -37,6 +37,8 @@ def test_what_is_printed_is_a_file_of_all_settings(checked, tmp_path):
     code, lines = checked(index=str(tmp_path / "store"), budget=0.5)
     assert code == 0
     assert lines[-1] == f"# {index.name}: 47 tokens, of the model tiny, at a budget of 0.5"
+    told = checked(index=str(tmp_path / "store"), budget=0.5, prefill=0.33)[1][-1]
+    assert told == f"{lines[-1]}, prompts at 0.33"
     (tmp_path / "printed.yaml").write_text("\n".join(lines))
     again = SqueezeConfig.resolve(None, {CONFIG_VARIABLE: str(tmp_path / "printed.yaml")})
     assert again == SqueezeConfig(index=(str(tmp_path / "store"),), budget=0.5)

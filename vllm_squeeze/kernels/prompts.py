@@ -563,7 +563,7 @@ def squeezed_prompts(
             first_tile, scale, soft_cap,
             *query.stride()[:2], *table.centroids.stride()[:2], table.sizes.stride(0),
             table.group_centroids.stride(0), table.group_sizes.stride(0), table.frames.stride(0), max_centroids,
-            BLOCK=128, STAGES=3, PICK_BLOCK=_PICK_BLOCK, SOFT_CAP=soft_cap > 0, num_warps=8, **tile,
+            BLOCK=MAX_BLOCK if width * query.itemsize <= 512 else MAX_BLOCK // 2, STAGES=3, PICK_BLOCK=_PICK_BLOCK, SOFT_CAP=soft_cap > 0, num_warps=8, **tile,
         )  # fmt: skip
         _list_kernel[(tiles_now, num_kv_heads, triton.cdiv(max_centroids, _LIST_BLOCK))](
             prompts.tiles, prefixes.slots, table.members, block_table, workspace.picked, workspace.num_picked,

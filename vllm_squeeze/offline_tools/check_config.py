@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from vllm_squeeze.config import AUTO, CONFIG_VARIABLE, OFF, SqueezeConfig
+from vllm_squeeze.config import AUTO, CONFIG_VARIABLE, OFF, PREFILLS, SqueezeConfig
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
 from vllm_squeeze.prefix_index.manifest import InvalidIndex, printable
 from vllm_squeeze.settings_file import read_settings
@@ -84,7 +84,8 @@ def described(folder: Path, config: SqueezeConfig) -> str:
     if index.manifest.exact or config.mode == "exact":
         return f"{told}, exactly"
     if config.budget != AUTO:
-        return f"{told}, at a budget of {config.budget:g}"
+        prompts = "" if config.prefill in PREFILLS else f", prompts at {config.prefill:g}"
+        return f"{told}, at a budget of {config.budget:g}{prompts}"
     # imports vLLM, which a machine that settings are checked on may lack
     from vllm_squeeze.attention_backend.placement import budget_of
 
