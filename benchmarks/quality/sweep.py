@@ -7,7 +7,8 @@ One engine with one indexed prefix runs all arms one after the other. The task a
 ``python -m benchmarks.quality``, with the same further arguments, where the work folder has none. First vLLM's own
 attention answers all questions together; then each arm has these answers forced on it, all together, token by token as
 they would be decoded, every layer really attending as the arm does, with ``--prefill squeezed`` in the prompts' ends
-too; with a budget there, these are squeezed as the server does it, whatever the arm, and count among what is served. An arm is ``rule+option:budget``, see ``selection.py``; they run in torch, except
+too; with a budget there, these are squeezed as the server does it, whatever the arm, and count among what is served. An
+arm is ``rule+option:budget``, see ``selection.py``; they run in torch, except
 
     served    the server's own kernels, with the threshold of the index
 

@@ -111,24 +111,31 @@ def test_prompts_whose_tokens_choose_together_attend_over_pages_of_one_key(monke
 
 
 @pytest.mark.parametrize(
-    ("prefill", "gpu", "version", "cache", "tiled"),
+    ("prefill", "gpu", "version", "dtype", "cache", "drafts", "tiled"),
     [
-        (0.3, True, 3, "auto", True),
-        (0.3, True, 2, "auto", False),
-        (0.3, True, 3, "fp8_e4m3", False),
-        (0.3, False, None, "auto", True),
-        ("dense", True, 3, "auto", False),
-        ("squeezed", False, None, "auto", False),
+        (0.3, True, 3, torch.bfloat16, "auto", None, True),
+        (0.3, True, 3, torch.float16, "float16", 14, True),
+        (0.3, True, 2, torch.float16, "auto", None, False),
+        (0.3, True, 3, torch.float32, "auto", None, False),
+        (0.3, True, 3, torch.float16, "fp8_e4m3", None, False),
+        (0.3, True, 3, torch.float16, "auto", 15, False),
+        (0.3, False, None, torch.float32, "fp8", 3, True),
+        ("dense", True, 3, torch.float16, "auto", None, False),
+        ("squeezed", False, None, torch.float32, "auto", None, False),
     ],
 )
-def test_where_tokens_of_prompts_choose_together(monkeypatch, prefill, gpu, version, cache, tiled):
+def test_where_tokens_of_prompts_choose_together(monkeypatch, prefill, gpu, version, dtype, cache, drafts, tiled):
     from vllm.platforms import current_platform
 
     from vllm_squeeze.attention_backend import placement
 
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: gpu)
     monkeypatch.setattr(placement, "can_share_prefixes", lambda: version == 3)
-    config = SimpleNamespace(cache_config=SimpleNamespace(cache_dtype=cache))
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(cache_dtype=cache),
+        model_config=SimpleNamespace(dtype=dtype),
+        speculative_config=SimpleNamespace(num_speculative_tokens=drafts) if drafts else None,
+    )
     assert placement.tiled_prompts(dataclasses.replace(OPTIONS, prefill=prefill), config) == tiled
 
 

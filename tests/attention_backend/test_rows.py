@@ -16,7 +16,6 @@ from vllm_squeeze.attention_backend.matching import (
     DENSE_SLOT,
     EXACT,
     FASTER,
-    FEWEST_PROMPT_TOKENS,
     NO_INDEX,
     NO_ROOM,
     NOT_COMPUTED,
@@ -25,6 +24,7 @@ from vllm_squeeze.attention_backend.matching import (
     STOCK_SLOT,
     LiveRequests,
 )
+from vllm_squeeze.attention_backend.placement import FEWEST_PROMPT_TOKENS
 from vllm_squeeze.attention_backend.policy import Arm
 from vllm_squeeze.attention_backend.rows import RowGroup
 from vllm_squeeze.attention_backend.variants import Variants

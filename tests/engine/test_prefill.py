@@ -6,7 +6,7 @@ import pytest
 from benchmarks.quality.arms import residency_in
 from benchmarks.running import count
 from tests.engine.conftest import engine, grown, outcomes, tokens
-from vllm_squeeze.attention_backend.matching import FEWEST_PROMPT_TOKENS
+from vllm_squeeze.attention_backend.placement import FEWEST_PROMPT_TOKENS
 
 PREFIX = tokens(seed=1, count=600)
 QUESTIONS = [tokens(seed, 20 + 30 * seed) for seed in range(2, 7)]

@@ -248,7 +248,8 @@ def test_slots_that_share_a_prefix(make_scene, assert_close):
     thresholds = scene.prefixes.log_threshold.repeat(12)
     thresholds[3] = torch.inf
     same = (tensor.repeat(12) for tensor in (scene.prefixes.lens, scene.prefixes.frames))
-    prefixes = Prefixes(facts, *same, thresholds, scene.prefixes.counters.repeat(12, 1))
+    shares = scene.prefixes.kept_shares.repeat(12)
+    prefixes = Prefixes(facts, *same, thresholds, shares, scene.prefixes.counters.repeat(12, 1))
     several = dataclasses.replace(scene, prefixes=prefixes, keys=scene.keys * 12).tile((3, 0, 7, 0, 3, 7, 0, 0, 0))
     tiles = most_tiles(9, 12, several.group)
     several = dataclasses.replace(several, queries=several.queries.first(9, 3))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from vllm_squeeze.attention_backend.misses import Misses
-from vllm_squeeze.attention_backend.placement import Placement
+from vllm_squeeze.attention_backend.placement import FEWEST_PROMPT_TOKENS, Placement
 from vllm_squeeze.attention_backend.policy import Arm, ChooseArms, Rows, Work, always_squeezed
 from vllm_squeeze.attention_backend.request_settings import RequestReport, RequestSettings
 from vllm_squeeze.attention_backend.variants import Variants, VariantSlot
@@ -28,9 +28,6 @@ EMBEDDINGS = "dense: prompt embeddings"
 MULTIMODAL = "dense: multimodal item in the prefix"
 
 OUTCOMES = {Arm.SQUEEZED: SQUEEZED, Arm.EXACT: EXACT, Arm.SHARED: EXACT, Arm.STOCK: FASTER}
-
-FEWEST_PROMPT_TOKENS = 16
-"""Of a prompt's in a step, that choose together. Fewer have nothing to gain, and steps of few replay CUDA graphs."""
 
 _FIRST = 16
 _ANY_NUMBER = 2**31 - 1

@@ -17,6 +17,9 @@ from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
 from vllm_squeeze.prefix_index.manifest import InvalidIndex, Manifest
 
+FEWEST_PROMPT_TOKENS = 16
+"""Of a prompt's in a step, that choose together. Fewer have nothing to gain, and steps of few replay CUDA graphs."""
+
 OnRefusal = Callable[[str], None]
 
 
@@ -283,13 +286,16 @@ def tiled_prompts(options: Options, vllm_config: Any) -> bool:
         return False
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cuda():
-        return True
-    if can_share_prefixes() and not vllm_config.cache_config.cache_dtype.startswith("fp8"):
+    speculative = vllm_config.speculative_config
+    drafts = 0 if speculative is None else speculative.num_speculative_tokens
+    in_16_bits = vllm_config.model_config.dtype.itemsize == 2 and "8" not in vllm_config.cache_config.cache_dtype
+    if drafts + 1 < FEWEST_PROMPT_TOKENS and (not current_platform.is_cuda() or (can_share_prefixes() and in_16_bits)):
         return True
     logger.warning_once(
-        "squeeze: prefill is %s, which needs FlashAttention 3 and a KV cache in 16 bits; prompts are dense.",
+        "squeeze: prefill is %s, which needs FlashAttention 3, keys and values in 16 bits, and fewer than %s drafts; prompts "
+        "are dense.",
         options.prefill,
+        FEWEST_PROMPT_TOKENS - 1,
     )
     return False
 
