@@ -250,7 +250,8 @@ class Server:
     def expected(self, sequence, count=FEWEST_PROMPT_TOKENS):
         """The placement of the prefix that a row has computed, the longest that its request begins with, or None.
 
-        None as well where prompts are dense and it has not computed its own, or too few of its tokens would choose together.
+        None as well where prompts are dense and it has not computed its own, or too few of its tokens would choose
+        together.
         """
         if sequence.request.cache_salt:
             return None

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.kernels.conftest import Scene, check_close, poisoned
-from tests.kernels.test_squeezed_attention import SIZES, UNEVEN, every_dtype
+from tests.kernels.test_squeezed_attention import SIZES, UNEVEN, needs_gpu
 from vllm_squeeze.kernels import prompts as kernels
 from vllm_squeeze.kernels.prompts import PromptTiles, PromptWorkspace, squeezed_prompts
 from vllm_squeeze.kernels.reference import attend_seen, squeezed_prompts_reference
@@ -73,11 +73,25 @@ def check(scene: Scene, rest: bool = True, soft_cap: float = 0.0) -> torch.Tenso
     return output
 
 
-@every_dtype
+SHAPES = (
+    (1, 1, 64, 16),
+    (2, 3, 128, 32),
+    (2, 4, 128, 16),
+    (1, 6, 256, 16),
+    (2, 7, 64, 32),
+    (3, 16, 8, 64),
+    (1, 2, 72, 16),
+)
+
+
 @pytest.mark.parametrize(
-    "shape",
-    [(1, 1, 64, 16), (2, 3, 128, 32), (2, 4, 128, 16), (1, 6, 256, 16), (2, 7, 64, 32), (3, 16, 8, 64), (1, 2, 72, 16)],
-    ids=lambda shape: "H{}-G{}-D{}-S{}".format(*shape),
+    ("shape", "dtype"),
+    [
+        *((shape, torch.float32) for shape in SHAPES),
+        *((shape, torch.float16) for shape in SHAPES[2:4]),
+        *(pytest.param(shape, torch.bfloat16, marks=needs_gpu) for shape in SHAPES),
+    ],
+    ids=lambda value: "H{}-G{}-D{}-S{}".format(*value) if isinstance(value, tuple) else str(value).split(".")[1],
 )
 def test_agrees_with_the_reference(make_scene, shape: tuple[int, int, int, int], dtype: torch.dtype):
     num_kv_heads, group, head_size, page_size = shape

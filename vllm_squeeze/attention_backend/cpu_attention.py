@@ -36,8 +36,8 @@ class HostRows(RowGroup):
     """The rows of a step as Python numbers.
 
     Attributes:
-        squeezed: per squeezed row its index, slot as in ``row_slot``, prefix length, sequence length, first and last query
-            token + 1.
+        squeezed: per squeezed row its index, slot as in ``row_slot``, prefix length, sequence length, first and last
+            query token + 1.
     """
 
     def set_rows(self, num_tokens: int) -> None:

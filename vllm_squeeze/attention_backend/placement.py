@@ -292,8 +292,8 @@ def tiled_prompts(options: Options, vllm_config: Any) -> bool:
     if drafts + 1 < FEWEST_PROMPT_TOKENS and (not current_platform.is_cuda() or (can_share_prefixes() and in_16_bits)):
         return True
     logger.warning_once(
-        "squeeze: prefill is %s, which needs FlashAttention 3, keys and values in 16 bits, and fewer than %s drafts; prompts "
-        "are dense.",
+        "squeeze: prefill is %s, which needs FlashAttention 3, keys and values in 16 bits, and fewer than %s drafts; "
+        "prompts are dense.",
         options.prefill,
         FEWEST_PROMPT_TOKENS - 1,
     )
