@@ -26,6 +26,11 @@ SHAPES = (
 """And numbers of tokens, for tiles of one size or of both."""
 
 
+def has_prompts(shape: dict) -> bool:
+    """Whether kernels of prompts are compiled for a shape, where there is FlashAttention 3."""
+    return "cache_dtype" not in shape and shape["head_size"] <= 128
+
+
 def no_library(q: torch.Tensor, **operands: object) -> torch.Tensor:
     return torch.zeros(q.shape[1], len(q))
 
@@ -64,7 +69,7 @@ def main(capability: int, num_shapes: int) -> None:
         lse = torch.zeros(gathered.shape[1], len(gathered))
         operands = scene.suffix_output, scene.suffix_lse, gathered, lse, scene.queries, scene.prefixes
         join_shared(*operands, scene.num_kv_heads)
-        if "cache_dtype" not in shape:
+        if capability >= 90 and has_prompts(shape):
             prompt = prompts_of(build_scene("cpu", slot_of=(0, 0), **shape), (0,), (2,), 0.5)
             prompt.apply(squeezed_prompts, True, workspace_for(prompt), no_library, 30.0 * (shape["group"] > 1))
     print(dict(compiled))
