@@ -158,6 +158,7 @@ def flash_in_torch(
 ):
     """FlashAttention's arithmetic for sequences that see all of their keys."""
     assert not causal and others["return_softmax_lse"]
+    assert others["k_descale"].shape == others["v_descale"].shape == (len(block_table), k.shape[2])
     starts, lens = cu_seqlens_q.tolist(), seqused_k.tolist()
     assert max_seqlen_q >= max(b - a for a, b in pairwise(starts)) and max_seqlen_k >= max(lens)
     lse = torch.full((q.shape[1], len(q)), torch.nan, device=q.device)
