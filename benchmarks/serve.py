@@ -425,7 +425,7 @@ def run_all(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    from vllm_squeeze.config import prefill_of
+    from vllm_squeeze.cli import prefill
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a real model; needs --prefix or --index")
@@ -434,7 +434,7 @@ def main() -> int:
     parser.add_argument("--prefix-tokens", type=int, default=131072, help="of the random prefix")
     parser.add_argument("--kept", type=float, help="share of keys to keep; 0.1 with random weights")
     parser.add_argument("--budget", type=float, help="of the server, where --kept is not given")
-    parser.add_argument("--prefill", type=prefill_of, metavar="BUDGET", help="of questions; dense if not given")
+    parser.add_argument("--prefill", type=prefill, metavar="BUDGET", help="of questions; dense if not given")
     parser.add_argument("--index", type=Path, help="an index to use; its tokens are the prefix")
     parser.add_argument("--work", type=Path, help="folder that keeps model, index and thresholds for another run")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["stock", "exact", "squeezed"])

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from vllm_squeeze.cli import add_engine_args
-from vllm_squeeze.config import SqueezeConfig, prefill_of
+from vllm_squeeze.cli import add_engine_args, prefill
+from vllm_squeeze.config import SqueezeConfig
 from vllm_squeeze.offline_tools.fidelity import first_difference
 from vllm_squeeze.offline_tools.store import add_to_store, pin_in_store, remove_from_store
 from vllm_squeeze.prefix_index.index_folder import IndexWriter, PrefixIndex, find_indexes, holds_index, layer_file
@@ -275,7 +275,7 @@ def main() -> int:
         "--tie", type=float, default=0.0, help="nats: where the best tokens are this close, any will do"
     )
     parser.add_argument("--mode", choices=("squeezed", "exact", "auto"), default="squeezed", help="of the server")
-    parser.add_argument("--prefill", type=prefill_of, default=SqueezeConfig.prefill, help="as the setting: dense or 1")
+    parser.add_argument("--prefill", type=prefill, default=SqueezeConfig.prefill, help="as the setting: dense or 1")
     parser.add_argument("--aborted", type=float, default=0.1, metavar="SHARE", help="of requests, about")
     parser.add_argument("--at-once", type=int, default=10, metavar="N", help="requests, at most")
     parser.add_argument(

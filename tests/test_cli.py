@@ -1,5 +1,6 @@
 """The command: bad input costs one line and exit code 1, or 2 where the command line itself is wrong."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from tests.engine.tiny_models import make_model
 from tests.prefix_index.small_index import write_index
-from vllm_squeeze.cli import main
+from vllm_squeeze.cli import main, prefill
 
 
 @pytest.fixture(scope="module")
@@ -223,3 +224,12 @@ def test_inspecting_imports_neither_vllm_nor_a_gpu(tmp_path):
     result = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-2:] == ["[]", "False"]
+
+
+def test_prefill_as_a_command_has_it():
+    assert [prefill(text) for text in ("dense", "squeezed", "0.33", "1")] == ["dense", "squeezed", 0.33, 1]
+    for text, told in (("dens", "'dens'"), ("0", "0.0"), ("1.5", "1.5"), ("nan", "nan")):
+        with pytest.raises(
+            argparse.ArgumentTypeError, match=rf"^squeeze.prefill: {told} is not one of dense, squeezed, nor"
+        ):
+            prefill(text)

@@ -23,6 +23,22 @@ def engine_args(text: str) -> dict[str, Any]:
     return value
 
 
+def prefill(text: str) -> float | str:
+    """The setting of this name.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not allowed.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = text
+    try:
+        return SqueezeConfig(prefill=value).prefill
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def add_form(parser: argparse.ArgumentParser) -> None:
     """Adds the choice of how a text is tokenized."""
     form = parser.add_mutually_exclusive_group()

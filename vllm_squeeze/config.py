@@ -128,14 +128,5 @@ class SqueezeConfig:
         return list(dict.fromkeys(folders))
 
 
-def prefill_of(text: str) -> float | str:
-    """The setting ``prefill`` as a command line has it.
-
-    Raises:
-        ValueError: it is not allowed.
-    """
-    return SqueezeConfig(prefill=text if text in PREFILLS else float(text)).prefill
-
-
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)

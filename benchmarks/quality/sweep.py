@@ -43,7 +43,8 @@ from benchmarks.quality.selection import cost_of, parse, threshold_of
 
 # Sets the environment before vLLM is imported.
 from benchmarks.running import count
-from vllm_squeeze.config import SqueezeConfig, prefill_of
+from vllm_squeeze.cli import prefill
+from vllm_squeeze.config import SqueezeConfig
 from vllm_squeeze.offline_tools.fidelity import mean_and_error
 from vllm_squeeze.offline_tools.timing import machine
 
@@ -199,7 +200,7 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, default=0.02, help="how far bytes may be from the budget, relative")
     parser.add_argument("--most-runs", type=int, default=4, help="of an arm, to meet its budget")
     parser.add_argument(
-        "--prefill", type=prefill_of, default=SqueezeConfig.prefill, help="what prompts' ends attend to, as the setting"
+        "--prefill", type=prefill, default=SqueezeConfig.prefill, help="what prompts' ends attend to, as the setting"
     )
     parser.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="where to draw KL against bytes, of all arms so far")
