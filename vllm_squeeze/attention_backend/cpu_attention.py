@@ -4,7 +4,7 @@ For laptops and continuous integration: the same index, matching and arithmetic 
 """
 
 import functools
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -173,14 +173,10 @@ class SqueezeCPUImpl(SqueezeLayer, CPUAttentionBackendImpl):
             ]
             suffix_output, suffix_lse = (torch.cat(parts) for parts in zip(*suffix))
             read = functools.partial(pages.read, blocks[rows[0][0]])
-            counts, size = [len(tokens)], QUERY_CHUNK
-            if slot >= PROMPT_SLOTS:
-                counts, size = (
-                    [end - start for *_, start, end in rows],
-                    prompt_tile_tokens(query.shape[2], self.head_size),
-                )
-            chunks = (chunk for some in torch.arange(len(tokens)).split(counts) for chunk in some.split(size))
-            for chunk in chunks:
+            together = slot >= PROMPT_SLOTS
+            counts = [end - start for *_, start, end in rows] if together else [len(tokens)]
+            size = prompt_tile_tokens(query.shape[2], self.head_size) if together else QUERY_CHUNK
+            for chunk in chain.from_iterable(some.split(size) for some in torch.arange(len(tokens)).split(counts)):
                 suffix = suffix_output[chunk], suffix_lse[chunk]
                 merged = self.attend_prefix(query[tokens[chunk]], *suffix, slot, read)
                 output[tokens[chunk]] = merged.to(output.dtype)

@@ -204,10 +204,6 @@ class _Live:
             return self.never
         return PREFILL if computed < self.ready_from else NOT_LOADED
 
-    def is_prompt(self, computed: int) -> bool:
-        """Whether its tokens choose together where it has computed so many."""
-        return computed < self.together_to
-
     def clear(self) -> None:
         """Forgets the blocks."""
         self.blocks.clear()
@@ -373,15 +369,14 @@ class LiveRequests:
             if placement.pinned and live.prefix_ends is not None and computed >= placement.covered:
                 self._pin(placement, live.prefix_blocks)
             waits = placement.slot is None or live.never is not None
-            prompt = live.is_prompt(computed)
-            short = prompt and counts[request_id] < FEWEST_PROMPT_TOKENS
-            if live.prefix_ends is not None and computed >= live.ready_from and not (waits or short):
+            is_ready = live.prefix_ends is not None and computed >= live.ready_from and not waits
+            prompt = computed < live.together_to
+            if is_ready and not (prompt and counts[request_id] < FEWEST_PROMPT_TOKENS):
                 ready[placement][live.settings, prompt].append((request_id, live, computed))
                 continue
             dense.append((live, computed))
             if live.begins_with_prefix:
-                ready_but_short = short and computed >= live.ready_from and not waits
-                outcomes[request_id] = PREFILL if ready_but_short else live.why_dense(computed)
+                outcomes[request_id] = PREFILL if is_ready else live.why_dense(computed)
 
         ends, own, num_tokens, num_rows, suffixes, prompts = set(), set(), 0, 0, [], []
         groups = list(_grouped(ready))

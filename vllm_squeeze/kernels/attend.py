@@ -56,7 +56,7 @@ def _plan(
 
 
 @triton.jit
-def _count(counters, i_slot, has_clusters, num_tokens, num_loaded, num_pairs):
+def count_tile(counters, i_slot, has_clusters, num_tokens, num_loaded, num_pairs):
     """Counts one tile and KV head."""
     p_counters = counters + i_slot * 6
     one = tl.full([], 1, tl.int64)
@@ -125,7 +125,7 @@ def attend_kernel(
         share = share_of(count, tl.minimum(tl.load(tile_count) - first_tile, num_tiles), SPLITS)
         m_s = o_s * share < count
         b_pairs = tl.load(kept_pairs + i_th_64 * SPLITS + o_s, mask=m_s, other=0)
-        _count(counters, i_slot, count > 0, num_tokens, num_keys - num_always, tl.sum(b_pairs, 0))
+        count_tile(counters, i_slot, count > 0, num_tokens, num_keys - num_always, tl.sum(b_pairs, 0))
 
     # a row of D elements is the unit, to tell all places apart in 32 bits
     p_keys = key_cache + i_h.to(tl.int64) * stride_head + o_d[None, :]

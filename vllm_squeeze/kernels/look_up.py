@@ -51,7 +51,7 @@ def _range_of(i_split, total, num_tiles, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _in_frame(b_q, b_mean, b_spread, scale):
+def in_frame(b_q, b_mean, b_spread, scale):
     """Queries [M, DP] times the spreads [DP] of a frame, as an operand, and s q.m [M] with its mean [DP]."""
     b_wide = b_q.to(tl.float32)
     b_of_mean = tl.sum(b_wide * b_mean[None, :], 1) * (scale * LOG2_E)
@@ -214,7 +214,7 @@ def look_up_kernel(
     p_sizes = sizes + i_h.to(tl.int64) * stride_size_head + first_centroid
     p_masses = masses + i_th * MASSES * MASS_ROWS
     b_q = load_queries(query, b_token, num_tokens, i_h, stride_query_token, stride_query_head, GROUP, GP, ROWS, D, DP)
-    b_framed, b_of_mean = _in_frame(b_q, b_mean, b_spread, scale)
+    b_framed, b_of_mean = in_frame(b_q, b_mean, b_spread, scale)
 
     if i_p < MASSES:
         num_rows = count

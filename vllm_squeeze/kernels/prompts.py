@@ -21,7 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_squeeze.kernels.look_up import OF_GROUP, RAISE, REST_RAISE, load_queries
+from vllm_squeeze.kernels.attend import count_tile
+from vllm_squeeze.kernels.look_up import OF_GROUP, RAISE, REST_RAISE, in_frame, load_queries
 from vllm_squeeze.kernels.packing import WHOLE, load_packed
 from vllm_squeeze.kernels.softmax import LOG2_E, capped, finite_or_zero
 from vllm_squeeze.kernels.tables import (
@@ -90,10 +91,10 @@ def _load_tile(
     b_q = load_queries(query, b_token, num_tokens, i_h, stride_token, stride_head, GROUP, GP, SIZE, D, DP)
     b_mean = tl.load(p_frame + o_d, mask=o_d < D, other=0.0)
     b_spread = tl.load(p_frame + D + o_d, mask=o_d < D, other=0.0)
+    b_framed, b_of_mean = in_frame(b_q, b_mean, b_spread, scale)
     b_wide = b_q.to(tl.float32)
-    b_framed = (b_wide * b_spread[None, :]).to(b_q.dtype)
-    b_of_mean = tl.sum(b_wide * b_mean[None, :], 1) * (scale * LOG2_E)
-    return b_q, b_framed, b_of_mean, tl.sum(b_wide * b_wide, 1) * (scale * scale * LOG2_E / 2)
+    # so many rows are one operand
+    return b_q, b_framed[0], b_of_mean, tl.sum(b_wide * b_wide, 1) * (scale * scale * LOG2_E / 2)
 
 
 @triton.jit
@@ -341,16 +342,9 @@ def _merge_kernel(
     i_th = (i_t * H + i_h).to(tl.int64)
     num_listed = tl.load(listed + i_th)
     if i_r == 0:
-        p_counters, one = counters + i_slot * 6, tl.full([], 1, tl.int64)
-        if tl.load(slots + i_slot * 4 + 1) > 0:
-            num_kept = (num_listed - tl.load(slots + i_slot * 4 + 2)).to(tl.int64)
-            tl.atomic_add(p_counters, one, sem="relaxed")
-            tl.atomic_add(p_counters + 1, num_kept, sem="relaxed")
-            tl.atomic_add(p_counters + 2, one * num_tokens, sem="relaxed")
-            tl.atomic_add(p_counters + 3, num_kept * num_tokens, sem="relaxed")
-        else:
-            tl.atomic_add(p_counters + 4, one, sem="relaxed")
-            tl.atomic_add(p_counters + 5, one * num_tokens, sem="relaxed")
+        count, num_always = tl.load(slots + i_slot * 4 + 1), tl.load(slots + i_slot * 4 + 2)
+        num_kept = num_listed - num_always
+        count_tile(counters, i_slot, count > 0, num_tokens, num_kept, num_kept * num_tokens)
 
     o_g, o_d = tl.arange(0, GP), tl.arange(0, DP)
     m_g = o_g < GROUP
