@@ -53,9 +53,8 @@ class Prompt:
         self.prompts = prompts.of([tokens])
         self.prompts.fill(torch.tensor([PROMPT_SLOTS], dtype=torch.int32, device="cuda"), self.starts)
         limits = layer.table.sizes.shape[1], shape.prefix
-        self.workspace = PromptWorkspace.allocate(
-            shape.kv_heads, shape.group, shape.head_size, *limits, self.query.dtype, "cuda"
-        )
+        self.side, self.begun, self.suffix_done = torch.cuda.Stream(), torch.cuda.Event(), torch.cuda.Event()
+        self.workspace = PromptWorkspace.allocate(layer.table, shape.group, *limits, self.query.dtype)
 
     def flash(self, **operands: Any) -> Any:
         """FlashAttention; returns the log-sum-exp."""
@@ -87,13 +86,19 @@ class Prompt:
         self._causal(0, self.shape.prefix + self.shape.suffix)
 
     def squeezed(self, rest: bool) -> None:
-        """Attends to what is chosen of the prefix, and to the question."""
+        """Attends to what is chosen of the prefix, and to the question, which goes on beside that as in the server."""
+        import torch
+
         from vllm_squeeze.kernels.prompts import squeezed_prompts
 
-        lse = self._causal(self.shape.prefix, self.shape.suffix)
+        self.begun.record()
+        with torch.cuda.stream(self.side):
+            self.side.wait_event(self.begun)
+            lse = self._causal(self.shape.prefix, self.shape.suffix)
+            self.suffix_done.record()
         caches = self.layer.key_cache, self.layer.value_cache, self.layer.block_table
         operands = self.prompts, self.layer.table, self.layer.prefixes, self.scale, rest, self.workspace
-        squeezed_prompts(self.query, self.output, lse, *caches, *operands, self.flash)
+        squeezed_prompts(self.query, self.output, lse, *caches, *operands, self.flash, suffix_done=self.suffix_done)
 
     def error(self, rest: bool) -> float:
         """How far the first and the last tile are from the oracle, relative, after ``squeezed``."""
@@ -110,7 +115,7 @@ class Prompt:
         expected = self.output.float()
         squeezed_prompts_reference(
             self.query, expected, lse, self.layer.key_cache, self.layer.value_cache, self.layer.block_table,
-            PromptTiles(2, self.prompts.size, some), self.layer.table, self.layer.prefixes, self.scale, rest,
+            PromptTiles(1, 2, self.prompts.size, some, self.prompts.slots), self.layer.table, self.layer.prefixes, self.scale, rest,
         )  # fmt: skip
         tokens = torch.cat([torch.arange(start, start + size, device="cuda") for *_, start, size in some.tolist()])
         difference = actual[tokens].float() - expected[tokens]

@@ -100,7 +100,7 @@ def test_prompts_whose_tokens_choose_together_attend_over_pages_of_one_key(monke
     impl.num_heads, impl.num_kv_heads, impl.head_size = scene.query.shape[1], scene.num_kv_heads, scene.query.shape[2]
     impl.scale, impl.logits_soft_cap, impl.supports_quant_query_input = scene.scale, 0, False
     impl.vllm_flash_attn_version, impl.table = 3, scene.table
-    impl.rows = SimpleNamespace(prompts=scene.queries, block_table=scene.block_table)
+    impl.rows = SimpleNamespace(prompts=scene.queries, block_table=scene.block_table, suffix_done=None)
     impl.residency = SimpleNamespace(prefixes=scene.prefixes, options=SimpleNamespace(rest="value_centroids"))
     impl._prompt_workspace = workspace_for(scene)
     one = torch.ones(1, device=DEVICE)

@@ -25,6 +25,6 @@ def test_kernels_compile(capability: int, num_shapes: int, tmp_path):
     for kernel in ("nearest_kernel", "_gather_kernel", "_join_kernel"):
         assert compiled[kernel] == num_shapes, kernel
     prompts = sum(has_prompts(shape) for shape, _ in SHAPES[:num_shapes]) if capability >= 90 else 0
-    for kernel in ("_tile_kernel", "_choose_kernel", "_list_kernel", "_rest_kernel", "_merge_kernel"):
+    for kernel in ("_tile_kernel", "_unpack_kernel", "_choose_kernel", "_list_kernel", "_merge_kernel"):
         assert compiled.get(kernel, 0) == prompts, kernel
     assert compiled["_group_kernel"] and compiled["_list_always_kernel"]

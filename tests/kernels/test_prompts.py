@@ -52,15 +52,8 @@ def prompts_of(scene: Scene, slots: tuple[int, ...], counts: tuple[int, ...], ke
 
 
 def workspace_for(scene: Scene) -> PromptWorkspace:
-    return PromptWorkspace.allocate(
-        scene.num_kv_heads,
-        scene.group,
-        scene.query.shape[-1],
-        int(scene.prefixes.slots[:, 1].max()),
-        max(1, *(keys.shape[1] for keys in scene.keys)),
-        scene.query.dtype,
-        scene.query.device,
-    )
+    max_centroids, max_keys = int(scene.prefixes.slots[:, 1].max()), max(1, *(keys.shape[1] for keys in scene.keys))
+    return PromptWorkspace.allocate(scene.table, scene.group, max_centroids, max_keys, scene.query.dtype)
 
 
 def check(scene: Scene, rest: bool = True, soft_cap: float = 0.0) -> torch.Tensor:
@@ -129,7 +122,7 @@ def test_everything_chosen_is_dense_attention(make_scene):
 
 
 def test_what_is_not_chosen_counts_by_its_means(make_scene):
-    scene = make_scene(sizes=UNEVEN, slot_of=(0,))
+    scene = make_scene(sizes=UNEVEN, slot_of=(0,), group=1)
     everything = torch.ones_like(scene.table_of(0).sizes, dtype=torch.bool)
     check_close(check(prompts_of(scene, (0,), (1,), 0.0))[0], scene.dense(0, replaced=everything))
 

@@ -106,10 +106,7 @@ class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
         if not tiled_prompts(self.residency.options, self._vllm_config):
             return None
         room, group = self.residency.room, self.num_heads // self.num_kv_heads
-        heads = self.num_kv_heads, group, self.head_size
-        return PromptWorkspace.allocate(
-            *heads, room.most_centroids, room.longest_prefix, self.dtype, self.residency.device
-        )
+        return PromptWorkspace.allocate(self.table, group, room.most_centroids, room.longest_prefix, self.dtype)
 
     def warm_up(self, layer: Any, kv_cache: torch.Tensor) -> None:
         super().warm_up(layer, kv_cache)
@@ -153,7 +150,6 @@ class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
             self._attend_shared(layer, query, *caches, output, suffix_lse)
             return output
         if rows.prompts is not None and rows.prompts.num_tiles:
-            torch.cuda.current_stream().wait_event(rows.suffix_done)
             self._attend_prompts(layer, query, output, suffix_lse, *caches)
         if rows.num_queries:
             self.attend_prefixes(
@@ -265,6 +261,7 @@ class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
             self._prompt_workspace,
             functools.partial(self._flash, layer, causal=False, num_splits=0),
             self.logits_soft_cap or 0.0,
+            rows.suffix_done,
         )
 
     def _flash(self, layer: Any, k: torch.Tensor, block_table: torch.Tensor, **operands: Any) -> torch.Tensor:

@@ -3,10 +3,10 @@
 Here products count, not bytes, so a tile has one choice, and tensor cores do what is chosen and nothing else:
 
     tile     grid (1,)                        the prompts' tokens, in tiles of one row each
+    unpack   grid (blocks of C, H, prompts)   means in 4 bits become operands, once for all tiles of a prefix
     choose   grid (tiles, H)                  a tile's queries, and which clusters they choose
     list     grid (tiles, H, blocks of C)     where the keys of these lie in the KV cache
     flash    a library's attention            over them, as if each were a page
-    rest     grid (tiles, H, parts of tiles)  attention over the means of the other clusters
     merge    grid (tiles * tokens, H)         all of it and that over the suffixes, into the output
 
 A cluster's rank is the log of its raised and weighted predicted attention probability, as in ``look_up``, for the query
@@ -20,24 +20,21 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vllm_squeeze.kernels.attend import count_tile
 from vllm_squeeze.kernels.look_up import OF_GROUP, RAISE, REST_RAISE, in_frame, load_queries
-from vllm_squeeze.kernels.packing import WHOLE, load_packed
+from vllm_squeeze.kernels.packing import load_packed
 from vllm_squeeze.kernels.softmax import LOG2_E, capped, finite_or_zero
 from vllm_squeeze.kernels.tables import (
     MAX_GROUP,
     PROMPT_SLOTS,
-    PROMPT_WIDTH,
     SAMPLE,
     ClusterTable,
     Prefixes,
     prompt_tile_tokens,
 )
 from vllm_squeeze.kernels.tiles import MAX_BLOCK, padded
-
-REST_ROWS = 64
-"""Query rows of a part of a tile."""
 
 MAX_TILES, LIST_BYTES = 64, 1 << 28
 """Tiles at once, at most, and bytes of their lists, unless that of one has more; more tiles are handled in turns."""
@@ -51,14 +48,17 @@ _SAMPLE = tl.constexpr(SAMPLE)
 _HALVINGS = tl.constexpr(24)
 MOST_OVER_MASS = tl.constexpr(8.0)
 """By how much, to the base 2, the log probability of a cluster may exceed 0 in the rest: 16-bit floats hold 2**15."""
+NEGLIGIBLE = tl.constexpr(2.0**-64)
+"""Of what all clusters attract: so much of the rest is what rounding left of a difference, or might as well be."""
 _FEWEST_ROWS = 256
-_PICK_BLOCK = 1024
+_UNPACK_BLOCK = 64
+_CHOOSE_BYTES, _PICK_BLOCK = 1 << 15, 1024
 _LIST_BLOCK, _LIST_KEYS, _ALWAYS_BLOCK = 64, 8, 128
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tiles", "size"])
 def _tile_kernel(
-    row_slot, query_start_loc, tiles, num_rows, num_tiles, size,
+    row_slot, query_start_loc, tiles, prompt_slots, num_rows, num_tiles, size,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     o_row, o_t = tl.arange(0, ROWS), tl.arange(0, BLOCK)
@@ -66,7 +66,11 @@ def _tile_kernel(
     b_slot = tl.load(row_slot + o_row, mask=m_row, other=-1) - _FIRST_PROMPT
     b_start = tl.load(query_start_loc + o_row, mask=m_row, other=0)
     b_count = tl.load(query_start_loc + o_row + 1, mask=m_row, other=0) - b_start
-    b_tiles = tl.where(b_slot >= 0, tl.cdiv(b_count, size), 0)
+    m_prompt = b_slot >= 0
+    b_prompt = m_prompt.to(tl.int32)
+    tl.store(prompt_slots + tl.cumsum(b_prompt, 0) - 1, b_slot, mask=m_prompt)
+    tl.store(prompt_slots + o_row, tl.full([ROWS], -1, tl.int32), mask=m_row & (o_row >= tl.sum(b_prompt, 0)))
+    b_tiles = tl.where(m_prompt, tl.cdiv(b_count, size), 0)
     b_first = tl.cumsum(b_tiles, 0) - b_tiles
     for i in range(0, tl.max(b_tiles, 0)):
         m_t = (i < b_tiles) & (b_first + i < num_tiles)
@@ -81,31 +85,80 @@ def _tile_kernel(
 
 
 @triton.jit
-def _load_tile(
-    query, first_token, num_tokens, p_frame, scale, stride_token, stride_head,
-    GROUP: tl.constexpr, GP: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-):  # fmt: skip
-    """A tile's queries [M, DP], zero where padded; the same in the frame of its prefix; s q.m and |s q|^2 / 2 [M]."""
-    i_h, o_d = tl.program_id(1), tl.arange(0, DP)
-    b_token = first_token.to(tl.int64) + tl.arange(0, SIZE * GP) // GP
-    b_q = load_queries(query, b_token, num_tokens, i_h, stride_token, stride_head, GROUP, GP, SIZE, D, DP)
-    b_mean = tl.load(p_frame + o_d, mask=o_d < D, other=0.0)
-    b_spread = tl.load(p_frame + D + o_d, mask=o_d < D, other=0.0)
-    b_framed, b_of_mean = in_frame(b_q, b_mean, b_spread, scale)
-    b_wide = b_q.to(tl.float32)
-    # so many rows are one operand
-    return b_q, b_framed[0], b_of_mean, tl.sum(b_wide * b_wide, 1) * (scale * scale * LOG2_E / 2)
+def _unpack_rows(
+    p_packed, p_scales, p_unpacked, o_row, end, stride, D: tl.constexpr, DP: tl.constexpr, SCALED: tl.constexpr
+):
+    """Writes vectors ``o_row`` [N], before ``end``, of packed ones; multiplied with their scales if they are ``SCALED``."""
+    o_d, m_row = tl.arange(0, DP), o_row < end
+    o_packed = tl.minimum(o_row, end - 1)
+    b_v = load_packed(p_packed, o_packed, stride, tl.float32, D, DP)
+    if SCALED:
+        b_v *= tl.load(p_scales + o_packed)[:, None]
+    p_v = p_unpacked + o_row[:, None].to(tl.int64) * D + o_d[None, :]
+    tl.store(p_v, b_v.to(p_unpacked.dtype.element_ty), mask=m_row[:, None] & (o_d < D)[None, :])
 
 
 @triton.jit
-def _logits_by_cluster(
-    b_framed, b_of_mean, p_centroids, b_scale, o_row, soft_cap, stride_centroid,
-    D: tl.constexpr, DP: tl.constexpr, SOFT_CAP: tl.constexpr,
+def _unpack_kernel(
+    prompt_slots, slots, centroids, value_centroids, value_scales, group_centroids, group_sizes,
+    keys, values, group_keys, group_log_sizes,
+    stride_centroid_head, stride_centroid, stride_mean_head, stride_mean, stride_size_head, stride_group_head,
+    stride_group_size_head,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """s q.c [N, M] of rows ``o_row`` [N] of clusters or groups: so what is joined over queries lies in one warp."""
-    b_c = load_packed(p_centroids, o_row, stride_centroid, b_framed.dtype, D, DP)
-    b_s = tl.dot(b_c, tl.trans(b_framed), input_precision="ieee") * b_scale[:, None] + b_of_mean[None, :]
-    return capped(b_s, soft_cap * LOG2_E) if SOFT_CAP else b_s
+    i_b, i_h, i_p = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    o_p = tl.arange(0, ROWS)
+    i_slot = tl.load(prompt_slots + i_p)
+    # of those on one prefix the first does it
+    b_before = tl.load(prompt_slots + o_p, mask=o_p < i_p, other=-1)
+    if (i_slot < 0) | (tl.max((b_before == i_slot).to(tl.int32), 0) > 0):
+        return
+    first, count = tl.load(slots + i_slot * 4).to(tl.int64), tl.load(slots + i_slot * 4 + 1)
+    if i_b * BLOCK >= count:
+        return
+    o_row, at = i_b * BLOCK + tl.arange(0, BLOCK), i_h * stride_size_head + first
+    p_keys = centroids + i_h * stride_centroid_head + first * stride_centroid
+    _unpack_rows(p_keys, None, keys + at * D, o_row, count, stride_centroid, D, DP, False)
+    o_group, of_group = i_b * (BLOCK // OF_GROUP) + tl.arange(0, BLOCK // OF_GROUP), first // OF_GROUP
+    p_groups = group_centroids + i_h * stride_group_head + of_group * stride_centroid
+    at_group, num_groups = i_h * stride_group_size_head + of_group, tl.cdiv(count, OF_GROUP)
+    _unpack_rows(p_groups, None, group_keys + at_group * D, o_group, num_groups, stride_centroid, D, DP, False)
+    b_size = tl.load(group_sizes + at_group + o_group, mask=o_group < num_groups, other=0).to(tl.float32)
+    b_log_size = tl.where(b_size > 0, tl.log2(tl.maximum(b_size, 1.0)), float("-inf"))
+    tl.store(group_log_sizes + at_group + o_group, b_log_size, mask=o_group < num_groups)
+    if REST:
+        p_means = value_centroids + i_h * stride_mean_head + first * stride_mean
+        _unpack_rows(p_means, value_scales + at, values + at * D, o_row, count, stride_mean, D, DP, True)
+
+
+@triton.jit
+def _load_rows(p_vectors, o_row, D: tl.constexpr, DP: tl.constexpr):
+    """Vectors ``o_row`` [N] as [N, DP], zero where padded."""
+    o_d = tl.arange(0, DP)
+    p_v = p_vectors + (o_row.to(tl.int64)[:, None] * D + o_d[None, :])
+    return tl.load(p_v) if D == DP else tl.load(p_v, mask=(o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _predicted(b_keys, b_framed, b_scale, b_of_mean, b_mass, soft_cap, SOFT_CAP: tl.constexpr):
+    """s q.c [N, M] of clusters or groups, less a number for each query: what is joined over these lies in one warp."""
+    b_s = tl.dot(b_keys, tl.trans(b_framed), input_precision="ieee")
+    if SOFT_CAP:
+        return capped(b_s * b_scale[:, None] + b_of_mean[None, :], soft_cap * LOG2_E) - b_mass[None, :]
+    return b_s * b_scale[:, None] + (b_of_mean - b_mass)[None, :]
+
+
+@triton.jit
+def _rest_of(b_s, b_log_size, b_raise):
+    """What clusters [N] attract that are not chosen [N, M], over what all do."""
+    b_more = b_log_size * LOG2_E + tl.minimum(b_raise, REST_RAISE * LOG2_E)
+    return tl.exp2(tl.minimum(b_s + b_more[:, None], MOST_OVER_MASS))
+
+
+@triton.jit
+def _by_parts(b_p):
+    """Sums [N / 16, 8, M] over the rows of [N, M] that lie in one thread."""
+    return tl.sum(b_p.reshape(b_p.shape[0] // 16, 2, 8, b_p.shape[1]), 1)
 
 
 @triton.jit
@@ -125,20 +178,20 @@ def _threshold_of(b_rank, b_size, share):
 @triton.jit(do_not_specialize=["first_tile", "max_centroids"])
 def _choose_kernel(
     query, tiles, slots, kept_shares, frame_of_slot,
-    centroids, centroid_scales, sizes, starts, log_weights, variances,
-    group_centroids, group_scales, group_sizes, frames,
-    gathered, masses, ranks, thresholds, picked, num_picked, listed,
+    keys, centroid_scales, values, sizes, log_sizes, starts, log_weights, variances,
+    group_rows, key_rows, value_rows, group_scales, group_log_sizes, frames,
+    gathered, framed, ranks, picked, num_picked, listed, rest_output, rest_lse,
     first_tile, scale, soft_cap,
-    stride_query_token, stride_query_head, stride_centroid_head, stride_centroid,
-    stride_size_head, stride_group_head, stride_group_size_head, stride_frame_head, max_centroids,
+    stride_query_token, stride_query_head, stride_size_head, stride_group_size_head, stride_frame_head, max_centroids,
     GROUP: tl.constexpr, GP: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, PICK_BLOCK: tl.constexpr, SOFT_CAP: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, PICK_BLOCK: tl.constexpr, REST: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = SIZE * GP
     i_t, i_h = tl.program_id(0), tl.program_id(1)
     i_th = (i_t * tl.num_programs(1) + i_h).to(tl.int64)
     p_tile = tiles + (first_tile + i_t) * _TILE_FACTS
-    i_slot, first_token, num_tokens = tl.load(p_tile), tl.load(p_tile + 2), tl.load(p_tile + 3)
+    i_slot, first_token, num_tokens = tl.load(p_tile), tl.load(p_tile + 2).to(tl.int64), tl.load(p_tile + 3)
     tl.store(num_picked + i_th, 0)
     if i_slot < 0:
         tl.store(listed + i_th, 0)
@@ -146,55 +199,76 @@ def _choose_kernel(
     first_centroid, count = tl.load(slots + i_slot * 4).to(tl.int64), tl.load(slots + i_slot * 4 + 1)
     num_always = tl.load(slots + i_slot * 4 + 2)
     o_m, o_d, o_c = tl.arange(0, M), tl.arange(0, DP), tl.arange(0, BLOCK)
-    m_m = (o_m // GP < num_tokens) & (o_m % GP < GROUP)
-    p_frame = frames + i_h.to(tl.int64) * stride_frame_head + tl.load(frame_of_slot + i_slot) * 2 * D
-    b_q, b_framed, b_of_mean, b_square = _load_tile(
-        query, first_token, num_tokens, p_frame, scale, stride_query_token, stride_query_head, GROUP, GP, SIZE, D, DP
-    )  # fmt: skip
+    m_m, m_d = (o_m // GP < num_tokens) & (o_m % GP < GROUP), o_d < D
+    b_token = first_token + o_m // GP
+    b_q = load_queries(query, b_token, num_tokens, i_h, stride_query_token, stride_query_head, GROUP, GP, SIZE, D, DP)
     p_gathered = gathered + ((i_th * SIZE + o_m // GP) * GROUP + o_m % GP)[:, None] * D + o_d[None, :]
-    tl.store(p_gathered, b_q, mask=(o_m % GP < GROUP)[:, None] & (o_d < D)[None, :])
+    tl.store(p_gathered, b_q, mask=(o_m % GP < GROUP)[:, None] & m_d[None, :])
+    o_rest = i_th * M + o_m
     if count == 0:
         tl.store(listed + i_th, num_always)
+        if REST:
+            tl.store(rest_lse + o_rest, tl.full([M], float("-inf"), tl.float32))
         return
+    # else the compiler has a loop's products wait for each other, as it might end before it began
+    tl.assume(count > 0)
+    p_frame = frames + i_h.to(tl.int64) * stride_frame_head + tl.load(frame_of_slot + i_slot) * 2 * D
+    b_mean, b_spread = tl.load(p_frame + o_d, mask=m_d, other=0.0), tl.load(p_frame + D + o_d, mask=m_d, other=0.0)
+    b_framed, b_of_mean = in_frame(b_q, b_mean, b_spread, scale)
+    # so many rows are one operand, which products take from shared memory if it was loaded
+    p_framed = framed + (i_th * M + o_m)[:, None] * DP + o_d[None, :]
+    tl.store(p_framed, b_framed[0])
+    tl.debug_barrier()
+    b_framed = tl.load(p_framed)
+    # the mean over all rows
+    square = tl.sum(tl.sum(b_q.to(tl.float32) * b_q.to(tl.float32), 1), 0) * (scale * scale * LOG2_E / 2)
+    square /= (num_tokens * GROUP).to(tl.float32)
 
     of_groups = i_h.to(tl.int64) * stride_group_size_head + first_centroid // OF_GROUP
-    p_groups = group_centroids + i_h.to(tl.int64) * stride_group_head + first_centroid // OF_GROUP * stride_centroid
-    num_groups = tl.cdiv(count, OF_GROUP)
-    b_max = tl.full([M], float("-inf"), tl.float32)
-    b_sum = tl.zeros([M], tl.float32)
+    first_group, num_groups = of_groups.to(tl.int32), tl.cdiv(count, OF_GROUP)
+    p_group_scales, p_group_log_sizes = group_scales + of_groups, group_log_sizes + of_groups
+    # the largest of rows that lie in one thread, and sums over these
+    b_max = tl.full([BLOCK // 16, 8, M], float("-inf"), tl.float32)
+    b_sum, b_none = tl.zeros([BLOCK // 16, 8, M], tl.float32), tl.zeros([M], tl.float32)
     for i_c in tl.range(0, num_groups, BLOCK, num_stages=STAGES):
-        o_row = tl.minimum(i_c + o_c, num_groups - 1)
-        b_size = tl.load(group_sizes + of_groups + o_row)
-        b_size = tl.where(i_c + o_c < num_groups, b_size, 0).to(tl.float32)
-        b_scale = tl.load(group_scales + of_groups + o_row) * (scale * LOG2_E)
-        b_s = _logits_by_cluster(
-            b_framed, b_of_mean, p_groups, b_scale, o_row, soft_cap, stride_centroid, D, DP, SOFT_CAP
-        )  # fmt: skip
-        b_s = tl.where((b_size > 0)[:, None], b_s, float("-inf"))
-        b_next = tl.maximum(b_max, tl.max(b_s, 0))
+        m_c = i_c + o_c < num_groups
+        b_scale = tl.load(p_group_scales + i_c + o_c, mask=m_c, other=0.0) * (scale * LOG2_E)
+        b_log_size = tl.load(p_group_log_sizes + i_c + o_c, mask=m_c, other=float("-inf"))
+        b_keys = group_rows.load([first_group + i_c, 0])
+        b_s = _predicted(b_keys, b_framed, b_scale, b_of_mean, b_none, soft_cap, SOFT_CAP) + b_log_size[:, None]
+        b_s = b_s.reshape(BLOCK // 16, 2, 8, M)
+        b_next = tl.maximum(b_max, tl.max(b_s, 1))
         b_shift = finite_or_zero(b_next)
-        b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_s - b_shift[None, :]) * b_size[:, None], 0)
+        b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_s - b_shift[:, None]), 1)
         b_max = b_next
-    # if all clusters are empty the sum is 0, and any number will do; where rows are padded nothing is chosen
-    b_mass = finite_or_zero(b_max) + tl.log2(tl.where(b_sum > 0, b_sum, 1.0))
-    tl.store(masses + i_th * M + o_m, b_mass)
-    b_less = tl.where(m_m, b_mass, float("inf"))
+    b_largest = finite_or_zero(tl.max(tl.max(b_max, 1), 0))
+    b_mass = tl.sum(tl.sum(b_sum * tl.exp2(b_max - b_largest[None, None, :]), 1), 0)
+    # if all clusters are empty the sum is 0, and any number will do; where rows are padded nothing attracts
+    b_mass = b_largest + tl.log2(tl.where(b_mass > 0, b_mass, 1.0))
+    b_mass = tl.where(m_m, b_mass, float("inf"))
 
     of_head = i_h.to(tl.int64) * stride_size_head + first_centroid
-    p_centroids = centroids + i_h.to(tl.int64) * stride_centroid_head + first_centroid * stride_centroid
-    p_scales, p_sizes = centroid_scales + of_head, sizes + of_head
+    first_row = of_head.to(tl.int32)
+    p_keys, p_scales, p_values = keys + of_head * D, centroid_scales + of_head, values + of_head * D
+    p_sizes, p_log_sizes, p_variances = sizes + of_head, log_sizes + of_head, variances + of_head
     p_ranks = ranks + i_th * max_centroids
+    b_sums = tl.zeros([BLOCK // 16, 8, M], tl.float32)
+    b_o = tl.zeros([DP, M], tl.float32)
     for i_c in tl.range(0, count, BLOCK, num_stages=STAGES):
-        o_row = tl.minimum(i_c + o_c, count - 1)
-        b_scale = tl.load(p_scales + o_row) * (scale * LOG2_E)
-        b_variance, b_weight = tl.load(variances + of_head + o_row), tl.load(log_weights + of_head + o_row)
-        b_size = tl.load(p_sizes + o_row)
-        b_s = _logits_by_cluster(
-            b_framed, b_of_mean, p_centroids, b_scale, o_row, soft_cap, stride_centroid, D, DP, SOFT_CAP
-        )  # fmt: skip
-        b_s += tl.minimum(b_variance[:, None] * b_square[None, :], RAISE * LOG2_E) - b_less[None, :]
-        b_rank = tl.where(b_size > 0, tl.max(b_s, 1) + b_weight * LOG2_E, float("-inf"))
-        tl.store(p_ranks + o_row, b_rank, mask=i_c + o_c < count)
+        m_c = i_c + o_c < count
+        b_scale = tl.load(p_scales + i_c + o_c, mask=m_c, other=0.0) * (scale * LOG2_E)
+        b_raise = tl.load(p_variances + i_c + o_c, mask=m_c, other=0.0) * square
+        b_log_size = tl.load(p_log_sizes + i_c + o_c, mask=m_c, other=float("-inf"))
+        b_keys = key_rows.load([first_row + i_c, 0])
+        b_s = _predicted(b_keys, b_framed, b_scale, b_of_mean, b_mass, soft_cap, SOFT_CAP)
+        b_rank = tl.max(b_s, 1) + tl.minimum(b_raise, RAISE * LOG2_E)
+        b_rank += tl.load(log_weights + of_head + i_c + o_c, mask=m_c, other=0.0) * LOG2_E
+        tl.store(p_ranks + i_c + o_c, tl.where(b_log_size > float("-inf"), b_rank, float("-inf")), mask=m_c)
+        if REST:
+            b_p = _rest_of(b_s, b_log_size, b_raise)
+            b_sums += _by_parts(b_p)
+            b_v = value_rows.load([first_row + i_c, 0])
+            b_o = tl.dot(tl.trans(b_v), b_p.to(b_v.dtype), b_o, input_precision="ieee")
     # what other threads stored is read below
     tl.debug_barrier()
     num_sampled = tl.minimum(count, _SAMPLE)
@@ -204,9 +278,9 @@ def _choose_kernel(
     b_sampled_rank = tl.load(p_ranks + o_sampled, mask=m_s, other=float("-inf"))
     b_sampled_size = tl.load(p_sizes + o_sampled, mask=m_s, other=0)
     threshold = _threshold_of(b_sampled_rank, b_sampled_size, tl.load(kept_shares + i_slot))
-    tl.store(thresholds + i_th, threshold)
 
     num_keys, so_far = num_always, 0
+    p_picked = picked + 4 * i_th * max_centroids
     o_p = tl.arange(0, PICK_BLOCK)
     for i_c in range(0, count, PICK_BLOCK):
         o_pick = i_c + o_p
@@ -216,76 +290,37 @@ def _choose_kernel(
         # one scan counts chosen clusters, above, and their keys
         b_both = (b_chosen.to(tl.int64) << 32) | b_keys
         b_before = tl.cumsum(b_both, 0) - b_both
-        p_pick = picked + 3 * (i_th * max_centroids + so_far + (b_before >> 32).to(tl.int32))
-        tl.store(p_pick, num_keys + b_before.to(tl.int32), mask=b_chosen)
-        tl.store(p_pick + 1, tl.load(starts + of_head + o_pick, mask=m_p), mask=b_chosen)
-        tl.store(p_pick + 2, b_keys, mask=b_chosen)
+        p_pick = p_picked + 4 * (so_far + (b_before >> 32).to(tl.int32))
+        tl.store(p_pick, o_pick, mask=b_chosen)
+        tl.store(p_pick + 1, num_keys + b_before.to(tl.int32), mask=b_chosen)
+        tl.store(p_pick + 2, tl.load(starts + of_head + o_pick, mask=m_p), mask=b_chosen)
+        tl.store(p_pick + 3, b_keys, mask=b_chosen)
         total = tl.sum(b_both, 0)
         so_far += (total >> 32).to(tl.int32)
         num_keys += total.to(tl.int32)
     tl.store(num_picked + i_th, so_far)
     tl.store(listed + i_th, num_keys)
-
-
-@triton.jit(do_not_specialize=["first_tile", "max_centroids"])
-def _rest_kernel(
-    query, tiles, slots, frame_of_slot,
-    centroids, centroid_scales, value_centroids, value_scales, log_sizes, variances, frames,
-    masses, ranks, thresholds, rest_output, rest_lse,
-    first_tile, scale, soft_cap,
-    stride_query_token, stride_query_head, stride_centroid_head, stride_centroid, stride_mean_head, stride_mean,
-    stride_size_head, stride_frame_head, max_centroids,
-    GROUP: tl.constexpr, GP: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, SOFT_CAP: tl.constexpr,
-):  # fmt: skip
-    M: tl.constexpr = SIZE * GP
-    i_t, i_h, i_part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_th = (i_t * tl.num_programs(1) + i_h).to(tl.int64)
-    p_tile = tiles + (first_tile + i_t) * _TILE_FACTS
-    i_slot = tl.load(p_tile)
-    first_token, num_tokens = tl.load(p_tile + 2) + i_part * SIZE, tl.load(p_tile + 3) - i_part * SIZE
-    if (i_slot < 0) | (num_tokens <= 0):
-        return
-    first_centroid, count = tl.load(slots + i_slot * 4).to(tl.int64), tl.load(slots + i_slot * 4 + 1)
-    o_m, o_d = tl.arange(0, M), tl.arange(0, DP)
-    p_frame = frames + i_h.to(tl.int64) * stride_frame_head + tl.load(frame_of_slot + i_slot) * 2 * D
-    b_q, b_framed, b_of_mean, b_square = _load_tile(
-        query, first_token, num_tokens, p_frame, scale, stride_query_token, stride_query_head, GROUP, GP, SIZE, D, DP
-    )  # fmt: skip
-    threshold = tl.load(thresholds + i_th)
-    of_head = i_h.to(tl.int64) * stride_size_head + first_centroid
-    p_centroids = centroids + i_h.to(tl.int64) * stride_centroid_head + first_centroid * stride_centroid
-    p_means = value_centroids + i_h.to(tl.int64) * stride_mean_head + first_centroid * stride_mean
-    p_scales, p_value_scales = centroid_scales + of_head, value_scales + of_head
-    p_log_sizes, p_variances, p_ranks = log_sizes + of_head, variances + of_head, ranks + i_th * max_centroids
-    o_row = (i_th * tl.num_programs(2) + i_part) * M + o_m
-    # what all clusters attract is no less, by far, than what any does that is not chosen: so nothing overflows
-    b_mass = tl.load(masses + o_row)
-    b_of_mean -= b_mass
-    b_sum = tl.zeros([M], tl.float32)
-    b_o = tl.zeros([M, DP], tl.float32)
-    for i_c in tl.range(0, count, BLOCK, num_stages=STAGES):
-        o_c = tl.minimum(i_c + tl.arange(0, BLOCK), count - 1)
-        b_scale, b_variance = tl.load(p_scales + o_c) * (scale * LOG2_E), tl.load(p_variances + o_c)
-        b_left = (tl.load(p_ranks + o_c) <= threshold) & (i_c + tl.arange(0, BLOCK) < count)
-        b_log_size = tl.where(b_left, tl.load(p_log_sizes + o_c) * LOG2_E, float("-inf"))
-        b_c = load_packed(p_centroids, o_c, stride_centroid, b_q.dtype, D, DP)
-        b_s = tl.dot(b_framed, tl.trans(b_c), input_precision="ieee") * b_scale[None, :]
-        if SOFT_CAP:
-            b_s = capped(b_s + (b_of_mean + b_mass)[:, None], soft_cap * LOG2_E) - b_mass[:, None]
-        else:
-            b_s += b_of_mean[:, None]
-        b_s += tl.minimum(b_square[:, None] * b_variance[None, :], REST_RAISE * LOG2_E) + b_log_size[None, :]
-        b_p = tl.exp2(tl.minimum(b_s, MOST_OVER_MASS))
-        b_sum += tl.sum(b_p, 1)
-        b_v = load_packed(p_means, o_c, stride_mean, b_q.dtype, D, DP)  # [BLOCK, DP]
-        b_value_scale = tl.load(p_value_scales + o_c) * WHOLE
-        b_o = tl.dot((b_p * b_value_scale[None, :]).to(b_q.dtype), b_v, b_o, input_precision="ieee")
-    b_some = b_sum > 0
-    b_sum = tl.where(b_some, b_sum, 1.0)
-    tl.store(rest_lse + o_row, tl.where(b_some, b_mass + tl.log2(b_sum), float("-inf")))
-    p_o = rest_output + o_row[:, None] * D + o_d[None, :]
-    tl.store(p_o, b_o / (b_sum * WHOLE)[:, None], mask=(o_d < D)[None, :])
+    if REST:
+        # the rest is all less what is chosen
+        tl.debug_barrier()
+        for i_c in tl.range(0, tl.maximum(so_far, 1), BLOCK, num_stages=STAGES):
+            m_c = i_c + o_c < so_far
+            o_row = tl.load(p_picked + 4 * (i_c + o_c), mask=m_c, other=0)
+            b_scale = tl.load(p_scales + o_row) * (scale * LOG2_E)
+            b_raise = tl.load(p_variances + o_row) * square
+            b_log_size = tl.where(m_c, tl.load(p_log_sizes + o_row), float("-inf"))
+            b_keys = _load_rows(p_keys, o_row, D, DP)
+            b_s = _predicted(b_keys, b_framed, b_scale, b_of_mean, b_mass, soft_cap, SOFT_CAP)
+            b_p = _rest_of(b_s, b_log_size, b_raise)
+            b_sums -= _by_parts(b_p)
+            b_v = _load_rows(p_values, o_row, D, DP)
+            b_o = tl.dot(tl.trans(b_v), (-b_p).to(b_v.dtype), b_o, input_precision="ieee")
+        b_sum = tl.sum(tl.sum(b_sums, 1), 0)
+        b_some = b_sum > NEGLIGIBLE
+        b_sum = tl.where(b_some, b_sum, 1.0)
+        tl.store(rest_lse + o_rest, tl.where(b_some, b_mass + tl.log2(b_sum), float("-inf")))
+        p_o = rest_output + o_rest[:, None] * D + o_d[None, :]
+        tl.store(p_o, tl.trans(b_o * (1 / b_sum)[None, :]), mask=m_d[None, :])
 
 
 @triton.jit(do_not_specialize=["first_tile", "max_centroids", "max_keys", "stride_row"])
@@ -315,10 +350,10 @@ def _list_kernel(
                 p_places + o_position, b_block * rows_of_block + o_position % S * rows_of_token + first_row, mask=m_k
             )
     o_c, o_k = tl.arange(0, BLOCK), tl.arange(0, KEYS)
-    p_pick = picked + 3 * (i_th * max_centroids + i_b * BLOCK + o_c)
+    p_pick = picked + 4 * (i_th * max_centroids + i_b * BLOCK + o_c)
     m_c = o_c < left
-    b_key, b_start = tl.load(p_pick, mask=m_c, other=0), tl.load(p_pick + 1, mask=m_c, other=0)
-    b_size = tl.load(p_pick + 2, mask=m_c, other=0)
+    b_key, b_start = tl.load(p_pick + 1, mask=m_c, other=0), tl.load(p_pick + 2, mask=m_c, other=0)
+    b_size = tl.load(p_pick + 3, mask=m_c, other=0)
     p_members = members + i_h.to(tl.int64) * stride_member_head
     for i_k in range(0, tl.max(b_size, 0), KEYS):
         m_k = (i_k + o_k)[None, :] < b_size[:, None]
@@ -384,15 +419,19 @@ class PromptTiles:
     """The query tokens of a step's prompts that are squeezed, in tiles of one row each. The same for all layers.
 
     Attributes:
+        num_prompts: how many prompts there may be.
         num_tiles: how many tiles there may be.
         size: tokens of a tile, at most.
         tiles: [at least as many, 4] int32, per tile: slot of the prefix or -1 where there is no tile, row of the block
             table, first token, and number of tokens.
+        slots: [at least as many as prompts] int32, of each prompt the slot of its prefix, or -1 where there is none.
     """
 
+    num_prompts: int
     num_tiles: int
     size: int
     tiles: torch.Tensor
+    slots: torch.Tensor
 
     @classmethod
     def allocate(
@@ -400,11 +439,16 @@ class PromptTiles:
     ) -> "PromptTiles":
         """Room for ``max_tokens`` tokens of ``max_rows`` rows; no tiles yet."""
         size = prompt_tile_tokens(group, head_size)
-        return cls(0, size, torch.full((max_tokens // size + max_rows, 4), -1, dtype=torch.int32, device=device))
+
+        def none(*shape: int) -> torch.Tensor:
+            return torch.full(shape, -1, dtype=torch.int32, device=device)
+
+        return cls(0, 0, size, none(max_tokens // size + max_rows, 4), none(max_rows))
 
     def of(self, counts: Sequence[int]) -> "PromptTiles":
         """The same, of a step of prompts of so many tokens."""
-        return PromptTiles(sum(-(-count // self.size) for count in counts), self.size, self.tiles)
+        num_tiles = sum(-(-count // self.size) for count in counts)
+        return PromptTiles(len(counts), num_tiles, self.size, self.tiles, self.slots)
 
     def fill(self, row_slot: torch.Tensor, query_start_loc: torch.Tensor) -> None:
         """Finds the tiles of a step, without waiting for the device.
@@ -414,7 +458,7 @@ class PromptTiles:
             query_start_loc: [at least B + 1] int32, the first token of each row.
         """
         _tile_kernel[(1,)](
-            row_slot, query_start_loc, self.tiles, len(row_slot), self.num_tiles, self.size,
+            row_slot, query_start_loc, self.tiles, self.slots, len(row_slot), self.num_tiles, self.size,
             ROWS=padded(max(len(row_slot), _FEWEST_ROWS)), BLOCK=MAX_BLOCK,
         )  # fmt: skip
 
@@ -423,26 +467,34 @@ class PromptTiles:
 class PromptWorkspace:
     """What the kernels need beside their operands, for t tiles at a time, of n tokens, M rows when padded.
 
+    C_all counts the clusters of all prefixes, G_all their groups.
+
     Attributes:
+        keys, values: [H * C_all, D] in the queries' dtype, of prompts' prefixes the mean key of each cluster, in its frame
+            and not scaled, and its mean value; in blocks of as many as are loaded at once, padded with zeros.
+        group_keys: [H * G_all, D], the mean key of each group, like ``keys``.
+        group_log_sizes: [H, G_all] float32, log of the groups' sizes, to the base 2; minus infinity of 0.
         gathered, chosen_output: [t * H * n, G, D], queries, and attention over what was chosen.
+        framed: [t * H * M, D or more], queries in the frames of their prefixes.
         starts: [t * H + 1] int32, where those of each tile and head begin.
-        masses: [t * H, M] float32, log of what all clusters attract, to the base 2.
         ranks: [t * H, C] float32, of clusters.
-        thresholds: [t * H] float32, what the ranks of chosen ones exceed.
-        picked: [t * H, C, 3] int32, of chosen ones: where their keys go in the list, where their members begin, and how
-            many these are.
+        picked: [t * H, C, 4] int32, of chosen ones: which they are, where their keys go in the list, where their members
+            begin, and how many these are.
         num_picked, listed: [t * H] int32, how many are chosen, and keys of each list.
         places: [t * H, T] int32, the lists: rows of D elements in the cache.
         rest_output, rest_lse: [t * H, M, D] and [t * H, M] float32, of the clusters that were not chosen; to the base 2.
         num_tiles: t.
     """
 
+    keys: TensorDescriptor
+    values: TensorDescriptor
+    group_keys: TensorDescriptor
+    group_log_sizes: torch.Tensor
     gathered: torch.Tensor
+    framed: torch.Tensor
     chosen_output: torch.Tensor
     starts: torch.Tensor
-    masses: torch.Tensor
     ranks: torch.Tensor
-    thresholds: torch.Tensor
     picked: torch.Tensor
     num_picked: torch.Tensor
     listed: torch.Tensor
@@ -453,31 +505,37 @@ class PromptWorkspace:
 
     @classmethod
     def allocate(
-        cls,
-        num_kv_heads: int,
-        group: int,
-        head_size: int,
-        max_centroids: int,
-        max_keys: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
+        cls, table: ClusterTable, group: int, max_centroids: int, max_keys: int, dtype: torch.dtype
     ) -> "PromptWorkspace":
-        """For prefixes of up to ``max_centroids`` clusters and ``max_keys`` tokens, and queries of a dtype."""
+        """For a table's prefixes, of up to ``max_centroids`` clusters and ``max_keys`` tokens, and queries of a dtype."""
+        num_kv_heads, *_, head_size = table.frames.shape
+        device = table.frames.device
         num_tiles = max(min(MAX_TILES, LIST_BYTES // (4 * num_kv_heads * max_keys)), 1)
         lists, size = num_tiles * num_kv_heads, prompt_tile_tokens(group, head_size)
 
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
+        width = _width(head_size)
+        block = [min(MAX_BLOCK, _CHOOSE_BYTES // (width * dtype.itemsize)), width]
+
+        def in_blocks(sizes: torch.Tensor) -> TensorDescriptor:
+            # those of other prefixes are looked at too, beyond a prefix's last, and must be finite
+            vectors = torch.zeros(sizes.numel(), head_size, dtype=dtype, device=device)
+            return TensorDescriptor(vectors, [*vectors.shape], [*vectors.stride()], block)
+
         rows = size * padded(group)
         return cls(
+            keys=in_blocks(table.sizes),
+            values=in_blocks(table.sizes),
+            group_keys=in_blocks(table.group_sizes),
+            group_log_sizes=empty(*table.group_sizes.shape, dtype=torch.float32),
             gathered=empty(lists * size, group, head_size, dtype=dtype),
+            framed=empty(lists * rows, width, dtype=dtype),
             chosen_output=empty(lists * size, group, head_size, dtype=dtype),
             starts=torch.arange(lists + 1, dtype=torch.int32, device=device) * size,
-            masses=empty(lists, rows, dtype=torch.float32),
             ranks=empty(lists, max(max_centroids, 1), dtype=torch.float32),
-            thresholds=empty(lists, dtype=torch.float32),
-            picked=empty(lists, max(max_centroids, 1), 3),
+            picked=empty(lists, max(max_centroids, 1), 4),
             num_picked=empty(lists),
             listed=empty(lists),
             # it may be looked at beyond a list's end
@@ -498,6 +556,11 @@ def rows_of(cache: torch.Tensor) -> torch.Tensor:
     return cache.as_strided((last // head_size + 1, 1, 1, head_size), (head_size, head_size, head_size, 1))
 
 
+def _width(head_size: int) -> int:
+    """Elements of a vector as products take it."""
+    return max(16, padded(head_size))
+
+
 def squeezed_prompts(
     query: torch.Tensor,
     output: torch.Tensor,
@@ -513,6 +576,7 @@ def squeezed_prompts(
     workspace: PromptWorkspace,
     flash: Flash,
     soft_cap: float = 0.0,
+    suffix_done: torch.cuda.Event | None = None,
 ) -> None:
     """Joins attention of prompts over their prefixes to the dense attention over what follows these, in place.
 
@@ -533,31 +597,41 @@ def squeezed_prompts(
             ``block_table`` [L, ``max_seqlen_k``], the lists; ``seqused_k`` [L], keys of each; and ``out``, which it
             writes. Returns the natural log-sum-exp [G, R].
         soft_cap: bound on the logits, by a hyperbolic tangent; 0 for none.
+        suffix_done: where another stream computes ``output`` and ``suffix_lse``: what to wait for before merging.
     """
     num_kv_heads, *_, head_size = table.frames.shape
     group, page_size = query.shape[1] // num_kv_heads, key_cache.shape[1]
     assert query.shape == output.shape and query.dtype == key_cache.dtype == workspace.gathered.dtype
     assert key_cache.stride() == value_cache.stride() and all(s % head_size == 0 for s in key_cache.stride()[:3])
     assert prompts.size == prompt_tile_tokens(group, head_size) and group <= MAX_GROUP
-    size, padded_group, width = prompts.size, padded(group), max(16, padded(head_size))
+    size, padded_group, width = prompts.size, padded(group), _width(head_size)
     max_centroids, max_keys = workspace.ranks.shape[1], workspace.places.shape[1]
     rows_of_block, rows_of_token, rows_of_head = (stride // head_size for stride in key_cache.stride()[:3])
-    tile = {"GROUP": group, "GP": padded_group, "SIZE": size, "D": head_size, "DP": width}
+    width_of = {"D": head_size, "DP": width}
+    tile = {"GROUP": group, "GP": padded_group, "SIZE": size, **width_of}
     keys, values = rows_of(key_cache), rows_of(value_cache)
-    parts = -(-size * padded_group // REST_ROWS)
+    _unpack_kernel[(triton.cdiv(max_centroids, _UNPACK_BLOCK), num_kv_heads, prompts.num_prompts)](
+        prompts.slots, prefixes.slots, table.centroids, table.value_centroids, table.value_scales,
+        table.group_centroids, table.group_sizes,
+        workspace.keys.base, workspace.values.base, workspace.group_keys.base, workspace.group_log_sizes,
+        *table.centroids.stride()[:2], *table.value_centroids.stride()[:2], table.sizes.stride(0),
+        table.group_centroids.stride(0), table.group_sizes.stride(0),
+        BLOCK=_UNPACK_BLOCK, ROWS=padded(max(prompts.num_prompts, _FEWEST_ROWS)), REST=rest, **width_of,
+    )  # fmt: skip
     for first_tile in range(0, prompts.num_tiles, workspace.num_tiles):
         tiles_now = min(prompts.num_tiles - first_tile, workspace.num_tiles)
         lists = tiles_now * num_kv_heads
         _choose_kernel[(tiles_now, num_kv_heads)](
             query, prompts.tiles, prefixes.slots, prefixes.kept_shares, prefixes.frames,
-            table.centroids, table.centroid_scales, table.sizes, table.starts, table.log_weights, table.variances,
-            table.group_centroids, table.group_scales, table.group_sizes, table.frames,
-            workspace.gathered, workspace.masses, workspace.ranks, workspace.thresholds, workspace.picked, workspace.num_picked,
-            workspace.listed,
+            workspace.keys.base, table.centroid_scales, workspace.values.base, table.sizes, table.log_sizes, table.starts,
+            table.log_weights, table.variances,
+            workspace.group_keys, workspace.keys, workspace.values,
+            table.group_scales, workspace.group_log_sizes, table.frames,
+            workspace.gathered, workspace.framed, workspace.ranks, workspace.picked, workspace.num_picked, workspace.listed,
+            workspace.rest_output, workspace.rest_lse,
             first_tile, scale, soft_cap,
-            *query.stride()[:2], *table.centroids.stride()[:2], table.sizes.stride(0),
-            table.group_centroids.stride(0), table.group_sizes.stride(0), table.frames.stride(0), max_centroids,
-            BLOCK=MAX_BLOCK if width * query.itemsize <= 512 else MAX_BLOCK // 2, STAGES=3, PICK_BLOCK=_PICK_BLOCK, SOFT_CAP=soft_cap > 0, num_warps=8, **tile,
+            *query.stride()[:2], table.sizes.stride(0), table.group_sizes.stride(0), table.frames.stride(0), max_centroids,
+            BLOCK=workspace.keys.block_shape[0], STAGES=2 if rest else 3, PICK_BLOCK=_PICK_BLOCK, REST=rest, SOFT_CAP=soft_cap > 0, num_warps=8, **tile,
         )  # fmt: skip
         _list_kernel[(tiles_now, num_kv_heads, triton.cdiv(max_centroids, _LIST_BLOCK))](
             prompts.tiles, prefixes.slots, table.members, block_table, workspace.picked, workspace.num_picked,
@@ -578,18 +652,8 @@ def squeezed_prompts(
             max_seqlen_k=max_keys,
             block_table=workspace.places[:lists],
         )
-        if rest:
-            _rest_kernel[(tiles_now, num_kv_heads, parts)](
-                query, prompts.tiles, prefixes.slots, prefixes.frames,
-                table.centroids, table.centroid_scales, table.value_centroids, table.value_scales, table.log_sizes,
-                table.variances, table.frames,
-                workspace.masses, workspace.ranks, workspace.thresholds, workspace.rest_output, workspace.rest_lse,
-                first_tile, scale, soft_cap,
-                *query.stride()[:2], *table.centroids.stride()[:2], *table.value_centroids.stride()[:2],
-                table.sizes.stride(0), table.frames.stride(0), max_centroids,
-                BLOCK=MAX_BLOCK * PROMPT_WIDTH // max(width, PROMPT_WIDTH), STAGES=1, SOFT_CAP=soft_cap > 0, num_warps=4,
-                **{**tile, "SIZE": size // parts},
-            )  # fmt: skip
+        if suffix_done is not None and first_tile == 0:
+            torch.cuda.current_stream().wait_event(suffix_done)
         _merge_kernel[(tiles_now * size, num_kv_heads)](
             output, suffix_lse, workspace.chosen_output, chosen_lse, workspace.rest_output, workspace.rest_lse,
             prompts.tiles, prefixes.slots, workspace.listed, prefixes.counters,

@@ -77,11 +77,15 @@ def choose_clusters(
     scores = scores_of_packed(table.centroids, table.centroid_scales)
     groups = scores_of_packed(table.group_centroids, table.group_scales), table.group_sizes
     of_clusters = table.log_weights, table.variances, table.sizes
-    ranks = log_ranks(query, scores, *of_clusters, *groups, scale, "max" if kept_share is not None else join)
     if kept_share is not None:
-        ranks = ranks.amax(0)  # [H, C]
+        ranks = log_ranks(of_equal_length(query), scores, *of_clusters, *groups, scale, "max").amax(0)  # [H, C]
         return scores, (ranks > sampled_thresholds(ranks, table.sizes, kept_share)).expand(len(query), -1, -1)
-    return scores, ranks > log_threshold
+    return scores, log_ranks(query, scores, *of_clusters, *groups, scale, join) > log_threshold
+
+
+def of_equal_length(query: torch.Tensor) -> torch.Tensor:
+    """Vectors [R, H, G, D] float32 all of one KV head's mean squared length: what counts where tokens choose together."""
+    return query.square().mean((0, 2, 3), keepdim=True).sqrt().expand_as(query)
 
 
 def sampled_thresholds(ranks: torch.Tensor, sizes: torch.Tensor, kept_share: float) -> torch.Tensor:
@@ -227,7 +231,8 @@ def attend_prefix(
     logits = logits.masked_fill(~attended[:, :, None], -torch.inf)
     values = values.float()
     if rest:
-        lumped = scores + table.sizes.float().log()[:, None] + raises(query, table.variances, scale, MOST_REST_RAISE)
+        measured = query if kept_share is None else of_equal_length(query)
+        lumped = scores + table.sizes.float().log()[:, None] + raises(measured, table.variances, scale, MOST_REST_RAISE)
         logits = torch.cat([logits, lumped.masked_fill(chosen[:, :, None], -torch.inf)], -1)
         values = torch.cat([values, table.mean_values()], 1)
     output, lse = softmax_weighted(logits, values)
