@@ -31,10 +31,10 @@ def has_prompts(shape: dict) -> bool:
     return "cache_dtype" not in shape and shape["head_size"] <= 128
 
 
-def kinds(shape: dict, num_tokens: int) -> tuple[tuple[bool, float], ...]:
-    """With and without the rest and a soft cap: both of the first shape, for tiles of one size."""
+def kinds(capability: int, shape: dict, num_tokens: int) -> tuple[tuple[bool, float], ...]:
+    """With and without the rest and a soft cap: both for the newest GPU, of the first shape, for tiles of one size."""
     both = ((True, 0.0), (False, 30.0))
-    return both if (shape, num_tokens) == (SHAPES[0][0], 1) else both[:1]
+    return both if (capability, shape, num_tokens) == (90, SHAPES[0][0], 1) else both[:1]
 
 
 def no_library(q: torch.Tensor, **operands: object) -> torch.Tensor:
@@ -69,7 +69,7 @@ def main(capability: int, num_shapes: int) -> None:
         for num_tokens in sizes:
             scene = build_scene("cpu", slot_of=(0,) * num_tokens, **shape)
             limits = 4, scene.num_kv_heads, shape["head_size"], scene.table.sizes.shape[1], scene.keys[0].shape[1]
-            for rest, soft_cap in kinds(shape, num_tokens):
+            for rest, soft_cap in kinds(capability, shape, num_tokens):
                 scene.apply(squeezed_attention, rest, workspace.Workspace.allocate(*limits, "cpu"), soft_cap)
         gathered = gather_queries(scene.query, scene.queries, scene.group)
         lse = torch.zeros(gathered.shape[1], len(gathered))
@@ -77,7 +77,7 @@ def main(capability: int, num_shapes: int) -> None:
         join_shared(*operands, scene.num_kv_heads)
         if capability >= 90 and has_prompts(shape):
             prompt = prompts_of(build_scene("cpu", slot_of=(0, 0), **shape), (0,), (2,), 0.5)
-            prompt.apply(squeezed_prompts, True, workspace_for(prompt), no_library, 30.0 * (shape["group"] > 1))
+            prompt.apply(squeezed_prompts, True, workspace_for(prompt), no_library, 30.0 * (shape is not SHAPES[0][0]))
     print(dict(compiled))
 
 

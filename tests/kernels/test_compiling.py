@@ -19,7 +19,7 @@ def test_kernels_compile(capability: int, num_shapes: int, tmp_path):
     child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr[-3000:]
     compiled = ast.literal_eval(child.stdout.splitlines()[-1])
-    launches = sum(len(kinds(shape, num)) for shape, sizes in SHAPES[:num_shapes] for num in sizes)
+    launches = sum(len(kinds(capability, shape, num)) for shape, sizes in SHAPES[:num_shapes] for num in sizes)
     for kernel in ("look_up_kernel", "attend_kernel", "merge_kernel"):
         assert compiled[kernel] >= launches, kernel
     for kernel in ("nearest_kernel", "_gather_kernel", "_join_kernel"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.conftest import Scene, check_close, poisoned
-from tests.kernels.test_squeezed_attention import every_dtype, needs_gpu
+from tests.kernels.test_squeezed_attention import needs_gpu
 from vllm_squeeze.kernels.reference import (
     attend_seen,
     gather_queries_reference,
@@ -15,6 +15,7 @@ from vllm_squeeze.kernels.shared_prefix import gather_queries, join_shared
 from vllm_squeeze.kernels.tiles import most_tiles, tokens_per_tile
 
 SIZES = ((3, 9, 1, 30), (7, 20), (5,))
+SHAPES = ((1, 1, 64), (2, 3, 128), (2, 4, 128), (1, 6, 256), (2, 7, 64), (3, 16, 8), (1, 2, 72))
 SLOT_OF = (0, 2, -1, 0, 0, 2, -1, *(0,) * 25)
 
 
@@ -38,13 +39,16 @@ def run(scene: Scene, gather, join) -> torch.Tensor:
     return output
 
 
-@every_dtype
 @pytest.mark.parametrize(
-    "shape",
-    [(1, 1, 64), (2, 3, 128), (2, 4, 128), (1, 6, 256), (2, 7, 64), (3, 16, 8), (1, 2, 72)],
-    ids=lambda shape: "H{}-G{}-D{}".format(*shape),
+    ("shape", "dtype", "room"),
+    [
+        *((shape, torch.float32, None) for shape in SHAPES),
+        *((shape, torch.float32, 100) for shape in SHAPES[2:4]),
+        *((shape, torch.float16, None) for shape in SHAPES[2:4]),
+        *(pytest.param(shape, torch.bfloat16, 100, marks=needs_gpu) for shape in SHAPES),
+    ],
+    ids=lambda value: "H{}-G{}-D{}".format(*value) if isinstance(value, tuple) else str(value).split(".")[-1],
 )
-@pytest.mark.parametrize("room", [None, 100], ids=["no-room-left", "room-left"])
 def test_is_attention_to_everything(make_scene, shape: tuple[int, int, int], dtype: torch.dtype, room: int | None):
     """Of tokens of two prefixes that stand in any order, in more than one tile; a third has none."""
     num_kv_heads, group, head_size = shape

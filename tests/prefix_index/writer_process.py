@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -109,6 +110,9 @@ def race(store: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    # what is slow the first time would be so in each child
+    with tempfile.TemporaryDirectory() as folder:
+        write_index(Path(folder))
     interrupts = {function.__name__: partial(interrupt_every_step, function) for function in (kill, stop, refuse)}
     for path in sys.argv[2:]:
         {**interrupts, "race": race}[sys.argv[1]](Path(path))
