@@ -145,11 +145,20 @@ def test_rows_beside_each_other(make_scene):
         (0, 4, 2 * size + 11, size),
     ]
     assert tiles == [list(row) for row in rows]
+    assert scene.queries.slots.tolist() == [0, 1, 0, -1, -1]
     output = check(scene)
     others = [0, 1, size + 5]
     assert torch.equal(output[others], scene.suffix_output[others])
     exact = list(range(size + 6, size + 11))
     check_close(output[exact], torch.stack([scene.dense(token) for token in exact]))
+
+
+def test_prompts_on_several_prefixes(make_scene):
+    """The second of three is of a step's first prefix, and a third prefix has none; then only the last is left."""
+    sizes = (UNEVEN[0], UNEVEN[0][:7], UNEVEN[0][3:])
+    scene = make_scene(num_kv_heads=1, sizes=sizes, slot_of=(2,) * 2 + (2,) * 3 + (0,) * 2)
+    check(prompts_of(scene, (2, 2, 0), (2, 3, 2), 0.3))
+    check(prompts_of(scene, (-1, -1, 0), (2, 3, 2), 0.3))
 
 
 def test_a_tile_has_one_choice_that_others_do_not_change(make_scene):
@@ -190,6 +199,13 @@ def test_more_tiles_than_are_handled_at_once(make_scene, monkeypatch: pytest.Mon
     monkeypatch.setattr(kernels, "MAX_TILES", 2)
     scene = make_scene(num_kv_heads=1, group=16, head_size=8, sizes=UNEVEN, slot_of=(0,) * 37)
     check(prompts_of(scene, (0, 0), (30, 7), 0.3))
+
+
+def test_a_step_knows_nothing_of_the_one_before(make_scene):
+    prompts = prompts_of(make_scene(slot_of=(0,) * 3), (0, 0), (1, 2), 0.3).queries
+    assert prompts.slots.tolist() == [0, 0]
+    prompts.fill(torch.tensor([-1, PROMPT_SLOTS]).int().to(prompts.slots), torch.tensor([0, 1, 3]).to(prompts.slots))
+    assert prompts.slots.tolist() == [0, -1] and prompts.tiles[:2].tolist() == [[0, 1, 1, 2], [-1, 1, 1, 2]]
 
 
 def test_no_prompts(make_scene):

@@ -4,14 +4,16 @@ Here products count, not bytes, so a tile has one choice, and tensor cores do wh
 
     tile     grid (1,)                        the prompts' tokens, in tiles of one row each
     unpack   grid (blocks of C, H, prompts)   means in 4 bits become operands, once for all tiles of a prefix
-    choose   grid (tiles, H)                  a tile's queries, and which clusters they choose
+    choose   grid (tiles, H)                  which clusters a tile's queries choose, and attention over the rest
     list     grid (tiles, H, blocks of C)     where the keys of these lie in the KV cache
     flash    a library's attention            over them, as if each were a page
     merge    grid (tiles * tokens, H)         all of it and that over the suffixes, into the output
 
 A cluster's rank is the log of its raised and weighted predicted attention probability, as in ``look_up``, for the query
-of the tile to which it matters most. Those with the highest are chosen, a share of the keys that is the same for all
-tiles, heads and layers, so that all take as long. Where they end is told by ``SAMPLE`` clusters, at equal distances.
+of the tile to which it matters most; it is raised by the mean squared length of the tile's queries. Those with the
+highest are chosen, a share of the keys that is the same for all tiles, heads and layers, so that all take as long.
+Where they end is told by ``SAMPLE`` clusters, at equal distances. Attention over the means of all clusters is made as
+they are ranked, and that over the means of the chosen ones taken off again, which leaves the rest.
 """
 
 from collections.abc import Callable, Sequence
@@ -88,7 +90,7 @@ def _tile_kernel(
 def _unpack_rows(
     p_packed, p_scales, p_unpacked, o_row, end, stride, D: tl.constexpr, DP: tl.constexpr, SCALED: tl.constexpr
 ):
-    """Writes vectors ``o_row`` [N], before ``end``, of packed ones; multiplied with their scales if they are ``SCALED``."""
+    """Writes vectors ``o_row`` [N], before ``end``, of packed ones; times their scales if they are to be ``SCALED``."""
     o_d, m_row = tl.arange(0, DP), o_row < end
     o_packed = tl.minimum(o_row, end - 1)
     b_v = load_packed(p_packed, o_packed, stride, tl.float32, D, DP)
@@ -470,19 +472,20 @@ class PromptWorkspace:
     C_all counts the clusters of all prefixes, G_all their groups.
 
     Attributes:
-        keys, values: [H * C_all, D] in the queries' dtype, of prompts' prefixes the mean key of each cluster, in its frame
-            and not scaled, and its mean value; in blocks of as many as are loaded at once, padded with zeros.
+        keys, values: [H * C_all, D] in the queries' dtype, of prompts' prefixes the mean key of each cluster, in its
+            frame and not scaled, and its mean value; in blocks of as many as are loaded at once, padded with zeros.
         group_keys: [H * G_all, D], the mean key of each group, like ``keys``.
         group_log_sizes: [H, G_all] float32, log of the groups' sizes, to the base 2; minus infinity of 0.
         gathered, chosen_output: [t * H * n, G, D], queries, and attention over what was chosen.
         framed: [t * H * M, D or more], queries in the frames of their prefixes.
         starts: [t * H + 1] int32, where those of each tile and head begin.
         ranks: [t * H, C] float32, of clusters.
-        picked: [t * H, C, 4] int32, of chosen ones: which they are, where their keys go in the list, where their members
-            begin, and how many these are.
+        picked: [t * H, C, 4] int32, of chosen ones: which they are, where their keys go in the list, where their
+            members begin, and how many these are.
         num_picked, listed: [t * H] int32, how many are chosen, and keys of each list.
         places: [t * H, T] int32, the lists: rows of D elements in the cache.
-        rest_output, rest_lse: [t * H, M, D] and [t * H, M] float32, of the clusters that were not chosen; to the base 2.
+        rest_output, rest_lse: [t * H, M, D] and [t * H, M] float32, of the clusters that were not chosen; the latter to
+            the base 2.
         num_tiles: t.
     """
 
@@ -507,7 +510,7 @@ class PromptWorkspace:
     def allocate(
         cls, table: ClusterTable, group: int, max_centroids: int, max_keys: int, dtype: torch.dtype
     ) -> "PromptWorkspace":
-        """For a table's prefixes, of up to ``max_centroids`` clusters and ``max_keys`` tokens, and queries of a dtype."""
+        """For a table's prefixes of up to ``max_centroids`` clusters and ``max_keys`` tokens, and queries of a dtype."""
         num_kv_heads, *_, head_size = table.frames.shape
         device = table.frames.device
         num_tiles = max(min(MAX_TILES, LIST_BYTES // (4 * num_kv_heads * max_keys)), 1)
@@ -623,15 +626,17 @@ def squeezed_prompts(
         lists = tiles_now * num_kv_heads
         _choose_kernel[(tiles_now, num_kv_heads)](
             query, prompts.tiles, prefixes.slots, prefixes.kept_shares, prefixes.frames,
-            workspace.keys.base, table.centroid_scales, workspace.values.base, table.sizes, table.log_sizes, table.starts,
-            table.log_weights, table.variances,
+            workspace.keys.base, table.centroid_scales, workspace.values.base, table.sizes, table.log_sizes,
+            table.starts, table.log_weights, table.variances,
             workspace.group_keys, workspace.keys, workspace.values,
             table.group_scales, workspace.group_log_sizes, table.frames,
-            workspace.gathered, workspace.framed, workspace.ranks, workspace.picked, workspace.num_picked, workspace.listed,
-            workspace.rest_output, workspace.rest_lse,
+            workspace.gathered, workspace.framed, workspace.ranks, workspace.picked, workspace.num_picked,
+            workspace.listed, workspace.rest_output, workspace.rest_lse,
             first_tile, scale, soft_cap,
-            *query.stride()[:2], table.sizes.stride(0), table.group_sizes.stride(0), table.frames.stride(0), max_centroids,
-            BLOCK=workspace.keys.block_shape[0], STAGES=2 if rest else 3, PICK_BLOCK=_PICK_BLOCK, REST=rest, SOFT_CAP=soft_cap > 0, num_warps=8, **tile,
+            *query.stride()[:2], table.sizes.stride(0), table.group_sizes.stride(0), table.frames.stride(0),
+            max_centroids,
+            BLOCK=workspace.keys.block_shape[0], STAGES=2 if rest else 3, PICK_BLOCK=_PICK_BLOCK, REST=rest,
+            SOFT_CAP=soft_cap > 0, num_warps=8, **tile,
         )  # fmt: skip
         _list_kernel[(tiles_now, num_kv_heads, triton.cdiv(max_centroids, _LIST_BLOCK))](
             prompts.tiles, prefixes.slots, table.members, block_table, workspace.picked, workspace.num_picked,
