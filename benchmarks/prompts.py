@@ -48,12 +48,12 @@ class Prompt:
         self.query = torch.randn(tokens, heads, shape.head_size, dtype=layer.query.dtype, device="cuda")
         self.output = torch.empty_like(self.query)
         self.starts = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
+        self.side, self.begun, self.suffix_done = torch.cuda.Stream(), torch.cuda.Event(), torch.cuda.Event()
         layer.prefixes.kept_shares.fill_(kept)
         prompts = PromptTiles.allocate(tokens, 1, shape.group, shape.head_size, "cuda")
         self.prompts = prompts.of([tokens])
         self.prompts.fill(torch.tensor([PROMPT_SLOTS], dtype=torch.int32, device="cuda"), self.starts)
         limits = layer.table.sizes.shape[1], shape.prefix
-        self.side, self.begun, self.suffix_done = torch.cuda.Stream(), torch.cuda.Event(), torch.cuda.Event()
         self.workspace = PromptWorkspace.allocate(layer.table, shape.group, *limits, self.query.dtype)
 
     def flash(self, **operands: Any) -> Any:

@@ -3,6 +3,7 @@
 That a writer may be killed at any of its steps is tested where indexes are written.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -33,7 +34,7 @@ def folder(tmp_path_factory):
 
 def start(folder: Path, store: Path, seed: int) -> subprocess.Popen:
     arguments = ["index", "--model", folder / "model", "--prefix", folder / "prefix.txt", "--out", store]
-    arguments += ["--seed", seed, "--engine-args", '{"dtype": "float32", "gpu_memory_utilization": 0.1}']
+    arguments += ["--seed", seed, "--engine-args", json.dumps(ENGINE_ARGS)]
     return subprocess.Popen(
         [sys.executable, "-m", "vllm_squeeze.cli", *map(str, arguments)],
         env=ENVIRONMENT,

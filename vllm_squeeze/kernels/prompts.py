@@ -102,8 +102,7 @@ def _unpack_rows(
 
 @triton.jit
 def _unpack_kernel(
-    prompt_slots, slots, centroids, value_centroids, value_scales, group_centroids, group_sizes,
-    keys, values, group_keys, group_log_sizes,
+    prompt_slots, slots, centroids, value_centroids, value_scales, group_centroids, keys, values, group_keys,
     stride_centroid_head, stride_centroid, stride_mean_head, stride_mean, stride_size_head, stride_group_head,
     stride_group_size_head,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, REST: tl.constexpr,
@@ -125,9 +124,6 @@ def _unpack_kernel(
     p_groups = group_centroids + i_h * stride_group_head + of_group * stride_centroid
     at_group, num_groups = i_h * stride_group_size_head + of_group, tl.cdiv(count, OF_GROUP)
     _unpack_rows(p_groups, None, group_keys + at_group * D, o_group, num_groups, stride_centroid, D, DP, False)
-    b_size = tl.load(group_sizes + at_group + o_group, mask=o_group < num_groups, other=0).to(tl.float32)
-    b_log_size = tl.where(b_size > 0, tl.log2(tl.maximum(b_size, 1.0)), float("-inf"))
-    tl.store(group_log_sizes + at_group + o_group, b_log_size, mask=o_group < num_groups)
     if REST:
         p_means = value_centroids + i_h * stride_mean_head + first * stride_mean
         _unpack_rows(p_means, value_scales + at, values + at * D, o_row, count, stride_mean, D, DP, True)
@@ -181,7 +177,7 @@ def _threshold_of(b_rank, b_size, share):
 def _choose_kernel(
     query, tiles, slots, kept_shares, frame_of_slot,
     keys, centroid_scales, values, sizes, log_sizes, starts, log_weights, variances,
-    group_rows, key_rows, value_rows, group_scales, group_log_sizes, frames,
+    group_rows, key_rows, value_rows, group_scales, group_sizes, frames,
     gathered, framed, ranks, picked, num_picked, listed, rest_output, rest_lse,
     first_tile, scale, soft_cap,
     stride_query_token, stride_query_head, stride_size_head, stride_group_size_head, stride_frame_head, max_centroids,
@@ -228,14 +224,15 @@ def _choose_kernel(
 
     of_groups = i_h.to(tl.int64) * stride_group_size_head + first_centroid // OF_GROUP
     first_group, num_groups = of_groups.to(tl.int32), tl.cdiv(count, OF_GROUP)
-    p_group_scales, p_group_log_sizes = group_scales + of_groups, group_log_sizes + of_groups
+    p_group_scales, p_group_sizes = group_scales + of_groups, group_sizes + of_groups
     # the largest of rows that lie in one thread, and sums over these
     b_max = tl.full([BLOCK // 16, 8, M], float("-inf"), tl.float32)
     b_sum, b_none = tl.zeros([BLOCK // 16, 8, M], tl.float32), tl.zeros([M], tl.float32)
     for i_c in tl.range(0, num_groups, BLOCK, num_stages=STAGES):
         m_c = i_c + o_c < num_groups
         b_scale = tl.load(p_group_scales + i_c + o_c, mask=m_c, other=0.0) * (scale * LOG2_E)
-        b_log_size = tl.load(p_group_log_sizes + i_c + o_c, mask=m_c, other=float("-inf"))
+        b_size = tl.load(p_group_sizes + i_c + o_c, mask=m_c, other=0).to(tl.float32)
+        b_log_size = tl.where(b_size > 0, tl.log2(tl.maximum(b_size, 1.0)), float("-inf"))
         b_keys = group_rows.load([first_group + i_c, 0])
         b_s = _predicted(b_keys, b_framed, b_scale, b_of_mean, b_none, soft_cap, SOFT_CAP) + b_log_size[:, None]
         b_s = b_s.reshape(BLOCK // 16, 2, 8, M)
@@ -475,7 +472,6 @@ class PromptWorkspace:
         keys, values: [H * C_all, D] in the queries' dtype, of prompts' prefixes the mean key of each cluster, in its
             frame and not scaled, and its mean value; in blocks of as many as are loaded at once, padded with zeros.
         group_keys: [H * G_all, D], the mean key of each group, like ``keys``.
-        group_log_sizes: [H, G_all] float32, log of the groups' sizes, to the base 2; minus infinity of 0.
         gathered, chosen_output: [t * H * n, G, D], queries, and attention over what was chosen.
         framed: [t * H * M, D or more], queries in the frames of their prefixes.
         starts: [t * H + 1] int32, where those of each tile and head begin.
@@ -492,7 +488,6 @@ class PromptWorkspace:
     keys: TensorDescriptor
     values: TensorDescriptor
     group_keys: TensorDescriptor
-    group_log_sizes: torch.Tensor
     gathered: torch.Tensor
     framed: torch.Tensor
     chosen_output: torch.Tensor
@@ -532,7 +527,6 @@ class PromptWorkspace:
             keys=in_blocks(table.sizes),
             values=in_blocks(table.sizes),
             group_keys=in_blocks(table.group_sizes),
-            group_log_sizes=empty(*table.group_sizes.shape, dtype=torch.float32),
             gathered=empty(lists * size, group, head_size, dtype=dtype),
             framed=empty(lists * rows, width, dtype=dtype),
             chosen_output=empty(lists * size, group, head_size, dtype=dtype),
@@ -615,8 +609,7 @@ def squeezed_prompts(
     keys, values = rows_of(key_cache), rows_of(value_cache)
     _unpack_kernel[(triton.cdiv(max_centroids, _UNPACK_BLOCK), num_kv_heads, prompts.num_prompts)](
         prompts.slots, prefixes.slots, table.centroids, table.value_centroids, table.value_scales,
-        table.group_centroids, table.group_sizes,
-        workspace.keys.base, workspace.values.base, workspace.group_keys.base, workspace.group_log_sizes,
+        table.group_centroids, workspace.keys.base, workspace.values.base, workspace.group_keys.base,
         *table.centroids.stride()[:2], *table.value_centroids.stride()[:2], table.sizes.stride(0),
         table.group_centroids.stride(0), table.group_sizes.stride(0),
         BLOCK=_UNPACK_BLOCK, ROWS=padded(max(prompts.num_prompts, _FEWEST_ROWS)), REST=rest, **width_of,
@@ -629,7 +622,7 @@ def squeezed_prompts(
             workspace.keys.base, table.centroid_scales, workspace.values.base, table.sizes, table.log_sizes,
             table.starts, table.log_weights, table.variances,
             workspace.group_keys, workspace.keys, workspace.values,
-            table.group_scales, workspace.group_log_sizes, table.frames,
+            table.group_scales, table.group_sizes, table.frames,
             workspace.gathered, workspace.framed, workspace.ranks, workspace.picked, workspace.num_picked,
             workspace.listed, workspace.rest_output, workspace.rest_lse,
             first_tile, scale, soft_cap,
