@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -48,27 +49,28 @@ class Prompt:
         self.query = torch.randn(tokens, heads, shape.head_size, dtype=layer.query.dtype, device="cuda")
         self.output = torch.empty_like(self.query)
         self.starts = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
-        self.side, self.begun, self.suffix_done = torch.cuda.Stream(), torch.cuda.Event(), torch.cuda.Event()
         layer.prefixes.kept_shares.fill_(kept)
         prompts = PromptTiles.allocate(tokens, 1, shape.group, shape.head_size, "cuda")
-        self.prompts = prompts.of([tokens])
-        self.prompts.fill(torch.tensor([PROMPT_SLOTS], dtype=torch.int32, device="cuda"), self.starts)
-        limits = layer.table.sizes.shape[1], shape.prefix
+        length = shape.prefix + tokens
+        self.prompts = prompts.of([tokens], length)
+        slots, lens, prefix_lens = torch.tensor([[PROMPT_SLOTS], [length], [shape.prefix]]).int().cuda()
+        self.prompts.fill(slots, self.starts, lens, prefix_lens)
+        limits = layer.table.sizes.shape[1], shape.prefix, length
         self.workspace = PromptWorkspace.allocate(layer.table, shape.group, *limits, self.query.dtype)
 
     def flash(self, **operands: Any) -> Any:
         """FlashAttention; returns the log-sum-exp."""
         from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-        _, lse = flash_attn_varlen_func(**operands, softmax_scale=self.scale, fa_version=3, return_softmax_lse=True)
-        return lse
+        options = {"softmax_scale": self.scale, "causal": True, "fa_version": 3, "return_softmax_lse": True}
+        return flash_attn_varlen_func(**operands, **options)[1]
 
-    def _causal(self, first: int, num_keys: int) -> Any:
-        """FlashAttention to so many keys from position ``first`` on, of which the question's are the last."""
+    def stock(self) -> None:
+        """Attends to all."""
         import torch
 
-        blocks = self.layer.block_table[:, first // self.shape.page_size :]
-        return self.flash(
+        num_keys = self.shape.prefix + self.shape.suffix
+        self.flash(
             q=self.query,
             k=self.layer.key_cache,
             v=self.layer.value_cache,
@@ -77,50 +79,34 @@ class Prompt:
             max_seqlen_q=self.shape.suffix,
             seqused_k=torch.full((1,), num_keys, dtype=torch.int32, device="cuda"),
             max_seqlen_k=num_keys,
-            causal=True,
-            block_table=blocks,
+            block_table=self.layer.block_table,
         )
 
-    def stock(self) -> None:
-        """Attends to all."""
-        self._causal(0, self.shape.prefix + self.shape.suffix)
-
     def squeezed(self, rest: bool) -> None:
-        """Attends to what is chosen of the prefix, and to the question, which goes on beside that as in the server."""
-        import torch
-
+        """Attends to what is chosen of the prefix, and to the question."""
         from vllm_squeeze.kernels.prompts import squeezed_prompts
 
-        self.begun.record()
-        with torch.cuda.stream(self.side):
-            self.side.wait_event(self.begun)
-            lse = self._causal(self.shape.prefix, self.shape.suffix)
-            self.suffix_done.record()
         caches = self.layer.key_cache, self.layer.value_cache, self.layer.block_table
         operands = self.prompts, self.layer.table, self.layer.prefixes, self.scale, rest, self.workspace
-        squeezed_prompts(self.query, self.output, lse, *caches, *operands, self.flash, suffix_done=self.suffix_done)
+        squeezed_prompts(self.query, self.output, *caches, *operands, self.flash)
 
     def error(self, rest: bool) -> float:
         """How far the first and the last tile are from the oracle, relative, after ``squeezed``."""
         import torch
 
-        from vllm_squeeze.kernels.prompts import PromptTiles
         from vllm_squeeze.kernels.reference import squeezed_prompts_reference
 
         tiles = self.prompts.tiles
-        last = int((tiles[:, 0] >= 0).sum()) - 1
-        some = tiles[[0, last]]
-        self.output, actual = torch.empty_like(self.query), self.output
-        lse = self._causal(self.shape.prefix, self.shape.suffix)
-        expected = self.output.float()
-        squeezed_prompts_reference(
-            self.query, expected, lse, self.layer.key_cache, self.layer.value_cache, self.layer.block_table,
-            PromptTiles(1, 2, self.prompts.size, some, self.prompts.slots), self.layer.table, self.layer.prefixes, self.scale, rest,
-        )  # fmt: skip
-        tokens = torch.cat([torch.arange(start, start + size, device="cuda") for *_, start, size in some.tolist()])
-        difference = actual[tokens].float() - expected[tokens]
-        finite = actual.isfinite().all()
-        return (difference.norm() / expected[tokens].norm()).item() if finite else float("nan")
+        some = tiles[[0, int((tiles[:, 0] >= 0).sum()) - 1]]
+        caches = self.layer.key_cache, self.layer.value_cache, self.layer.block_table
+        operands = replace(self.prompts, tiles=some), self.layer.table, self.layer.prefixes, self.scale, rest
+        expected = torch.empty_like(self.query, dtype=torch.float32)
+        squeezed_prompts_reference(self.query, expected, *caches, *operands)
+        tokens = torch.cat(
+            [torch.arange(start, start + size, device="cuda") for _, _, start, size, *_ in some.tolist()]
+        )
+        actual, expected = self.output[tokens].float(), expected[tokens]
+        return ((actual - expected).norm() / expected.norm()).item() if actual.isfinite().all() else float("nan")
 
 
 def timed(call: Callable[[], None]) -> float:

@@ -10,7 +10,7 @@ from vllm.v1.attention.backends import flash_attn
 
 from tests.attention_backend.world import OPTIONS
 from tests.kernels.conftest import ON_GPU, build_scene, check_close
-from tests.kernels.test_prompts import prompts_of, workspace_for
+from tests.kernels.test_prompts import attend, prompts_of, workspace_for
 from tests.kernels.test_squeezed_attention import UNEVEN
 from vllm_squeeze.attention_backend.matching import LiveBlock
 from vllm_squeeze.attention_backend.room import Room
@@ -88,26 +88,29 @@ def test_flash_attention_gets_what_follows_the_prefixes(monkeypatch):
     assert not rows.shared
 
 
-def test_prompts_whose_tokens_choose_together_attend_over_pages_of_one_key(monkeypatch):
-    """Beside a row that is none, with torch in FlashAttention's place."""
+@pytest.mark.parametrize("alone", [True, False])
+def test_prompts_whose_tokens_choose_together_attend_over_pages_of_one_key(monkeypatch, alone):
+    """Beside a row that is none, with torch in FlashAttention's place; that may go on to write what is overwritten."""
     monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", None, raising=False)
     from vllm_squeeze.attention_backend import flash_attention
 
     monkeypatch.setattr(flash_attention, "flash_attn_varlen_func", flash_in_torch)
+    waited = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(wait_event=waited.append))
     scene = build_scene(str(DEVICE), sizes=(UNEVEN[0],), slot_of=(0,) * 40)
     scene = prompts_of(scene, (0, -1), (37, 3), 0.3)
     impl = object.__new__(flash_attention.SqueezeImpl)
     impl.num_heads, impl.num_kv_heads, impl.head_size = scene.query.shape[1], scene.num_kv_heads, scene.query.shape[2]
     impl.scale, impl.logits_soft_cap, impl.supports_quant_query_input = scene.scale, 0, False
     impl.vllm_flash_attn_version, impl.table = 3, scene.table
-    impl.rows = SimpleNamespace(prompts=scene.queries, block_table=scene.block_table, suffix_done=None)
+    impl.rows = SimpleNamespace(prompts=scene.queries, block_table=scene.block_table, suffix_done="done", alone=alone)
     impl.residency = SimpleNamespace(prefixes=scene.prefixes, options=SimpleNamespace(rest="value_centroids"))
     impl._prompt_workspace = workspace_for(scene)
     one = torch.ones(1, device=DEVICE)
     layer, output = SimpleNamespace(_k_scale=one, _v_scale=one), scene.suffix_output.clone()
-    impl._attend_prompts(layer, scene.query, output, scene.suffix_lse, scene.key_cache, scene.value_cache)
-    check_close(output, scene.apply(squeezed_prompts_reference, True))
-    assert torch.equal(output[37:], scene.suffix_output[37:])
+    impl._attend_prompts(layer, scene.query, output, scene.key_cache, scene.value_cache)
+    check_close(output, attend(scene, squeezed_prompts_reference, True))
+    assert torch.equal(output[37:], scene.suffix_output[37:]) and waited == ([] if alone else ["done"])
 
 
 @pytest.mark.parametrize(
@@ -156,8 +159,8 @@ def test_prefixes_are_shared_by_more_tokens_than_a_tile_has(monkeypatch, version
 def flash_in_torch(
     q, k, v, out, cu_seqlens_q, max_seqlen_q, seqused_k, max_seqlen_k, causal, block_table, softmax_scale, **others
 ):
-    """FlashAttention's arithmetic for sequences that see all of their keys."""
-    assert not causal and others["return_softmax_lse"]
+    """FlashAttention's arithmetic."""
+    assert others["return_softmax_lse"]
     assert others["k_descale"].shape == others["v_descale"].shape == (len(block_table), k.shape[2])
     starts, lens = cu_seqlens_q.tolist(), seqused_k.tolist()
     assert max_seqlen_q >= max(b - a for a, b in pairwise(starts)) and max_seqlen_k >= max(lens)
@@ -168,6 +171,7 @@ def flash_in_torch(
             places = blocks[position // k.shape[1]].long(), position % k.shape[1]
             keys, values = (cache[places].transpose(0, 1) for cache in (k, v))
             seen = torch.ones(last - first, length, dtype=torch.bool, device=q.device)
+            seen = seen.tril(length - last + first) if causal else seen
             grouped = q[first:last].unflatten(1, (k.shape[2], -1))
             attended, log_sum = attend_seen(grouped, keys, values, seen, softmax_scale)
             out[first:last], lse[:, first:last] = attended.flatten(1, 2).to(out), log_sum.flatten(1).T

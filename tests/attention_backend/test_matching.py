@@ -220,11 +220,14 @@ def test_tokens_of_prompts_that_choose_together(tiled):
     step = tiled.step(make_step(new=[("long", blocks(10, 7), 80, 21), ("short", blocks(20, 7), 90, 10)]))
     assert step == Step([own(DENSE_SLOT, 1, 5, 25), end(0, 1, 4, 14, 80, prompt=True)], 0, None, prompts=(21,))
     assert taken(tiled) == {SQUEEZED: 1, PREFILL: 1} and tiled.asked == [(0, True, 21)]
+    # what follows the prefixes of prompts needs no room where there are no other rows
+    step = tiled.step(make_step(new=[("short", blocks(20, 7), 60, 16)]))
+    assert step == Step([end(1, 1, 2, 22, 48, prompt=True)], 0, 0, prompts=(16,)) and taken(tiled) == {SQUEEZED: 1}
     # of a prompt and an answer on the same prefix, as many of each, one is told by the block that it is filling
     step = tiled.step(make_step(new=[("twin", ([0] * 9, [10, 11, 12, 13, 14, *range(60, 64)]), 80, 60)],
                                 cached=[("long", None, 101, 1), ("short", None, 100, 1)]))  # fmt: skip
     others = [end(0, 1, 4, 14, 80, prompt=True), end(1, 1, 2, 22, 48)]
-    assert step == Step([own(0, 1, 6, 16, 80), *others], 2, None, prompts=(60,))
+    assert step == Step([own(0, 1, 6, 16, 80), *others], 2, 53, prompts=(60,))
     assert tiled.asked == [(0, True, 60), (0, False, 1), (1, False, 1)] and taken(tiled) == {SQUEEZED: 3}
 
 

@@ -227,9 +227,10 @@ class Server:
         assert sorted(of_prompts) == sorted(step.prompts)
         assert num_tokens + sum(of_prompts) == sum(count for (_, count), p in zip(rows, expected) if p is not None)
         self.num_prompts += len(of_prompts)
-        alone = bool(rows) and None not in expected and not of_prompts
-        ends = [sequence.computed + count - p.covered for (sequence, count), p in zip(rows, expected) if alone]
-        assert longest_suffix == max(ends, default=None)
+        alone = bool(rows) and None not in expected
+        each = zip(rows, expected, prompts)
+        ends = [sequence.computed + count - p.covered for (sequence, count), p, prompt in each if alone and not prompt]
+        assert longest_suffix == (max(ends, default=0) if alone else None)
         self.num_alone += alone
         assert sum(self.live.rows.values()) == len(rows)
         chosen = Counter(found and found[0] for found in attention)

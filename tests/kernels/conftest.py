@@ -1,7 +1,7 @@
 """Scenes for the kernels' tests: one serving step over a paged cache full of traps, on the GPU or interpreted."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -51,7 +51,7 @@ class Scene:
         slot_of: slot of each token, -1 for those without an indexed prefix.
         keys: per slot, [H, T, D], the keys of the prefix.
         values: per slot, [H, T, D].
-        suffix: [N, 2, H, L, D], keys and values of each token's suffix.
+        suffix: [N, 2, H, L, D], keys and values of each token's suffix, as far as it sees them.
         suffix_output: [N, H * G, D], attention over the suffix.
         cache_scales: key_scale and value_scale where the cache is in 8-bit floats; else empty.
     """
@@ -68,7 +68,7 @@ class Scene:
     slot_of: tuple[int, ...]
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
-    suffix: torch.Tensor
+    suffix: Sequence[torch.Tensor]
     suffix_output: torch.Tensor
     cache_scales: dict[str, torch.Tensor]
 
@@ -196,7 +196,8 @@ class Scene:
         """
         slot = self.slot_of[token]
         keys, values = self.keys[slot].double(), self.values[slot].double()
-        raised = keys.new_zeros(self.num_kv_heads, self.group, keys.shape[1] + SUFFIX_LENGTH)
+        suffix_keys, suffix_values = self.suffix[token].double()
+        raised = keys.new_zeros(self.num_kv_heads, self.group, keys.shape[1] + suffix_keys.shape[1])
         if replaced is not None:
             table = self.table_of(token)
             mean_keys, mean_values = table.mean_keys().double(), table.mean_values().double()
@@ -205,7 +206,6 @@ class Scene:
                 members = table.members[head, start : start + size].long()
                 keys[head, members], values[head, members] = mean_keys[head, cluster], mean_values[head, cluster]
                 raised[head, :, members] = self.raises(token, MOST_REST_RAISE)[head, :, cluster, None]
-        suffix_keys, suffix_values = self.suffix[token].double()
         keys, values = torch.cat([keys, suffix_keys], 1), torch.cat([values, suffix_values], 1)
         query = self.query[token].view(self.num_kv_heads, self.group, -1).double()
         weights = (query @ keys.mT * self.scale + raised).softmax(-1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.kernels.conftest import ON_GPU
 from vllm_squeeze.kernels.reference import match_rows_reference, skip_prefixes_reference
 from vllm_squeeze.kernels.rows import match_rows, skip_prefixes
-from vllm_squeeze.kernels.tables import DENSE_SLOT, STOCK_SLOT
+from vllm_squeeze.kernels.tables import DENSE_SLOT, PROMPT_SLOTS, STOCK_SLOT
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 MANY = 10**6
@@ -84,7 +84,8 @@ def check_suffixes(seed, num_rows, width, page_size, max_seq_len):
     seq_lens = [random.randint(0, max_seq_len) for _ in range(num_rows)]
     seq_lens[random.randrange(num_rows)] = max_seq_len
     prefix_len = integers([random.randint(0, length // page_size) * page_size for length in seq_lens])
-    step = table, integers(seq_lens), prefix_len, page_size, max_seq_len
+    slots = [random.choice([DENSE_SLOT, 3, PROMPT_SLOTS, PROMPT_SLOTS + 3]) for _ in seq_lens]
+    step = table, integers(seq_lens), integers(slots), prefix_len, page_size, max_seq_len
     found = []
     for skip in (skip_prefixes, skip_prefixes_reference):
         # of a step before, and more room than the rows need
@@ -93,8 +94,8 @@ def check_suffixes(seed, num_rows, width, page_size, max_seq_len):
         found.append((lens.tolist(), blocks.tolist()))
     assert found[0] == found[1]
     lens, blocks = found[0]
-    for row, (length, prefix) in enumerate(zip(seq_lens, prefix_len.tolist(), strict=True)):
-        assert lens[row] == length - prefix
+    for row, (length, slot, prefix) in enumerate(zip(seq_lens, slots, prefix_len.tolist(), strict=True)):
+        assert lens[row] == (length - prefix if slot < PROMPT_SLOTS else 0)
         own = table[row, prefix // page_size : -(-length // page_size)].tolist()
         assert blocks[row][: len(own)] == own
 
@@ -119,7 +120,7 @@ def test_long_rows(width):
 
 def test_a_step_that_vllm_says_may_be_longer_than_its_block_table():
     """As it does where a CUDA graph has to serve all lengths."""
-    table, seq_lens, prefix_len = integers([[3, 7, 5]]), integers([40]), integers([16])
+    step = integers([[3, 7, 5]]), integers([40]), integers([0]), integers([16])
     lens, blocks = integers([0]), integers([[0, 0, 0]])
-    skip_prefixes(table, seq_lens, prefix_len, 16, 1000, lens, blocks)
+    skip_prefixes(*step, 16, 1000, lens, blocks)
     assert (lens.tolist(), blocks.tolist()) == ([24], [[7, 5, 5]])

@@ -95,7 +95,7 @@ class DeviceRows(RowGroup):
         step = self.query_start_loc, self.block_table
         sizes = num_tokens, self._group, self._kernel_block_size
         self.queries.fill(self.row_slot, *step, self._residency.prefixes, *sizes)
-        if self.alone:
+        if self.alone and num_tokens:
             tiles = self.queries.first(num_tokens, self.num_slots)
             tiles.list_suffixes(self.prefix_len, self.seq_lens, *step, *sizes)
         self.num_queries = num_tokens

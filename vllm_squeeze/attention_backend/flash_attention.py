@@ -33,7 +33,8 @@ class SuffixRows(DeviceRows):
         suffix_blocks: [max rows, max blocks] int32, their block tables.
         prefix_blocks: [P, max blocks] int32, those of the prefixes of shared steps, by slot.
         side: the stream that attends to the suffixes, between the events ``begun`` and ``suffix_done``.
-        prompts: the query tokens of prompts that choose together, in tiles; None where none ever do.
+        prompts: the query tokens of prompts that choose together, in tiles; None where none ever do. These attend to
+            what follows their prefix with what they chose.
     """
 
     prompts: PromptTiles | None = None
@@ -68,6 +69,7 @@ class SuffixRows(DeviceRows):
             skip_prefixes(
                 self.block_table,
                 self.seq_lens,
+                self.row_slot,
                 self.prefix_len,
                 self._kernel_block_size,
                 self.max_seq_len,
@@ -81,9 +83,9 @@ class SuffixRows(DeviceRows):
 
     def set_prompts(self, counts: tuple[int, ...]) -> None:
         if self.prompts is not None:
-            self.prompts = self.prompts.of(counts)
+            self.prompts = self.prompts.of(counts, self.max_seq_len)
             if counts:
-                self.prompts.fill(self.row_slot, self.query_start_loc)
+                self.prompts.fill(self.row_slot, self.query_start_loc, self.seq_lens, self.prefix_len)
 
     def begin_capture(self, *kind: bool) -> None:
         super().begin_capture(*kind)
@@ -106,18 +108,19 @@ class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
         if not tiled_prompts(self.residency.options, self._vllm_config):
             return None
         room, group = self.residency.room, self.num_heads // self.num_kv_heads
-        return PromptWorkspace.allocate(self.table, group, room.most_centroids, room.longest_prefix, self.dtype)
+        limits = room.most_centroids, room.longest_prefix, self._vllm_config.model_config.max_model_len
+        return PromptWorkspace.allocate(self.table, group, *limits, self.dtype)
 
     def warm_up(self, layer: Any, kv_cache: torch.Tensor) -> None:
         super().warm_up(layer, kv_cache)
         rows, group = self.rows, self.num_heads // self.num_kv_heads
         if rows.prompts is not None:
             # of a step that has none
-            rows.prompts = rows.prompts.of((1,))
-            rows.prompts.fill(torch.full_like(rows.row_slot[:1], DENSE_SLOT), rows.query_start_loc)
+            rows.prompts = rows.prompts.of((1,), 1)
+            facts = rows.query_start_loc, rows.seq_lens, rows.prefix_len
+            rows.prompts.fill(torch.full_like(rows.row_slot, DENSE_SLOT), *facts)
             query = torch.zeros(1, self.num_heads, self.head_size, dtype=self.dtype, device=kv_cache.device)
-            suffix_lse, caches = query.new_zeros(self.num_heads, 1).float(), self.caches_of(layer, kv_cache)
-            self._attend_prompts(layer, query, query.clone(), suffix_lse, *caches)
+            self._attend_prompts(layer, query, query.clone(), *self.caches_of(layer, kv_cache))
             rows.set_prompts(())
         rows.num_queries = largest_tile(group) + 1
         if rows.can_be_shared(rows.num_queries):
@@ -150,7 +153,7 @@ class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
             self._attend_shared(layer, query, *caches, output, suffix_lse)
             return output
         if rows.prompts is not None and rows.prompts.num_tiles:
-            self._attend_prompts(layer, query, output, suffix_lse, *caches)
+            self._attend_prompts(layer, query, output, *caches)
         if rows.num_queries:
             self.attend_prefixes(
                 in_model_dtype(query, layer, output.dtype),
@@ -240,16 +243,14 @@ class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
         layer: Any,
         query: torch.Tensor,
         output: torch.Tensor,
-        suffix_lse: torch.Tensor,
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,
     ) -> None:
-        """Attention over prefixes of prompts whose tokens choose together, joined to that over suffixes."""
+        """Attention of prompts whose tokens choose together."""
         rows = self.rows
         squeezed_prompts(
             query,
             output,
-            suffix_lse,
             key_cache,
             value_cache,
             rows.block_table,
@@ -259,9 +260,9 @@ class SqueezeImpl(DeviceLayer, FlashAttentionImpl):
             self.scale,
             self.residency.options.rest == "value_centroids",
             self._prompt_workspace,
-            functools.partial(self._flash, layer, causal=False, num_splits=0),
+            functools.partial(self._flash, layer, causal=True, num_splits=0),
             self.logits_soft_cap or 0.0,
-            rows.suffix_done,
+            None if rows.alone else rows.suffix_done,
         )
 
     def _flash(self, layer: Any, k: torch.Tensor, block_table: torch.Tensor, **operands: Any) -> torch.Tensor:

@@ -66,8 +66,8 @@ class Step(NamedTuple):
     Attributes:
         live: the live blocks, first those of single rows, none if our kernels have no rows.
         num_tokens: query tokens of the rows that they have, but for those of prompts that choose together.
-        longest_suffix: tokens that follow the prefix in the longest of these rows, at most; None if the step has other
-            rows too.
+        longest_suffix: tokens that follow the prefix in the longest of these rows, at most, but for those prompts; None
+            if the step has other rows too.
         variants: how the slots beyond those of prefixes are set.
         shared: whether these rows, all of which are exact, do best to attend to their prefixes by FlashAttention of all
             rows at once.
@@ -378,7 +378,7 @@ class LiveRequests:
             if live.begins_with_prefix:
                 outcomes[request_id] = PREFILL if is_ready else live.why_dense(computed)
 
-        ends, own, num_tokens, num_rows, suffixes, prompts = set(), set(), 0, 0, [], []
+        ends, own, num_tokens, num_rows, longest_suffix, prompts = set(), set(), 0, 0, 0, []
         groups = list(_grouped(ready))
         works = [Work.of([counts[request_id] for request_id, _, _ in rows]) for _, _, rows, _ in groups]
         arms = self._choose(
@@ -416,9 +416,9 @@ class LiveRequests:
                     prompts += [counts[request_id] for request_id in request_ids]
                 else:
                     num_tokens += work.tokens
+                    longest = max(computed + counts[request_id] for request_id, _, computed in rows)
+                    longest_suffix = max(longest_suffix, longest - placement.covered)
                 num_rows += len(rows)
-                longest = max(computed + counts[request_id] for request_id, _, computed in rows)
-                suffixes.append(longest - placement.covered)
             else:
                 dense += [(live, computed) for _, live, computed in rows]
         self._count(outcomes, counts.keys())
@@ -431,9 +431,9 @@ class LiveRequests:
         for live, computed in dense:
             if computed >= shortest:
                 own |= set(live.own_blocks(DENSE_SLOT, computed, length=0))
-        longest_suffix = max(suffixes) if num_rows == len(counts) and not prompts else None
         live, shared = [*sorted(own), *sorted(ends)], Arm.SHARED in arms
-        return Step(live, num_tokens, longest_suffix, self._variants.in_use(), shared, tuple(prompts))
+        suffix = longest_suffix if num_rows == len(counts) else None
+        return Step(live, num_tokens, suffix, self._variants.in_use(), shared, tuple(prompts))
 
     def _slot(self, placement: Placement, settings: RequestSettings, variant: Placement, arm: Arm) -> int | None:
         """The slot of rows on a prefix with the same settings; None if there is none left."""

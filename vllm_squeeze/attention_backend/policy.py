@@ -237,12 +237,12 @@ class CostModel:
     def prompt_us(self, shape: Shape, num_tokens: int, work: Work, kept: float, centroids: float, rest: str) -> float:
         """Microseconds where tokens of prompts choose together; with the arguments of ``squeezed_us``.
 
-        Products of queries with kept keys and with centroids count, in parts of dense ones' time.
+        Products of queries with kept keys and with centroids count, in the time of dense keys.
         """
         rows = work.tokens * shape.kv_heads * shape.group
-        parts = kept / GATHERED_RATE + centroids * PARTS_OF_CENTROID[rest] * max(PROMPT_FULL_ROWS / rows, 1.0)
-        us = PROMPT_US + parts * 4 * rows * shape.head_size * num_tokens / self.tflops / 1e6
-        return max(us, PROMPT_HOST_US)
+        looked_up = (centroids * PARTS_OF_CENTROID[rest] * num_tokens + PROMPT_KEYS) * max(PROMPT_FULL_ROWS / rows, 1.0)
+        keys = kept / GATHERED_RATE * num_tokens + looked_up
+        return max(PROMPT_US + 4 * keys * rows * shape.head_size / self.tflops / 1e6, PROMPT_HOST_US)
 
     def _equal_prefix(self, shape: Shape, num_tokens: int) -> float:
         """Tokens of a prefix of the measured shape with as many bytes."""
@@ -260,13 +260,14 @@ WEIGHT_BYTES_OF_US = 3e6
 """Bytes of weights that a GPU loads in a microsecond, about."""
 
 
-GATHERED_RATE, PROMPT_US, PROMPT_HOST_US = 0.82, 60.0, 900.0
-PARTS_OF_CENTROID = {"drop": 2.9, "value_centroids": 4.5}
-PROMPT_FULL_ROWS = 16896
+GATHERED_RATE, PROMPT_US, PROMPT_HOST_US = 0.86, 33.0, 400.0
+PARTS_OF_CENTROID, PROMPT_KEYS = {"drop": 2.2, "value_centroids": 4.2}, 4000
+PROMPT_FULL_ROWS = 13900
 """Of FlashAttention's rate, what is left over keys that lie anywhere; what prompts whose tokens choose together take
-beside products, and what a slow host takes to launch it; what a centroid costs them, in the time of a dense key; and query
-rows, of 128 for each of 132 multiprocessors, that it takes as long for if there are fewer. These give within 10% what was
-measured on an H200 with a prefix of 128K and 256 to 2,048 tokens of 32 heads of 128 elements, .1 or .3 of the keys kept."""
+beside products, and what a slow host takes to launch it; what a centroid costs them, in the time of a dense key; keys whose
+time a tile takes beside that; and query rows for whose look-up it takes as long if there are fewer, as not all of 132
+multiprocessors have a tile then. These give within 12% what was measured on an H200 with prefixes of 128K and 512K, and 256
+to 2,048 tokens of 32 heads of 128 elements, .1 or .3 of the keys kept."""
 
 
 _PLANS = ((Arm.STOCK,), (Arm.STOCK, Arm.SHARED), (Arm.STOCK, Arm.EXACT, Arm.SQUEEZED))

@@ -2,12 +2,12 @@
 
 Here products count, not bytes, so a tile has one choice, and tensor cores do what is chosen and nothing else:
 
-    tile     grid (1,)                        the prompts' tokens, in tiles of one row each
+    tile     grid (1,)                        the prompts' tokens, in tiles of one row each, once for all layers
     unpack   grid (blocks of C, H, prompts)   means in 4 bits become operands, once for all tiles of a prefix
     choose   grid (tiles, H)                  which clusters a tile's queries choose, and attention over the rest
-    list     grid (tiles, H, blocks of C)     where the keys of these lie in the KV cache
+    list     grid (tiles, H, blocks of C)     where the keys of these lie in the KV cache, and what follows the prefix
     flash    a library's attention            over them, as if each were a page
-    merge    grid (tiles * tokens, H)         all of it and that over the suffixes, into the output
+    merge    grid (tiles * tokens, H)         it and that over the rest, into the output
 
 A cluster's rank is the log of its raised and weighted predicted attention probability, as in ``look_up``, for the query
 of the tile to which it matters most; it is raised by the mean squared length of the tile's queries. Those with the
@@ -17,7 +17,7 @@ they are ranked, and that over the means of the chosen ones taken off again, whi
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import triton
@@ -25,6 +25,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vllm_squeeze.kernels.attend import count_tile
+from vllm_squeeze.kernels.launches import Launches, alignment
 from vllm_squeeze.kernels.look_up import OF_GROUP, RAISE, REST_RAISE, in_frame, load_queries
 from vllm_squeeze.kernels.packing import load_packed
 from vllm_squeeze.kernels.softmax import LOG2_E, capped, finite_or_zero
@@ -38,13 +39,14 @@ from vllm_squeeze.kernels.tables import (
 )
 from vllm_squeeze.kernels.tiles import MAX_BLOCK, padded
 
-MAX_TILES, LIST_BYTES = 64, 1 << 28
-"""Tiles at once, at most, and bytes of their lists, unless that of one has more; more tiles are handled in turns."""
+MAX_TILES, LIST_BYTES, MORE_KEYS = 64, 1 << 28, 1 << 14
+"""Tiles at once, at most; bytes of their lists of as many keys as a prefix has, unless one has more; and further keys that
+each has room for. Of longer lists there are fewer at once. More tiles are handled in turns."""
 
 Flash = Callable[..., torch.Tensor]
 """A library's attention to keys that lie anywhere, each a page of its own, as ``squeezed_prompts`` calls it."""
 
-_TILE_FACTS = tl.constexpr(4)
+_TILE_FACTS = tl.constexpr(6)
 _FIRST_PROMPT = tl.constexpr(PROMPT_SLOTS)
 _SAMPLE = tl.constexpr(SAMPLE)
 _HALVINGS = tl.constexpr(24)
@@ -55,12 +57,12 @@ NEGLIGIBLE = tl.constexpr(2.0**-64)
 _FEWEST_ROWS = 256
 _UNPACK_BLOCK = 64
 _CHOOSE_BYTES, _PICK_BLOCK = 1 << 15, 1024
-_LIST_BLOCK, _LIST_KEYS, _ALWAYS_BLOCK = 64, 8, 128
+_LIST_BLOCK, _LIST_KEYS, _OTHERS_BLOCK = 64, 8, 128
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tiles", "size"])
 def _tile_kernel(
-    row_slot, query_start_loc, tiles, prompt_slots, num_rows, num_tiles, size,
+    row_slot, query_start_loc, seq_lens, prefix_len, tiles, prompt_slots, num_rows, num_tiles, size,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     o_row, o_t = tl.arange(0, ROWS), tl.arange(0, BLOCK)
@@ -68,6 +70,8 @@ def _tile_kernel(
     b_slot = tl.load(row_slot + o_row, mask=m_row, other=-1) - _FIRST_PROMPT
     b_start = tl.load(query_start_loc + o_row, mask=m_row, other=0)
     b_count = tl.load(query_start_loc + o_row + 1, mask=m_row, other=0) - b_start
+    b_prefix = tl.load(prefix_len + o_row, mask=m_row, other=0)
+    b_before = tl.load(seq_lens + o_row, mask=m_row, other=0) - b_prefix - b_count  # of the suffix
     m_prompt = b_slot >= 0
     b_prompt = m_prompt.to(tl.int32)
     tl.store(prompt_slots + tl.cumsum(b_prompt, 0) - 1, b_slot, mask=m_prompt)
@@ -80,7 +84,10 @@ def _tile_kernel(
         tl.store(p_tile, b_slot, mask=m_t)
         tl.store(p_tile + 1, o_row, mask=m_t)
         tl.store(p_tile + 2, b_start + i * size, mask=m_t)
-        tl.store(p_tile + 3, tl.minimum(b_count - i * size, size), mask=m_t)
+        b_end = tl.minimum((i + 1) * size, b_count)
+        tl.store(p_tile + 3, b_end - i * size, mask=m_t)
+        tl.store(p_tile + 4, b_prefix, mask=m_t)
+        tl.store(p_tile + 5, b_before + b_end, mask=m_t)
     # the rest of them are none
     for i_t in range(tl.sum(b_tiles, 0), num_tiles, BLOCK):
         tl.store(tiles + (i_t + o_t) * _TILE_FACTS, tl.full([BLOCK], -1, tl.int32), mask=i_t + o_t < num_tiles)
@@ -196,6 +203,8 @@ def _choose_kernel(
         return
     first_centroid, count = tl.load(slots + i_slot * 4).to(tl.int64), tl.load(slots + i_slot * 4 + 1)
     num_always = tl.load(slots + i_slot * 4 + 2)
+    # the library reckons with as many queries in each tile, and has the last see all keys
+    num_after = tl.load(p_tile + 5) + SIZE - num_tokens
     o_m, o_d, o_c = tl.arange(0, M), tl.arange(0, DP), tl.arange(0, BLOCK)
     m_m, m_d = (o_m // GP < num_tokens) & (o_m % GP < GROUP), o_d < D
     b_token = first_token + o_m // GP
@@ -204,7 +213,7 @@ def _choose_kernel(
     tl.store(p_gathered, b_q, mask=(o_m % GP < GROUP)[:, None] & m_d[None, :])
     o_rest = i_th * M + o_m
     if count == 0:
-        tl.store(listed + i_th, num_always)
+        tl.store(listed + i_th, num_always + num_after)
         if REST:
             tl.store(rest_lse + o_rest, tl.full([M], float("-inf"), tl.float32))
         return
@@ -298,7 +307,7 @@ def _choose_kernel(
         so_far += (total >> 32).to(tl.int32)
         num_keys += total.to(tl.int32)
     tl.store(num_picked + i_th, so_far)
-    tl.store(listed + i_th, num_keys)
+    tl.store(listed + i_th, num_keys + num_after)
     if REST:
         # the rest is all less what is chosen
         tl.debug_barrier()
@@ -324,30 +333,30 @@ def _choose_kernel(
 
 @triton.jit(do_not_specialize=["first_tile", "max_centroids", "max_keys", "stride_row"])
 def _list_kernel(
-    tiles, slots, members, block_table, picked, num_picked, places,
+    tiles, slots, members, block_table, picked, num_picked, listed, places,
     first_tile, stride_member_head, stride_row, rows_of_block, rows_of_token, rows_of_head, max_centroids, max_keys,
-    S: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, ALWAYS: tl.constexpr,
+    SIZE: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
     i_t, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_th = (i_t * tl.num_programs(1) + i_h).to(tl.int64)
-    left = tl.load(num_picked + i_th) - i_b * BLOCK
-    if (left <= 0) & (i_b > 0):
-        return
     p_tile = tiles + (first_tile + i_t) * _TILE_FACTS
-    i_slot, i_row = tl.load(p_tile), tl.load(p_tile + 1).to(tl.int64)
+    i_slot, i_row, num_tokens = tl.load(p_tile), tl.load(p_tile + 1).to(tl.int64), tl.load(p_tile + 3)
     if i_slot < 0:
         return
     p_blocks, p_places = block_table + i_row * stride_row, places + i_th * max_keys
     first_row = i_h * rows_of_head
-    if i_b == 0:
-        num_always = tl.load(slots + i_slot * 4 + 2)
-        for i_k in range(0, num_always, ALWAYS):
-            o_position = i_k + tl.arange(0, ALWAYS)
-            m_k = o_position < num_always
-            b_block = tl.load(p_blocks + o_position // S, mask=m_k, other=0)
-            tl.store(
-                p_places + o_position, b_block * rows_of_block + o_position % S * rows_of_token + first_row, mask=m_k
-            )
+    num_always, prefix_len, num_suffix = tl.load(slots + i_slot * 4 + 2), tl.load(p_tile + 4), tl.load(p_tile + 5)
+    num_others = num_always + num_suffix + SIZE - num_tokens
+    # chosen keys lie between those attended to always and the suffix, whose last is there for padded queries too
+    num_chosen = tl.load(listed + i_th) - num_others
+    for i_k in range(i_b * OTHERS, num_others, tl.num_programs(2) * OTHERS):
+        o_k = i_k + tl.arange(0, OTHERS)
+        m_k, m_suffix = o_k < num_others, o_k >= num_always
+        b_position = tl.where(m_suffix, prefix_len + tl.minimum(o_k - num_always, num_suffix - 1), o_k)
+        b_block = tl.load(p_blocks + b_position // S, mask=m_k, other=0)
+        b_place = b_block * rows_of_block + b_position % S * rows_of_token + first_row
+        tl.store(p_places + o_k + tl.where(m_suffix, num_chosen, 0), b_place, mask=m_k)
+    left = tl.load(num_picked + i_th) - i_b * BLOCK
     o_c, o_k = tl.arange(0, BLOCK), tl.arange(0, KEYS)
     p_pick = picked + 4 * (i_th * max_centroids + i_b * BLOCK + o_c)
     m_c = o_c < left
@@ -362,10 +371,10 @@ def _list_kernel(
         tl.store(p_places + b_key[:, None] + (i_k + o_k)[None, :], b_place, mask=m_k)
 
 
-@triton.jit(do_not_specialize=["first_tile", "stride_lse_head", "stride_chosen_lse_head"])
+@triton.jit(do_not_specialize=["first_tile", "stride_lse_head"])
 def _merge_kernel(
-    output, suffix_lse, chosen_output, chosen_lse, rest_output, rest_lse, tiles, slots, listed, counters,
-    first_tile, H, stride_output_token, stride_output_head, stride_lse_head, stride_chosen_lse_head,
+    output, attended, attended_lse, rest_output, rest_lse, tiles, slots, listed, counters,
+    first_tile, H, stride_output_token, stride_output_head, stride_lse_head,
     GROUP: tl.constexpr, GP: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     i_t, i_r, i_h = tl.program_id(0) // SIZE, tl.program_id(0) % SIZE, tl.program_id(1)
@@ -374,43 +383,28 @@ def _merge_kernel(
     if (i_slot < 0) | (i_r >= num_tokens):
         return
     i_th = (i_t * H + i_h).to(tl.int64)
-    num_listed = tl.load(listed + i_th)
     if i_r == 0:
         count, num_always = tl.load(slots + i_slot * 4 + 1), tl.load(slots + i_slot * 4 + 2)
-        num_kept = num_listed - num_always
+        num_kept = tl.load(listed + i_th) - num_always - tl.load(p_tile + 5) - (SIZE - num_tokens)
         count_tile(counters, i_slot, count > 0, num_tokens, num_kept, num_kept * num_tokens)
 
     o_g, o_d = tl.arange(0, GP), tl.arange(0, DP)
     m_g = o_g < GROUP
     m_o = m_g[:, None] & (o_d < D)[None, :]
-    i_token = (tl.load(p_tile + 2) + i_r).to(tl.int64)
     i_place = i_th * SIZE + i_r  # where the library has the token
-    i_head = i_h * GROUP + o_g
-    p_output = output + i_token * stride_output_token + i_head[:, None] * stride_output_head + o_d[None, :]
-    b_lse = tl.load(suffix_lse + i_head.to(tl.int64) * stride_lse_head + i_token, mask=m_g, other=0.0) * LOG2_E
-    b_chosen_lse = tl.load(chosen_lse + o_g.to(tl.int64) * stride_chosen_lse_head + i_place, mask=m_g, other=0.0)
-    b_chosen_lse = tl.where(num_listed > 0, b_chosen_lse * LOG2_E, float("-inf"))
-    o_row = i_place * GP + o_g
-    b_largest = tl.maximum(b_lse, b_chosen_lse)
+    b_o = tl.load(attended + (i_place * GROUP + o_g)[:, None] * D + o_d[None, :], mask=m_o, other=0.0)
     if REST:
+        o_row = i_place * GP + o_g
+        b_lse = tl.load(attended_lse + o_g.to(tl.int64) * stride_lse_head + i_place, mask=m_g, other=0.0) * LOG2_E
         b_rest_lse = tl.load(rest_lse + o_row, mask=m_g, other=float("-inf"))
-        b_largest = tl.maximum(b_largest, b_rest_lse)
-    b_weight, b_chosen_weight = tl.exp2(b_lse - b_largest), tl.exp2(b_chosen_lse - b_largest)
-    b_sum = b_weight + b_chosen_weight
-
-    b_o = tl.load(p_output, mask=m_o, other=0.0).to(tl.float32) * b_weight[:, None]
-    p_chosen = chosen_output + (i_place * GROUP + o_g)[:, None] * D + o_d[None, :]
-    # where nothing was attended to it may hold anything
-    m_chosen = m_o & (b_chosen_lse > float("-inf"))[:, None]
-    b_chosen = tl.load(p_chosen, mask=m_chosen, other=0.0).to(tl.float32)
-    b_o += b_chosen * b_chosen_weight[:, None]
-    if REST:
+        # where nothing is left it may hold anything
         m_rest = m_o & (b_rest_lse > float("-inf"))[:, None]
         b_rest = tl.load(rest_output + o_row[:, None] * D + o_d[None, :], mask=m_rest, other=0.0)
-        b_rest_weight = tl.exp2(b_rest_lse - b_largest)
-        b_o += b_rest * b_rest_weight[:, None]
-        b_sum += b_rest_weight
-    tl.store(p_output, (b_o / b_sum[:, None]).to(output.dtype.element_ty), mask=m_o)
+        b_share = (1 / (1 + tl.exp2(b_rest_lse - b_lse)))[:, None]
+        b_o = b_o.to(tl.float32) * b_share + b_rest * (1 - b_share)
+    i_token, i_head = (tl.load(p_tile + 2) + i_r).to(tl.int64), i_h * GROUP + o_g
+    p_output = output + i_token * stride_output_token + i_head[:, None] * stride_output_head + o_d[None, :]
+    tl.store(p_output, b_o.to(output.dtype.element_ty), mask=m_o)
 
 
 @dataclass(frozen=True)
@@ -420,14 +414,16 @@ class PromptTiles:
     Attributes:
         num_prompts: how many prompts there may be.
         num_tiles: how many tiles there may be.
+        max_keys: of a tile's list, at most.
         size: tokens of a tile, at most.
-        tiles: [at least as many, 4] int32, per tile: slot of the prefix or -1 where there is no tile, row of the block
-            table, first token, and number of tokens.
+        tiles: [at least as many, 6] int32, per tile: slot of the prefix or -1 where there is no tile, row of the block
+            table, first token, number of tokens, tokens of the prefix, and keys after it that the last token sees.
         slots: [at least as many as prompts] int32, of each prompt the slot of its prefix, or -1 where there is none.
     """
 
     num_prompts: int
     num_tiles: int
+    max_keys: int
     size: int
     tiles: torch.Tensor
     slots: torch.Tensor
@@ -442,22 +438,31 @@ class PromptTiles:
         def none(*shape: int) -> torch.Tensor:
             return torch.full(shape, -1, dtype=torch.int32, device=device)
 
-        return cls(0, 0, size, none(max_tokens // size + max_rows, 4), none(max_rows))
+        return cls(0, 0, 0, size, none(max_tokens // size + max_rows, _TILE_FACTS.value), none(max_rows))
 
-    def of(self, counts: Sequence[int]) -> "PromptTiles":
-        """The same, of a step of prompts of so many tokens."""
+    def of(self, counts: Sequence[int], max_seq_len: int) -> "PromptTiles":
+        """The same, of a step of prompts of so many tokens, and of rows of up to so many with those before."""
         num_tiles = sum(-(-count // self.size) for count in counts)
-        return PromptTiles(len(counts), num_tiles, self.size, self.tiles, self.slots)
+        return PromptTiles(len(counts), num_tiles, max_seq_len + self.size, self.size, self.tiles, self.slots)
 
-    def fill(self, row_slot: torch.Tensor, query_start_loc: torch.Tensor) -> None:
+    def fill(
+        self,
+        row_slot: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        prefix_len: torch.Tensor,
+    ) -> None:
         """Finds the tiles of a step, without waiting for the device.
 
         Args:
             row_slot: [B] int32, of each row that is a squeezed prompt's the slot of its prefix plus PROMPT_SLOTS.
             query_start_loc: [at least B + 1] int32, the first token of each row.
+            seq_lens: [B] int32, tokens of each row, this step's among them.
+            prefix_len: [B] int32, those of its prefix.
         """
         _tile_kernel[(1,)](
-            row_slot, query_start_loc, self.tiles, self.slots, len(row_slot), self.num_tiles, self.size,
+            row_slot, query_start_loc, seq_lens, prefix_len, self.tiles, self.slots,
+            len(row_slot), self.num_tiles, self.size,
             ROWS=padded(max(len(row_slot), _FEWEST_ROWS)), BLOCK=MAX_BLOCK,
         )  # fmt: skip
 
@@ -472,17 +477,18 @@ class PromptWorkspace:
         keys, values: [H * C_all, D] in the queries' dtype, of prompts' prefixes the mean key of each cluster, in its
             frame and not scaled, and its mean value; in blocks of as many as are loaded at once, padded with zeros.
         group_keys: [H * G_all, D], the mean key of each group, like ``keys``.
-        gathered, chosen_output: [t * H * n, G, D], queries, and attention over what was chosen.
+        gathered, attended: [t * H * n, G, D], queries, and attention over the lists.
         framed: [t * H * M, D or more], queries in the frames of their prefixes.
         starts: [t * H + 1] int32, where those of each tile and head begin.
         ranks: [t * H, C] float32, of clusters.
         picked: [t * H, C, 4] int32, of chosen ones: which they are, where their keys go in the list, where their
             members begin, and how many these are.
         num_picked, listed: [t * H] int32, how many are chosen, and keys of each list.
-        places: [t * H, T] int32, the lists: rows of D elements in the cache.
+        places: int32, the lists, one after the other: rows of D elements in the cache.
         rest_output, rest_lse: [t * H, M, D] and [t * H, M] float32, of the clusters that were not chosen; the latter to
             the base 2.
         num_tiles: t.
+        launch: launches kernels on all this.
     """
 
     keys: TensorDescriptor
@@ -490,7 +496,7 @@ class PromptWorkspace:
     group_keys: TensorDescriptor
     gathered: torch.Tensor
     framed: torch.Tensor
-    chosen_output: torch.Tensor
+    attended: torch.Tensor
     starts: torch.Tensor
     ranks: torch.Tensor
     picked: torch.Tensor
@@ -500,16 +506,34 @@ class PromptWorkspace:
     rest_output: torch.Tensor
     rest_lse: torch.Tensor
     num_tiles: int
+    launch: Launches = field(default_factory=Launches)
 
     @classmethod
     def allocate(
-        cls, table: ClusterTable, group: int, max_centroids: int, max_keys: int, dtype: torch.dtype
+        cls,
+        table: ClusterTable,
+        group: int,
+        max_centroids: int,
+        longest_prefix: int,
+        max_seq_len: int,
+        dtype: torch.dtype,
     ) -> "PromptWorkspace":
-        """For a table's prefixes of up to ``max_centroids`` clusters and ``max_keys`` tokens, and queries of a dtype."""
+        """Makes room for any step.
+
+        Args:
+            table: the clusters of all prefixes.
+            group: query heads of a KV head.
+            max_centroids: of a prefix.
+            longest_prefix: tokens of the longest.
+            max_seq_len: tokens of a row, with those before, at most.
+            dtype: of queries.
+        """
         num_kv_heads, *_, head_size = table.frames.shape
         device = table.frames.device
-        num_tiles = max(min(MAX_TILES, LIST_BYTES // (4 * num_kv_heads * max_keys)), 1)
+        num_tiles = max(min(MAX_TILES, LIST_BYTES // (4 * num_kv_heads * longest_prefix)), 1)
         lists, size = num_tiles * num_kv_heads, prompt_tile_tokens(group, head_size)
+        longest_list = max_seq_len + size
+        keys_at_once = max(num_tiles * min(longest_list, longest_prefix + MORE_KEYS), longest_list)
 
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -529,14 +553,14 @@ class PromptWorkspace:
             group_keys=in_blocks(table.group_sizes),
             gathered=empty(lists * size, group, head_size, dtype=dtype),
             framed=empty(lists * rows, width, dtype=dtype),
-            chosen_output=empty(lists * size, group, head_size, dtype=dtype),
+            attended=empty(lists * size, group, head_size, dtype=dtype),
             starts=torch.arange(lists + 1, dtype=torch.int32, device=device) * size,
             ranks=empty(lists, max(max_centroids, 1), dtype=torch.float32),
             picked=empty(lists, max(max_centroids, 1), 4),
             num_picked=empty(lists),
             listed=empty(lists),
             # it may be looked at beyond a list's end
-            places=torch.zeros(lists, max_keys, dtype=torch.int32, device=device),
+            places=torch.zeros(num_kv_heads * keys_at_once, dtype=torch.int32, device=device),
             rest_output=empty(lists, rows, head_size, dtype=torch.float32),
             rest_lse=empty(lists, rows, dtype=torch.float32),
             num_tiles=num_tiles,
@@ -561,7 +585,6 @@ def _width(head_size: int) -> int:
 def squeezed_prompts(
     query: torch.Tensor,
     output: torch.Tensor,
-    suffix_lse: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     block_table: torch.Tensor,
@@ -573,28 +596,27 @@ def squeezed_prompts(
     workspace: PromptWorkspace,
     flash: Flash,
     soft_cap: float = 0.0,
-    suffix_done: torch.cuda.Event | None = None,
+    output_done: torch.cuda.Event | None = None,
 ) -> None:
-    """Joins attention of prompts over their prefixes to the dense attention over what follows these, in place.
+    """Attention of prompts over their prefixes and what follows these.
 
     Args:
         query: [N, H * G, D].
-        output: [N, H * G, D], attention over the suffix; merged for the tokens in ``prompts``, untouched for others.
-        suffix_lse: [H * G, N] float32, its natural log-sum-exp.
+        output: [N, H * G, D]; written for the tokens in ``prompts``, untouched for others.
         key_cache, value_cache: [num_blocks, S, H, D], views of the paged cache with the same strides, multiples of D.
         block_table: [B, max_blocks] int32.
         prompts: the tokens to squeeze, in tiles.
         table: the clusters of all prefixes.
-        prefixes: none with more clusters or tokens than the workspace has room for.
+        prefixes: none with more clusters than the workspace has room for, nor tokens than a list may have.
         scale: softmax scale.
         rest: whether clusters that were not chosen contribute through their mean value.
         workspace: of the same H, G, D and dtype.
-        flash: attention without a mask, by the library. Takes ``q`` [R, G, D]; ``k`` and ``v`` as ``rows_of``;
-            ``cu_seqlens_q`` [L + 1], where the queries of each list begin, no more than ``max_seqlen_q``;
-            ``block_table`` [L, ``max_seqlen_k``], the lists; ``seqused_k`` [L], keys of each; and ``out``, which it
-            writes. Returns the natural log-sum-exp [G, R].
+        flash: causal attention by the library: the last query of a list sees all keys, and each before it one less.
+            Takes ``q`` [R, G, D]; ``k`` and ``v`` as ``rows_of``; ``cu_seqlens_q`` [L + 1], where the queries of each
+            list begin, no more than ``max_seqlen_q``; ``block_table`` [L, ``max_seqlen_k``], the lists; ``seqused_k``
+            [L], keys of each; and ``out``, which it writes. Returns the natural log-sum-exp [G, R].
         soft_cap: bound on the logits, by a hyperbolic tangent; 0 for none.
-        suffix_done: where another stream computes ``output`` and ``suffix_lse``: what to wait for before merging.
+        output_done: where another stream writes ``output``: what to wait for before writing it.
     """
     num_kv_heads, *_, head_size = table.frames.shape
     group, page_size = query.shape[1] // num_kv_heads, key_cache.shape[1]
@@ -602,22 +624,32 @@ def squeezed_prompts(
     assert key_cache.stride() == value_cache.stride() and all(s % head_size == 0 for s in key_cache.stride()[:3])
     assert prompts.size == prompt_tile_tokens(group, head_size) and group <= MAX_GROUP
     size, padded_group, width = prompts.size, padded(group), _width(head_size)
-    max_centroids, max_keys = workspace.ranks.shape[1], workspace.places.shape[1]
+    max_centroids, max_keys = workspace.ranks.shape[1], prompts.max_keys
+    tiles_at_once = min(workspace.num_tiles, len(workspace.places) // (num_kv_heads * max_keys))
+    assert tiles_at_once, f"lists of {max_keys} keys are longer than there is room for"
+    rows_of_prompts = padded(max(prompts.num_prompts, _FEWEST_ROWS))
     rows_of_block, rows_of_token, rows_of_head = (stride // head_size for stride in key_cache.stride()[:3])
-    width_of = {"D": head_size, "DP": width}
-    tile = {"GROUP": group, "GP": padded_group, "SIZE": size, **width_of}
+    query_strides, output_strides = query.stride()[:2], output.stride()[:2]
+    launch, tile = workspace.launch, (group, padded_group, size, head_size, width)
+    # what else the launches have is the workspace's, or of all layers
+    key = (
+        rest, soft_cap > 0, rows_of_prompts, page_size, query_strides, output_strides, output.dtype, key_cache.stride(),
+        alignment(query, output, block_table, *table.tensors()),
+    )  # fmt: skip
     keys, values = rows_of(key_cache), rows_of(value_cache)
-    _unpack_kernel[(triton.cdiv(max_centroids, _UNPACK_BLOCK), num_kv_heads, prompts.num_prompts)](
+    launch(
+        _unpack_kernel, (-(-max_centroids // _UNPACK_BLOCK), num_kv_heads, prompts.num_prompts), key,
         prompts.slots, prefixes.slots, table.centroids, table.value_centroids, table.value_scales,
         table.group_centroids, workspace.keys.base, workspace.values.base, workspace.group_keys.base,
         *table.centroids.stride()[:2], *table.value_centroids.stride()[:2], table.sizes.stride(0),
         table.group_centroids.stride(0), table.group_sizes.stride(0),
-        BLOCK=_UNPACK_BLOCK, ROWS=padded(max(prompts.num_prompts, _FEWEST_ROWS)), REST=rest, **width_of,
+        head_size, width, _UNPACK_BLOCK, rows_of_prompts, rest,
     )  # fmt: skip
-    for first_tile in range(0, prompts.num_tiles, workspace.num_tiles):
-        tiles_now = min(prompts.num_tiles - first_tile, workspace.num_tiles)
+    for first_tile in range(0, prompts.num_tiles, tiles_at_once):
+        tiles_now = min(prompts.num_tiles - first_tile, tiles_at_once)
         lists = tiles_now * num_kv_heads
-        _choose_kernel[(tiles_now, num_kv_heads)](
+        launch(
+            _choose_kernel, (tiles_now, num_kv_heads, 1), key,
             query, prompts.tiles, prefixes.slots, prefixes.kept_shares, prefixes.frames,
             workspace.keys.base, table.centroid_scales, workspace.values.base, table.sizes, table.log_sizes,
             table.starts, table.log_weights, table.variances,
@@ -626,35 +658,38 @@ def squeezed_prompts(
             workspace.gathered, workspace.framed, workspace.ranks, workspace.picked, workspace.num_picked,
             workspace.listed, workspace.rest_output, workspace.rest_lse,
             first_tile, scale, soft_cap,
-            *query.stride()[:2], table.sizes.stride(0), table.group_sizes.stride(0), table.frames.stride(0),
-            max_centroids,
-            BLOCK=workspace.keys.block_shape[0], STAGES=2 if rest else 3, PICK_BLOCK=_PICK_BLOCK, REST=rest,
-            SOFT_CAP=soft_cap > 0, num_warps=8, **tile,
+            *query_strides, table.sizes.stride(0), table.group_sizes.stride(0), table.frames.stride(0), max_centroids,
+            *tile, workspace.keys.block_shape[0], 2 if rest else 3, _PICK_BLOCK, rest, soft_cap > 0,
+            num_warps=8,
         )  # fmt: skip
-        _list_kernel[(tiles_now, num_kv_heads, triton.cdiv(max_centroids, _LIST_BLOCK))](
+        launch(
+            _list_kernel, (tiles_now, num_kv_heads, -(-max_centroids // _LIST_BLOCK)), key,
             prompts.tiles, prefixes.slots, table.members, block_table, workspace.picked, workspace.num_picked,
-            workspace.places,
+            workspace.listed, workspace.places,
             first_tile, table.members.stride(0), block_table.stride(0), rows_of_block, rows_of_token, rows_of_head,
             max_centroids, max_keys,
-            S=page_size, BLOCK=_LIST_BLOCK, KEYS=_LIST_KEYS, ALWAYS=_ALWAYS_BLOCK,
+            size, page_size, _LIST_BLOCK, _LIST_KEYS, _OTHERS_BLOCK,
         )  # fmt: skip
         queries = slice(lists * size)
-        chosen_lse = flash(
+        attended = workspace.attended[queries]
+        attended_lse = flash(
             q=workspace.gathered[queries],
             k=keys,
             v=values,
-            out=workspace.chosen_output[queries],
+            out=attended,
             cu_seqlens_q=workspace.starts[: lists + 1],
             max_seqlen_q=size,
             seqused_k=workspace.listed[:lists],
             max_seqlen_k=max_keys,
-            block_table=workspace.places[:lists],
+            block_table=workspace.places[: lists * max_keys].view(lists, max_keys),
         )
-        if suffix_done is not None and first_tile == 0:
-            torch.cuda.current_stream().wait_event(suffix_done)
-        _merge_kernel[(tiles_now * size, num_kv_heads)](
-            output, suffix_lse, workspace.chosen_output, chosen_lse, workspace.rest_output, workspace.rest_lse,
+        if output_done is not None and first_tile == 0:
+            torch.cuda.current_stream().wait_event(output_done)
+        launch(
+            _merge_kernel, (tiles_now * size, num_kv_heads, 1), key,
+            output, attended, attended_lse, workspace.rest_output, workspace.rest_lse,
             prompts.tiles, prefixes.slots, workspace.listed, prefixes.counters,
-            first_tile, num_kv_heads, *output.stride()[:2], suffix_lse.stride(0), chosen_lse.stride(0),
-            REST=rest, num_warps=1, **tile,
+            first_tile, num_kv_heads, *output_strides, attended_lse.stride(0),
+            *tile, rest,
+            num_warps=1,
         )  # fmt: skip

@@ -28,6 +28,7 @@ from vllm_squeeze.kernels.tables import (
     JOINS,
     MOST_RAISE,
     MOST_REST_RAISE,
+    PROMPT_SLOTS,
     SAMPLE,
     ClusterTable,
     Prefixes,
@@ -344,7 +345,6 @@ def squeezed_attention_reference(
 def squeezed_prompts_reference(
     query: torch.Tensor,
     output: torch.Tensor,
-    suffix_lse: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     block_table: torch.Tensor,
@@ -357,21 +357,21 @@ def squeezed_prompts_reference(
 ) -> None:
     """The oracle of ``squeezed_prompts``, with its arguments and its effect on ``output`` and ``counters``."""
     num_kv_heads, block_size = len(table.centroids), key_cache.shape[1]
-    for slot, row, start, size in prompts.tiles.tolist():
+    for slot, row, start, size, prefix_len, num_suffix in prompts.tiles.tolist():
         if slot < 0:
             continue
+
+        def read(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            places = _places(block_table[row], positions, block_size)  # noqa: B023
+            return _read_paged(key_cache, value_cache, None, None, *places)
+
         tokens = slice(start, start + size)
         first, count, num_always, join = prefixes.slots[slot].tolist()
+        grouped = query[tokens].unflatten(1, (num_kv_heads, -1))
         attended, lse, kept, loaded = attend_prefix(
-            query[tokens].unflatten(1, (num_kv_heads, -1)),
+            grouped,
             table.prefix(first, count, int(prefixes.frames[slot])),
-            lambda positions: _read_paged(  # noqa: B023
-                key_cache,
-                value_cache,
-                None,
-                None,
-                *_places(block_table[row], positions, block_size),  # noqa: B023
-            ),
+            read,
             math.inf,
             num_always,
             scale,
@@ -380,8 +380,8 @@ def squeezed_prompts_reference(
             JOINS[join],
             float(prefixes.kept_shares[slot]),
         )
-        suffix = output[tokens].unflatten(1, (num_kv_heads, -1)).float()
-        merged = merge(suffix, suffix_lse[:, tokens].T.unflatten(1, (num_kv_heads, -1)), attended, lse)
+        suffix = read(prefix_len + torch.arange(num_suffix, device=query.device))
+        merged = merge(*attend_causal(grouped, *suffix, scale, soft_cap), attended, lse)
         output[tokens] = merged.flatten(1, 2).to(output.dtype)
         count_reads(prefixes.counters[slot], count > 0, kept, loaded)
 
@@ -499,6 +499,7 @@ def match_rows_reference(
 def skip_prefixes_reference(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
+    row_slot: torch.Tensor,
     prefix_len: torch.Tensor,
     page_size: int,
     max_seq_len: int,
@@ -510,6 +511,8 @@ def skip_prefixes_reference(
     Args:
         block_table: [at least B, W] int32.
         seq_lens: [B] int32, tokens of each row.
+        row_slot: [B] int32, of each row whose tokens are a prompt's that choose together PROMPT_SLOTS or more: nothing
+            follows its prefix here, as it attends to that elsewhere.
         prefix_len: [B] int32, tokens of its prefix, in whole blocks; 0 without one.
         page_size: tokens of a block of the table.
         max_seq_len: tokens of the longest row.
@@ -518,7 +521,7 @@ def skip_prefixes_reference(
             row's own blocks is anything that the block table holds.
     """
     num_rows, width = len(seq_lens), block_table.shape[1]
-    suffix_lens[:num_rows] = seq_lens - prefix_len
+    suffix_lens[:num_rows] = torch.where(row_slot < PROMPT_SLOTS, seq_lens - prefix_len, 0)
     column = torch.arange(min(-(-max_seq_len // page_size), width), device=seq_lens.device)
     shifted = (column + prefix_len[:, None] // page_size).clamp(max=width - 1)
     suffix_blocks[:num_rows, : len(column)] = block_table[:num_rows].gather(1, shifted)

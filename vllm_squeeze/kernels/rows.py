@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_squeeze.kernels.tables import DENSE_SLOT
+from vllm_squeeze.kernels.tables import DENSE_SLOT, PROMPT_SLOTS
 from vllm_squeeze.kernels.tiles import padded
 
 _FEWEST_ROWS = 256
@@ -78,14 +78,15 @@ def match_rows(
 
 @triton.jit(do_not_specialize=["stride_row", "stride_suffix", "width", "num_columns"])
 def _skip_kernel(
-    block_table, seq_lens, prefix_len, suffix_lens, suffix_blocks,
+    block_table, seq_lens, row_slot, prefix_len, suffix_lens, suffix_blocks,
     stride_row, stride_suffix, width, num_columns,
-    S: tl.constexpr, BLOCK: tl.constexpr,
+    S: tl.constexpr, BLOCK: tl.constexpr, PROMPTS: tl.constexpr,
 ):  # fmt: skip
     i_row, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b_prefix = tl.load(prefix_len + i_row)
     if i_b == 0:
-        tl.store(suffix_lens + i_row, tl.load(seq_lens + i_row) - b_prefix)
+        length = tl.load(seq_lens + i_row) - b_prefix
+        tl.store(suffix_lens + i_row, tl.where(tl.load(row_slot + i_row) < PROMPTS, length, 0))
     o_column = i_b * BLOCK + tl.arange(0, BLOCK)
     m_column = o_column < num_columns
     o_shifted = tl.minimum(o_column + b_prefix // S, width - 1)
@@ -96,6 +97,7 @@ def _skip_kernel(
 def skip_prefixes(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
+    row_slot: torch.Tensor,
     prefix_len: torch.Tensor,
     page_size: int,
     max_seq_len: int,
@@ -105,10 +107,10 @@ def skip_prefixes(
     """Lengths and block tables of what follows prefixes; with the arguments of ``skip_prefixes_reference``."""
     num_rows, width = len(seq_lens), block_table.shape[1]
     num_columns = min(triton.cdiv(max_seq_len, page_size), width)
-    assert len(prefix_len) == num_rows <= min(len(suffix_lens), len(suffix_blocks))
+    assert len(row_slot) == len(prefix_len) == num_rows <= min(len(suffix_lens), len(suffix_blocks))
     assert num_columns <= suffix_blocks.shape[1] and suffix_blocks.stride(1) == block_table.stride(1) == 1
     _skip_kernel[(num_rows, triton.cdiv(num_columns, _COLUMNS_BLOCK))](
-        block_table, seq_lens, prefix_len, suffix_lens, suffix_blocks,
+        block_table, seq_lens, row_slot, prefix_len, suffix_lens, suffix_blocks,
         block_table.stride(0), suffix_blocks.stride(0), width, num_columns,
-        S=page_size, BLOCK=_COLUMNS_BLOCK,
+        S=page_size, BLOCK=_COLUMNS_BLOCK, PROMPTS=PROMPT_SLOTS,
     )  # fmt: skip

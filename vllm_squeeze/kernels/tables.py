@@ -175,6 +175,10 @@ class ClusterTable:
     group_sizes: torch.Tensor
     frames: torch.Tensor
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All of them, in their order."""
+        return tuple(vars(self).values())
+
     def mean_keys(self) -> torch.Tensor:
         """The mean key of each cluster, of a table of one prefix: [H, C, D] float32."""
         return unpacked_keys(self.centroids, self.centroid_scales, self.frames[:, 0])
