@@ -2,35 +2,41 @@
 
     python benchmarks/serve.py --arms stock exact squeezed --batches 1 8 32
     python benchmarks/serve.py --arms ordinary-stock ordinary-index --rounds 3
+    python benchmarks/serve.py --arms stock auto:0.125 auto:0.33 --together --batches 1 4 --question-tokens 512
     python benchmarks/serve.py --model M --prefix contract.txt
 
 Each arm runs in a fresh process, and its requests together, with questions of random tokens, distinct in each repeat
-and the same in all arms. The model is a real one, or one with random weights in the shape of a known one: then what is
+and the same in all arms. A number after a mode is a budget for prompts; they are dense without. With --together all
+engines are alive at once, for which the GPU must have room, and are measured in turn, one repeat each: where a host is now
+fast and now slow, it is so for all. The model is a real one, or one with random weights in the shape of a known one: then what is
 chosen is random too, and a threshold is searched for that keeps a given share (--kept). Times are medians over repeats:
 
     ttft     ms from handing over the first request until a request's first token, mean over requests
     handed   ms of that until all requests were handed over, the hashing of their prompts included
     tpot     ms between tokens of a request, while all requests have a first token and none its last
     tok/s    tokens of all requests, from handing over the first request until the last token
-    speed-up of tpot, over stock (ordinary-stock for ordinary-index)
+    x ttft, x tpot  how many times less than stock (ordinary-stock for ordinary-index)
     kept     share of the prefix's keys that a token chooses, while decoding
     union    share that is loaded for the tokens that share loads
     shared   tokens that share loads
 
 The counters are read in one more batch, which warms up; timed batches are only checked: all tokens there, all prefixes
-found in the KV cache, all rows squeezed (prompts dense) or exact as the arm is ("auto" chooses), and none in ordinary
+found in the KV cache, all rows squeezed (prompts without a budget dense) or exact as the arm is ("auto" chooses), and none in ordinary
 traffic. An arm that failed, or whose checks did, has no speed-up, and the exit code is 1.
 """
 
 import argparse
 import json
+import os
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,6 +45,24 @@ from typing import Any
 MODES = ("auto", "exact", "squeezed")
 STOCK, ORDINARY_STOCK, ORDINARY_INDEX = "stock", "ordinary-stock", "ordinary-index"
 ARMS = (STOCK, *MODES, ORDINARY_STOCK, ORDINARY_INDEX)
+
+
+def arm(text: str) -> str:
+    """An arm, a mode perhaps with a budget of prompts.
+
+    Raises:
+        argparse.ArgumentTypeError: there is none of this name, or such a budget is not allowed.
+    """
+    from vllm_squeeze.cli import prefill
+
+    name, colon, budget = text.partition(":")
+    if name not in (("auto", "squeezed") if colon else ARMS):
+        allowed = f"one of {', '.join(ARMS)}, or auto or squeezed with a budget of prompts, as auto:0.33"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+    if colon:
+        prefill(budget)
+    return text
+
 
 SHAPES = {
     "llama-8b": {
@@ -160,13 +184,15 @@ def start(arguments: argparse.Namespace, prefix: list[int]) -> Any:
     """Starts the engine of an arm."""
     from vllm import LLM
 
-    settings = {"index": str(arguments.index)}
-    if arguments.arm in MODES:
-        settings["mode"] = arguments.arm
+    from vllm_squeeze.cli import prefill
+
+    settings, (name, _, prompts) = {"index": str(arguments.index)}, arguments.arm.partition(":")
+    if name in MODES:
+        settings["mode"] = name
     if arguments.budget:
         settings["budget"] = arguments.budget
-    if arguments.prefill:
-        settings["prefill"] = arguments.prefill
+    if prompts:
+        settings["prefill"] = prefill(prompts)
     engine_args = {
         "max_model_len": len(prefix) + arguments.question_tokens + max(arguments.tokens, SEARCH_TOKENS) + 1,
         "max_num_seqs": max(arguments.batches),
@@ -276,21 +302,44 @@ def problems_of(arguments: argparse.Namespace, row: dict[str, Any], cached: int)
     expected = {
         ORDINARY_INDEX: ["dense: no index"],
         "exact": ["exact"],
-        "squeezed": ["squeezed"] if arguments.prefill else ["dense: prefill", "squeezed"],
-    }.get(arguments.arm, [])
-    if arguments.arm != "auto" and sorted(rows) != expected:
+        "squeezed": ["dense: prefill", "squeezed"],
+    }.get(arguments.arm, ["squeezed"] if arguments.arm.startswith("squeezed:") else [])
+    if not arguments.arm.startswith("auto") and sorted(rows) != expected:
         found.append(f"rows are {rows}, not {expected}")
     if any(repeat["least_cached"] < cached for repeat in row["repeats"]):
         found.append("prefixes were not found in the KV cache")
-    if arguments.kept and arguments.arm == "squeezed":
+    if arguments.kept and arguments.arm.startswith("squeezed"):
         share = row["kept_share"]
         if not abs(share / arguments.kept - 1) <= KEPT_TOLERANCE:
             found.append(f"kept share is {share:.4f}, not {arguments.kept}")
     return found
 
 
-def run_batch(llm: Any, arguments: argparse.Namespace, prefix: list[int], batch: int) -> dict[str, Any]:
-    """The figures of one batch size: warms up, counts, then times."""
+class Turns(AbstractContextManager):
+    """Is entered when another process says that it is this one's turn, which ends when it is to be entered again.
+
+    Args:
+        go: file descriptor that a line comes from for each turn.
+        ready: one that a line is written to where the next is waited for.
+    """
+
+    def __init__(self, go: int, ready: int):
+        for pipe in (go, ready):
+            os.set_inheritable(pipe, False)
+        self._go, self._ready = os.fdopen(go), os.fdopen(ready, "w")
+
+    def __enter__(self) -> None:
+        print("ready", file=self._ready, flush=True)
+        self._go.readline()
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
+def run_batch(
+    llm: Any, arguments: argparse.Namespace, prefix: list[int], batch: int, turn: AbstractContextManager
+) -> dict[str, Any]:
+    """The figures of one batch size: warms up, counts, then times, each repeat in a turn."""
     from running import count_decoding
 
     from vllm_squeeze.offline_tools.timing import rows_so_far, timed
@@ -303,14 +352,17 @@ def run_batch(llm: Any, arguments: argparse.Namespace, prefix: list[int], batch:
         return prompts_of([] if ordinary else prefix, (batch, repeat), batch, length, vocabulary)
 
     row: dict[str, Any] = {"arm": arguments.arm, "batch": batch}
-    if arguments.kept and arguments.arm == "squeezed":
+    if arguments.kept and arguments.arm.startswith("squeezed"):
         row["log_threshold"] = fix_kept(llm, arguments, prompts(arguments.repeats + 1))
     counted = count_decoding(llm, prompts(arguments.repeats), min(arguments.tokens, COUNTED_TOKENS))
     if counted is not None and counted.pairs:
         row |= {"counts": asdict(counted), "kept_share": counted.kept_share}
         row |= {"union_share": counted.union_share, "tokens_per_pass": counted.tokens_per_pass}
     before = rows_so_far(llm)
-    row["repeats"] = [timed(llm, prompts(repeat), arguments.tokens) for repeat in range(arguments.repeats)]
+    row["repeats"] = []
+    for repeat in range(arguments.repeats):
+        with turn:
+            row["repeats"].append(timed(llm, prompts(repeat), arguments.tokens))
     row["growth"] = {name: value - before.get(name, 0) for name, value in rows_so_far(llm).items()}
     block_size = llm.llm_engine.vllm_config.cache_config.block_size
     cached = 0 if ordinary else len(prefix) - block_size
@@ -330,31 +382,81 @@ def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.arm.startswith("ordinary"):
         for _ in steps(llm, [prefix + [10]], 1):
             pass
+    turn = Turns(*arguments.turns) if arguments.turns else nullcontext()
     return machine() | {
         "prefix_tokens": len(prefix),
-        "rows": [run_batch(llm, arguments, prefix, batch) for batch in arguments.batches],
+        "rows": [run_batch(llm, arguments, prefix, batch, turn) for batch in arguments.batches],
     }
 
 
 # all arms
 
 
-def in_process(arguments: argparse.Namespace, arm: str) -> dict[str, Any]:
-    """Runs one arm, or the indexing, in a fresh process; returns its result, or what went wrong under "error"."""
-    result = arguments.work / "result.json"
-    result.unlink(missing_ok=True)
-    command = [sys.executable, __file__, *sys.argv[1:], "--arm", arm, "--work", str(arguments.work)]
-    command += ["--index", str(arguments.index), "--result", str(result)]
-    started = time.monotonic()
-    try:
-        code = subprocess.run(command, check=False, stdout=sys.stderr, timeout=arguments.timeout).returncode
-        error = f"exit code {code}" if code or not result.exists() else None
-    except subprocess.TimeoutExpired:
-        error = f"took more than {arguments.timeout} s"
-    outcome = {"error": error} if error else json.loads(result.read_text())
-    seconds = round(time.monotonic() - started, 1)
-    print(f"{arm}: {error or 'done'} after {seconds} s", file=sys.stderr, flush=True)
-    return {"arm": arm, "seconds": seconds} | outcome
+class ArmProcess:
+    """One arm, or the indexing, in a fresh process.
+
+    Args:
+        arguments: of all arms.
+        arm: its name, or "index".
+        takes_turns: whether it waits for its turn before each repeat.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, arm: str, takes_turns: bool = False):
+        self.arm, self._timeout, self._started = arm, arguments.timeout, time.monotonic()
+        self._result = arguments.work / f"result-{arm}.json"
+        self._result.unlink(missing_ok=True)
+        command = [sys.executable, __file__, *sys.argv[1:], "--arm", arm, "--work", str(arguments.work)]
+        command += ["--index", str(arguments.index), "--result", str(self._result)]
+        pipes: tuple[int, ...] = ()
+        if takes_turns:
+            (go, told), (says, ready) = os.pipe(), os.pipe()
+            pipes = go, ready
+            self._told, self._says = os.fdopen(told, "w"), os.fdopen(says)
+            command += ["--turns", *map(str, pipes)]
+        self._process = subprocess.Popen(command, stdout=sys.stderr, pass_fds=pipes)
+        for pipe in pipes:
+            os.close(pipe)
+        self._timer = threading.Timer(self._timeout, self._process.kill)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def is_ready(self) -> bool:
+        """Waits until it asks for a turn; false if it ends instead."""
+        return bool(self._says.readline())
+
+    def has_turn(self) -> bool:
+        """Lets it run one repeat; false if it ends then."""
+        try:
+            print("go", file=self._told, flush=True)
+        except BrokenPipeError:
+            return False
+        return self.is_ready()
+
+    def outcome(self) -> dict[str, Any]:
+        """Waits for its end; returns its result, or what went wrong under "error"."""
+        code = self._process.wait()
+        timed_out = not self._timer.is_alive()
+        self._timer.cancel()
+        error = f"exit code {code}" if code or not self._result.exists() else None
+        error = f"took more than {self._timeout} s" if error and timed_out else error
+        outcome = {"error": error} if error else json.loads(self._result.read_text())
+        seconds = round(time.monotonic() - self._started, 1)
+        print(f"{self.arm}: {error or 'done'} after {seconds} s", file=sys.stderr, flush=True)
+        return {"arm": self.arm, "seconds": seconds} | outcome
+
+
+def one_after_the_other(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Runs all arms."""
+    return [ArmProcess(arguments, arm).outcome() for arm in arguments.arms]
+
+
+def in_turn(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Runs all arms at once, of which one at a time is measured, once."""
+    arms = [ArmProcess(arguments, arm, takes_turns=True) for arm in arguments.arms]
+    waiting = [arm for arm in arms if arm.is_ready()]
+    while waiting:
+        waiting = [arm for arm in waiting if arm.has_turn()]
+    return [arm.outcome() for arm in arms]
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -367,20 +469,22 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         repeats = [repeat for part in parts for repeat in part["repeats"]]
         medians = {name: statistics.median(repeat[name] for repeat in repeats) for name in repeats[0]}
         problems = [problem for part in parts for problem in part["problems"]]
-        rows[known] = parts[-1] | medians | {"problems": problems, "speed_up": None}
+        rows[known] = parts[-1] | medians | {"problems": problems}
     for (arm, batch), row in rows.items():
         stock = rows.get((ORDINARY_STOCK if arm.startswith("ordinary") else STOCK, batch))
         if stock is not None and not stock["problems"] and not row["problems"]:
-            row["speed_up"] = stock["tpot_ms"] / row["tpot_ms"]
+            for name in ("ttft", "tpot"):
+                row[f"{name}_over_stock"] = stock[f"{name}_ms"] / row[f"{name}_ms"]
     return list(rows.values())
 
 
 COLUMNS = (
     ("ttft", "ttft_ms", ".0f"),
+    ("x ttft", "ttft_over_stock", ".2f"),
     ("handed", "handed_ms", ".0f"),
     ("tpot", "tpot_ms", ".2f"),
     ("tok/s", "tokens_per_s", ".0f"),
-    ("speed-up", "speed_up", ".2f"),
+    ("x tpot", "tpot_over_stock", ".2f"),
     ("kept", "kept_share", ".4f"),
     ("union", "union_share", ".4f"),
     ("shared", "tokens_per_pass", ".1f"),
@@ -414,9 +518,10 @@ def run_all(arguments: argparse.Namespace) -> int:
     if not arguments.model and not model_of(arguments).exists():
         write_model(model_of(arguments), arguments.shape)
     arguments.index = arguments.index or arguments.work / "index"
-    runs = [] if arguments.index.exists() else [in_process(arguments, "index")]
+    runs = [] if arguments.index.exists() else [ArmProcess(arguments, "index").outcome()]
     if not any("error" in run for run in runs):
-        runs += [in_process(arguments, arm) for _ in range(arguments.rounds) for arm in arguments.arms]
+        run_arms = in_turn if arguments.together else one_after_the_other
+        runs += [run for _ in range(arguments.rounds) for run in run_arms(arguments)]
     rows = summarise(runs)
     print_table(arguments, runs, rows)
     if arguments.out:
@@ -425,8 +530,6 @@ def run_all(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    from vllm_squeeze.cli import prefill
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a real model; needs --prefix or --index")
     parser.add_argument("--prefix", type=Path, help="text of the prefix")
@@ -434,10 +537,17 @@ def main() -> int:
     parser.add_argument("--prefix-tokens", type=int, default=131072, help="of the random prefix")
     parser.add_argument("--kept", type=float, help="share of keys to keep; 0.1 with random weights")
     parser.add_argument("--budget", type=float, help="of the server, where --kept is not given")
-    parser.add_argument("--prefill", type=prefill, metavar="BUDGET", help="of questions; dense if not given")
     parser.add_argument("--index", type=Path, help="an index to use; its tokens are the prefix")
     parser.add_argument("--work", type=Path, help="folder that keeps model, index and thresholds for another run")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["stock", "exact", "squeezed"])
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        type=arm,
+        metavar="ARM",
+        default=["stock", "exact", "squeezed"],
+        help=f"of {', '.join(ARMS)}; squeezed and auto perhaps with a budget of prompts, as auto:0.33",
+    )
+    parser.add_argument("--together", action="store_true", help="all engines are alive at once and take turns")
     parser.add_argument("--rounds", type=int, default=1, help="of all arms, one after the other")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="requests that run together")
     parser.add_argument("--repeats", type=int, default=3)
@@ -449,6 +559,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="where to write all figures, as JSON")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--turns", nargs=2, type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.model and not (arguments.prefix or arguments.index):
         parser.error("--model needs --prefix or --index")
