@@ -83,7 +83,9 @@ class SuffixRows(DeviceRows):
 
     def set_prompts(self, counts: tuple[int, ...]) -> None:
         if self.prompts is not None:
-            self.prompts = self.prompts.of(counts, self.max_seq_len)
+            # vLLM may reckon with drafts beyond the longest row that there can be
+            longest = min(self.max_seq_len, self._vllm_config.model_config.max_model_len)
+            self.prompts = self.prompts.of(counts, longest)
             if counts:
                 self.prompts.fill(self.row_slot, self.query_start_loc, self.seq_lens, self.prefix_len)
 
