@@ -7,22 +7,24 @@
 
 Each arm runs in a fresh process, and its requests together, with questions of random tokens, distinct in each repeat
 and the same in all arms. A number after a mode is a budget for prompts; they are dense without. With --together all
-engines are alive at once, for which the GPU must have room, and are measured in turn, one repeat each: where a host is now
-fast and now slow, it is so for all. The model is a real one, or one with random weights in the shape of a known one: then what is
-chosen is random too, and a threshold is searched for that keeps a given share (--kept). Times are medians over repeats:
+engines are alive at once, for which the GPU must have room, and are measured in turn, one repeat each: where a host is
+now fast and now slow, it is so for all. The model is a real one, or one with random weights in the shape of a known
+one: then what is chosen is random too, and a threshold is searched for that keeps a given share (--kept). Times are
+medians over repeats:
 
     ttft     ms from handing over the first request until a request's first token, mean over requests
     handed   ms of that until all requests were handed over, the hashing of their prompts included
     tpot     ms between tokens of a request, while all requests have a first token and none its last
     tok/s    tokens of all requests, from handing over the first request until the last token
-    x ttft, x tpot  how many times less than stock (ordinary-stock for ordinary-index)
+    x ttft   how many times less ttft is than of stock (of ordinary-stock for ordinary-index)
+    x tpot   the same of tpot
     kept     share of the prefix's keys that a token chooses, while decoding
     union    share that is loaded for the tokens that share loads
     shared   tokens that share loads
 
 The counters are read in one more batch, which warms up; timed batches are only checked: all tokens there, all prefixes
-found in the KV cache, all rows squeezed (prompts without a budget dense) or exact as the arm is ("auto" chooses), and none in ordinary
-traffic. An arm that failed, or whose checks did, has no speed-up, and the exit code is 1.
+found in the KV cache, all rows squeezed (prompts without a budget dense) or exact as the arm is ("auto" chooses), and
+none in ordinary traffic. An arm that failed, or whose checks did, has no speed-up, and the exit code is 1.
 """
 
 import argparse
@@ -47,20 +49,28 @@ STOCK, ORDINARY_STOCK, ORDINARY_INDEX = "stock", "ordinary-stock", "ordinary-ind
 ARMS = (STOCK, *MODES, ORDINARY_STOCK, ORDINARY_INDEX)
 
 
-def arm(text: str) -> str:
-    """An arm, a mode perhaps with a budget of prompts.
+def mode_and_prefill(arm: str) -> tuple[str, float | str | None]:
+    """The name of an arm, and the budget of prompts that may follow a mode.
 
     Raises:
-        argparse.ArgumentTypeError: there is none of this name, or such a budget is not allowed.
+        argparse.ArgumentTypeError: this budget is not allowed.
     """
     from vllm_squeeze.cli import prefill
 
-    name, colon, budget = text.partition(":")
-    if name not in (("auto", "squeezed") if colon else ARMS):
+    name, colon, budget = arm.partition(":")
+    return name, prefill(budget) if colon else None
+
+
+def arm(text: str) -> str:
+    """An arm as it is asked for.
+
+    Raises:
+        argparse.ArgumentTypeError: there is none of this name, or with such a budget.
+    """
+    name, budget = mode_and_prefill(text)
+    if name not in (ARMS if budget is None else ("auto", "squeezed")):
         allowed = f"one of {', '.join(ARMS)}, or auto or squeezed with a budget of prompts, as auto:0.33"
         raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
-    if colon:
-        prefill(budget)
     return text
 
 
@@ -184,15 +194,13 @@ def start(arguments: argparse.Namespace, prefix: list[int]) -> Any:
     """Starts the engine of an arm."""
     from vllm import LLM
 
-    from vllm_squeeze.cli import prefill
-
-    settings, (name, _, prompts) = {"index": str(arguments.index)}, arguments.arm.partition(":")
-    if name in MODES:
-        settings["mode"] = name
+    settings, (mode, prefill) = {"index": str(arguments.index)}, mode_and_prefill(arguments.arm)
+    if mode in MODES:
+        settings["mode"] = mode
     if arguments.budget:
         settings["budget"] = arguments.budget
-    if prompts:
-        settings["prefill"] = prefill(prompts)
+    if prefill is not None:
+        settings["prefill"] = prefill
     engine_args = {
         "max_model_len": len(prefix) + arguments.question_tokens + max(arguments.tokens, SEARCH_TOKENS) + 1,
         "max_num_seqs": max(arguments.batches),
@@ -299,16 +307,17 @@ def problems_of(arguments: argparse.Namespace, row: dict[str, Any], cached: int)
         if any(repeat[name] != arguments.tokens for repeat in row["repeats"]):
             found.append(f"{name} is not {arguments.tokens}")
     rows = {name: grown for name, grown in row["growth"].items() if grown}
+    mode, prefill = mode_and_prefill(arguments.arm)
     expected = {
         ORDINARY_INDEX: ["dense: no index"],
         "exact": ["exact"],
-        "squeezed": ["dense: prefill", "squeezed"],
-    }.get(arguments.arm, ["squeezed"] if arguments.arm.startswith("squeezed:") else [])
-    if not arguments.arm.startswith("auto") and sorted(rows) != expected:
+        "squeezed": ["squeezed"] if prefill else ["dense: prefill", "squeezed"],
+    }.get(mode, [])
+    if mode != "auto" and sorted(rows) != expected:
         found.append(f"rows are {rows}, not {expected}")
     if any(repeat["least_cached"] < cached for repeat in row["repeats"]):
         found.append("prefixes were not found in the KV cache")
-    if arguments.kept and arguments.arm.startswith("squeezed"):
+    if arguments.kept and mode == "squeezed":
         share = row["kept_share"]
         if not abs(share / arguments.kept - 1) <= KEPT_TOLERANCE:
             found.append(f"kept share is {share:.4f}, not {arguments.kept}")
@@ -352,7 +361,7 @@ def run_batch(
         return prompts_of([] if ordinary else prefix, (batch, repeat), batch, length, vocabulary)
 
     row: dict[str, Any] = {"arm": arguments.arm, "batch": batch}
-    if arguments.kept and arguments.arm.startswith("squeezed"):
+    if arguments.kept and mode_and_prefill(arguments.arm)[0] == "squeezed":
         row["log_threshold"] = fix_kept(llm, arguments, prompts(arguments.repeats + 1))
     counted = count_decoding(llm, prompts(arguments.repeats), min(arguments.tokens, COUNTED_TOKENS))
     if counted is not None and counted.pairs:

@@ -10,10 +10,11 @@ from vllm.v1.attention.backends import flash_attn
 
 from tests.attention_backend.world import OPTIONS
 from tests.kernels.conftest import ON_GPU, build_scene, check_close
-from tests.kernels.test_prompts import attend, prompts_of, workspace_for
+from tests.kernels.test_prompts import prompts_of, workspace_for
 from tests.kernels.test_squeezed_attention import UNEVEN
 from vllm_squeeze.attention_backend.matching import LiveBlock
 from vllm_squeeze.attention_backend.room import Room
+from vllm_squeeze.kernels.prompts import PromptTiles
 from vllm_squeeze.kernels.reference import attend_seen, squeezed_prompts_reference
 from vllm_squeeze.kernels.tables import Prefixes
 
@@ -109,8 +110,22 @@ def test_prompts_whose_tokens_choose_together_attend_over_pages_of_one_key(monke
     one = torch.ones(1, device=DEVICE)
     layer, output = SimpleNamespace(_k_scale=one, _v_scale=one), scene.suffix_output.clone()
     impl._attend_prompts(layer, scene.query, output, scene.key_cache, scene.value_cache)
-    check_close(output, attend(scene, squeezed_prompts_reference, True))
+    check_close(output, scene.apply(squeezed_prompts_reference, True))
     assert torch.equal(output[37:], scene.suffix_output[37:]) and waited == ([] if alone else ["done"])
+
+
+def test_lists_are_no_longer_than_the_longest_row_that_there_can_be(monkeypatch):
+    """Though vLLM may reckon with drafts beyond it."""
+    if not ON_GPU:
+        monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", None, raising=False)
+    from vllm_squeeze.attention_backend.flash_attention import SuffixRows
+
+    rows = object.__new__(SuffixRows)
+    rows.prompts = PromptTiles.allocate(32, 1, 4, 64, DEVICE)
+    rows._vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=100))
+    for rows.max_seq_len, longest in ((90, 90), (103, 100)):
+        rows.set_prompts(())
+        assert rows.prompts.max_keys == longest + rows.prompts.size
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from tests.kernels.conftest import build_scene
-from tests.kernels.test_prompts import attend, prompts_of, workspace_for
+from tests.kernels.test_prompts import prompts_of, workspace_for
 from vllm_squeeze.kernels import workspace
 from vllm_squeeze.kernels.nearest import nearest
 from vllm_squeeze.kernels.prompts import squeezed_prompts
@@ -78,7 +78,7 @@ def main(capability: int, num_shapes: int) -> None:
         if capability >= 90 and has_prompts(shape):
             prompt = prompts_of(build_scene("cpu", slot_of=(0, 0), **shape), (0,), (2,), 0.5)
             soft_cap = 30.0 * (shape is not SHAPES[0][0])
-            attend(prompt, squeezed_prompts, True, workspace_for(prompt), no_library, soft_cap)
+            prompt.apply(squeezed_prompts, True, workspace_for(prompt), no_library, soft_cap)
     print(dict(compiled))
 
 

@@ -1,7 +1,6 @@
 """Prompts whose tokens choose together, by tiles: the kernels against the oracle, with a library of torch."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +12,13 @@ from vllm_squeeze.kernels import prompts as kernels
 from vllm_squeeze.kernels.prompts import PromptTiles, PromptWorkspace, squeezed_prompts
 from vllm_squeeze.kernels.reference import attend_seen, squeezed_prompts_reference
 from vllm_squeeze.kernels.tables import PROMPT_SLOTS, SAMPLE, prompt_tile_tokens
+
+
+class PromptScene(Scene):
+    """A step with prompts, to the kernels of which nobody tells what attention over suffixes is."""
+
+    def operands(self) -> tuple:
+        return super().operands()[1:]
 
 
 class Library:
@@ -40,7 +46,7 @@ class Library:
         return lse
 
 
-def prompts_of(scene: Scene, slots: tuple[int, ...], counts: tuple[int, ...], kept_share: float) -> Scene:
+def prompts_of(scene: Scene, slots: tuple[int, ...], counts: tuple[int, ...], kept_share: float) -> PromptScene:
     """A step whose rows have these slots and numbers of tokens; those with a slot are prompts.
 
     Every second row has three tokens of earlier steps after its prefix. What follows that begins in its last page if that
@@ -78,10 +84,8 @@ def prompts_of(scene: Scene, slots: tuple[int, ...], counts: tuple[int, ...], ke
     prompts.fill(row_slot, integers(0, *ends), integers(*seq_lens), integers(*lens))
     scene.prefixes.kept_shares.fill_(kept_share)
     key_cache, value_cache = cache.split(head_size, -1)
-    return dataclasses.replace(
-        scene, queries=prompts, key_cache=key_cache, value_cache=value_cache, block_table=table.to(device),
-        suffix=suffixes, suffix_output=output,
-    )  # fmt: skip
+    paged = {"key_cache": key_cache, "value_cache": value_cache, "block_table": table.to(device)}
+    return PromptScene(**vars(scene) | paged | {"queries": prompts, "suffix": suffixes, "suffix_output": output})
 
 
 def workspace_for(scene: Scene) -> PromptWorkspace:
@@ -90,23 +94,15 @@ def workspace_for(scene: Scene) -> PromptWorkspace:
     return PromptWorkspace.allocate(scene.table, scene.group, *limits, scene.query.dtype)
 
 
-def attend(scene: Scene, op: Callable, *arguments: object) -> torch.Tensor:
-    """Calls the kernels or the reference with ``arguments`` after the scale; gives what was written over a step's output."""
-    output = scene.suffix_output.clone()
-    scene.prefixes.counters.zero_()
-    op(scene.query, output, *scene.operands()[1:], *arguments)
-    return output
-
-
 def check(scene: Scene, rest: bool = True, soft_cap: float = 0.0) -> torch.Tensor:
     """Fails if the kernels differ from the oracle, or, launched again, from themselves; returns what they made."""
-    expected = attend(scene, squeezed_prompts_reference, rest, soft_cap)
+    expected = scene.apply(squeezed_prompts_reference, rest, soft_cap)
     counters, workspace = scene.prefixes.counters.clone(), workspace_for(scene)
-    output = attend(scene, squeezed_prompts, rest, workspace, Library(scene, soft_cap), soft_cap)
+    output = scene.apply(squeezed_prompts, rest, workspace, Library(scene, soft_cap), soft_cap)
     check_close(output, expected)
     assert torch.equal(scene.prefixes.counters, counters)
     if ON_GPU:
-        again = attend(scene, squeezed_prompts, rest, workspace, Library(scene, soft_cap), soft_cap)
+        again = scene.apply(squeezed_prompts, rest, workspace, Library(scene, soft_cap), soft_cap)
         assert torch.equal(again, output)
     return output
 
@@ -236,9 +232,9 @@ def test_more_clusters_than_are_sampled(make_scene):
     """Every fourth tells where the choice ends; what is kept is about what was asked for."""
     scene = make_scene(num_kv_heads=1, group=1, sizes=((3,) * (4 * SAMPLE + 5),), slot_of=(0,) * 2, head_size=8)
     scene = prompts_of(scene, (0,), (2,), 0.25)
-    expected = attend(scene, squeezed_prompts_reference, True)
+    expected = scene.apply(squeezed_prompts_reference, True)
     # so many that rounding changes the choice
-    check_close(attend(scene, squeezed_prompts, True, workspace_for(scene), Library(scene)), expected, 1e-2)
+    check_close(scene.apply(squeezed_prompts, True, workspace_for(scene), Library(scene)), expected, 1e-2)
     _, loaded, pairs, kept = scene.prefixes.counters[0, :4].tolist()
     assert pairs == 2 and kept == 2 * loaded
     assert loaded == pytest.approx(0.25 * 3 * (4 * SAMPLE + 5), rel=0.1)
@@ -252,7 +248,7 @@ def test_more_tiles_than_are_handled_at_once(make_scene, monkeypatch: pytest.Mon
     scene = prompts_of(scene, (0, 0), (30, 7), 0.3)
     check(scene)
     library = Library(scene)
-    attend(scene, squeezed_prompts, True, workspace_for(scene), library)
+    scene.apply(squeezed_prompts, True, workspace_for(scene), library)
     assert [len(lengths) for lengths in library.lengths] == lists
 
 
@@ -260,7 +256,7 @@ def test_lists_that_there_is_no_room_for(make_scene):
     scene = prompts_of(make_scene(num_kv_heads=1), (0,), (2,), 0.3)
     longer = dataclasses.replace(scene, queries=scene.queries.of([2], 10**6))
     with pytest.raises(AssertionError, match="lists of 1000032 keys"):
-        attend(longer, squeezed_prompts, True, workspace_for(scene), Library(scene))
+        longer.apply(squeezed_prompts, True, workspace_for(scene), Library(scene))
 
 
 def test_a_step_knows_nothing_of_the_one_before(make_scene):
