@@ -244,6 +244,7 @@ def test_prompts_that_choose_together_are_squeezed_where_that_is_faster(model, n
 
 # with the rest dropped, and with value centroids
 PROMPTS_US = {
+    (2**15, 2048, 0.1): (610, 864),
     (2**17, 256, 0.1): (306, 453),
     (2**17, 256, 0.3): (509, 680),
     (2**17, 512, 0.1): (434, 583),

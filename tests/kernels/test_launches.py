@@ -42,4 +42,4 @@ def test_an_interpreted_kernel_is_launched_as_ever():
 
 def test_alignment():
     numbers = torch.zeros(64, dtype=torch.int16)
-    assert alignment(numbers, numbers[1:], numbers[8:]) == (True, False, True)
+    assert alignment(numbers, numbers[1:], numbers[4:], numbers[8:]) == (True, False, False, True)
