@@ -1,5 +1,6 @@
 """Real vLLM engines, in this process, with tiny random models; prompts are token ids."""
 
+import functools
 import gc
 import os
 
@@ -15,6 +16,26 @@ from typing import Any
 import pytest
 
 from tests.engine.tiny_models import VOCABULARY, make_model
+
+# vLLM freezes what lives when an engine has started, thaws it at its end, and collects garbage again and again on the way,
+# which takes half a second each time among all that has been imported. Here what was there before an engine stays frozen.
+freeze = gc.freeze
+gc.freeze = gc.unfreeze = lambda: None
+
+
+@functools.cache
+def register_overrides() -> None:
+    """Has vLLM look for kernels to override in all modules once, and not whenever an engine starts."""
+    from vllm.platforms import current_platform
+
+    current_platform.register_triton_kernel_overrides()
+    current_platform.register_triton_kernel_overrides = lambda: None
+
+
+def before_an_engine() -> None:
+    """Makes starts and ends of engines in this process quick."""
+    register_overrides()
+    freeze()
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +71,7 @@ def indexes(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
             tokens.write_text(str(list(ids)))
             chosen = None if exact else IndexParameters(**parameters)
             arguments = {**ENGINE_ARGS, "kv_cache_dtype": kv_cache_dtype}
-            gc.freeze()
+            before_an_engine()
             made[known] = index(str(model), None, tokens, None, folder / "store", chosen, arguments, measured=False)
         return made[known]
 
@@ -78,7 +99,7 @@ ENGINE_ARGS = {
     "gpu_memory_utilization": 0.1,
     # Room for all tokens of any test. On the CPU vLLM would else zero a tenth of the machine's memory at each start; on
     # a GPU measure the memory, which others may use at the same time.
-    "kv_cache_memory_bytes": 2**28,
+    "kv_cache_memory_bytes": 2**26,
 }
 
 
@@ -97,8 +118,7 @@ def engine(model: Path, index: Any = None, budget: float = 1.0, squeeze: Any = N
             "squeeze": {"index": index, "budget": budget, "prefill": "squeezed", **(squeeze or {})}
         }
     settings = {"enforce_eager": True, "max_model_len": 1024, "skip_tokenizer_init": True, "disable_log_stats": False}
-    # vLLM collects garbage again and again at its start, which takes seconds among all that has been imported
-    gc.freeze()
+    before_an_engine()
     llm = LLM(str(model), **{**ENGINE_ARGS, **settings, **arguments})
     try:
         yield llm

@@ -35,7 +35,8 @@ def test_the_built_in_rule_in_torch_is_what_is_served(sweep, budget):
     assert served["kl"] > 100 * NOTHING
     assert ours["bytes"] == pytest.approx(served["bytes"], abs=1e-6)
     for theirs, mine in zip(served["kl_of_questions"], ours["kl_of_questions"], strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-5, abs=NOTHING)
+        # sums in float32, which each processor makes in another order
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=NOTHING)
 
 
 def test_arms_meet_their_budget_and_the_oracle_is_ahead(sweep):
