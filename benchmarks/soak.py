@@ -13,6 +13,7 @@ was another.
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 import tempfile
@@ -169,11 +170,11 @@ class Soak:
         self.largest_lead = 0.0
         self._running: dict[str, int] = {}
 
-    def run(self, seconds: float) -> None:
-        """Takes steps for so long, and then until all requests have ended."""
+    def run(self, seconds: float, answers: float) -> None:
+        """Takes steps for so long, or until there are so many answers in all, and then until all requests have ended."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end or self._running:
-            if time.monotonic() < end:
+        while (goes_on := time.monotonic() < end and self.counts["answered"] < answers) or self._running:
+            if goes_on:
                 self._disturb()
             for result in self.engine.step():
                 number = self._running.pop(result.request_id, None) if result.finished else None
@@ -246,11 +247,12 @@ def soak(arguments: argparse.Namespace) -> dict[str, Any]:
         )
         few = arguments.steps_per_event, random, arguments.at_once, arguments.aborted
         run = Soak(llm, store, prompts, answers, arguments.tie, *few)
-        run.run(arguments.seconds / 10)
-        at_start, run_start = resident_mib(), time.monotonic()
-        run.run(arguments.seconds)
+        run_start = time.monotonic()
+        run.run(arguments.seconds / 10, arguments.answers / 10)
+        at_start = resident_mib()
+        run.run(arguments.seconds, arguments.answers)
         result = {
-            "seconds": round(time.monotonic() - run_start + arguments.seconds / 10, 1),
+            "seconds": round(time.monotonic() - run_start, 1),
             **run.counts,
             **{f"indexes {event}": count for event, count in store.events.items()},
             **run.metrics(),
@@ -270,6 +272,7 @@ def main() -> int:
     parser.add_argument("--model", required=True)
     parser.add_argument("--indexes", type=Path, required=True, help="folder of indexes of this model")
     parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--answers", type=float, default=math.inf, help="end sooner when there are so many")
     parser.add_argument("--tokens", type=int, default=24, help="of each answer")
     parser.add_argument(
         "--tie", type=float, default=0.0, help="nats: where the best tokens are this close, any will do"

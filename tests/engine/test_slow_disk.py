@@ -10,7 +10,7 @@ from tests.engine.test_live_indexes import LOADING, publish, states, until
 from vllm_squeeze.prefix_index import index_folder
 
 CONTRACT, MANUAL = (tokens(seed, count=600) for seed in (1, 2))
-SECONDS = 3.0
+SECONDS = 1.5
 NUM_LAYERS = 3
 
 

@@ -1,4 +1,4 @@
-"""Two minutes of ``benchmarks/soak.py``, which is there for hours: random requests while indexes come and go."""
+"""Some minutes at most of ``benchmarks/soak.py``, which is there for hours: random requests while indexes come and go."""
 
 import shutil
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ def test_no_answer_is_wrong_while_indexes_come_and_go(models, indexes, tmp_path)
         index = indexes(model, tokens(seed, count=600), exact=exact.get(seed, False))
         shutil.copytree(index, tmp_path / index.name)
     arguments = SimpleNamespace(
-        model=str(model), indexes=tmp_path, seconds=110.0, tokens=8, tie=0.0, steps_per_event=12, seed=0,
+        model=str(model), indexes=tmp_path, seconds=110.0, answers=2000, tokens=8, tie=0.0, steps_per_event=12, seed=0,
         mode="squeezed", prefill="dense", aborted=0.1, at_once=10, room=3, memory_limit_gib=0.0002, engine_args=ENGINE_ARGS,
     )  # fmt: skip
     happened = soak(arguments)
