@@ -9,15 +9,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    from types import SimpleNamespace
+    from tests.quick_interpreter import make_quick
 
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    # All of Triton's language is patched when a kernel starts, so functions need not do that whenever they are called.
-    patched, patch = SimpleNamespace(__globals__={"tl": tl, "core": tl.core}), interpreter._patch_lang
-    interpreter._patch_lang = lambda kernel: patch(patched)
-    interpreter.InterpretedFunction.__call__ = lambda function, *args, **kwargs: function.rewrite()(*args, **kwargs)
+    make_quick()
 
 
 def pytest_collection_modifyitems(items):
