@@ -56,7 +56,7 @@ def _remember_shapes() -> None:
     made: dict[tuple[int, ...], tuple[Any, tl.constexpr]] = {}
 
     def remembered(tensor: tl.tensor, handle: Any, type: tl.dtype) -> None:
-        shape = type.shape if type.is_block() else ()
+        shape = tuple(type.shape.values) if type.is_block() else ()  # as numbers, which are quick to compare
         if shape not in made:
             made[shape] = tl.core.tuple([tl.constexpr(size) for size in shape]), tl.constexpr(math.prod(shape))
         tensor.handle, tensor.type, tensor.dtype = handle, type, type.scalar
