@@ -4,12 +4,14 @@
         --batches 1 2 3 4 6 8 12 16 24 32 64 128 256 --out kernels.json
     python benchmarks/kernels.py --arms stock exact shared drop squeezed --prefixes 3 12 48 192 \\
         --batches 1 5 10 20 48 100 --out between.json
-    python benchmarks/policy.py kernels.json --check between.json
+    python benchmarks/prompts.py --prefixes 8 16 32 64 128 256 --tokens 128 256 512 1024 --out prompts.json
+    python benchmarks/policy.py kernels.json --check between.json --prompts prompts.json
 
 The first file becomes the GPU's entry in ``vllm_squeeze/attention_backend/measured_times.json``. For every case in it,
 and in those of --check, the arm that the policy picks is compared with what was measured there. "left out" is the same
 for a case of the first file without its own times. The exit code is 1 if a pick takes 3% longer than the fastest of
-stock, exact and shared; cases left out do not count, as what was measured is then twice as sparse as what is served.
+stock, exact and shared; cases left out do not count, as what was measured is then twice as sparse as what is served. The
+same of prompts whose tokens choose together, which are squeezed or stock.
 
 Long questions are served by vLLM's attention where that is faster. Its speed there is measured by this command, on the
 GPU; --tflops says it where there is none.
@@ -25,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vllm_squeeze.attention_backend.policy import MEASURED_TIMES, Arm, CostModel, Work
+from vllm_squeeze.attention_backend.policy import MEASURED_TIMES, Arm, CostModel, Shape, Work
 
 ARMS = {"stock": "stock", "exact": "exact", "shared": "shared", "drop": "drop", "squeezed": "value_centroids"}
 """Of ``benchmarks/kernels.py``, and what they are called among the times."""
@@ -99,6 +101,26 @@ def picks(model: CostModel, machine: dict[str, Any], cases: Cases) -> Iterator[s
             yield f"{line}   {errors}{' SLOW' if slower > MOST_SLOWER else ''}"
 
 
+def prompt_picks(model: CostModel, path: Path) -> Iterator[str]:
+    """The same of each case that ``benchmarks/prompts.py --out`` wrote into a file."""
+    content = json.loads(path.read_text())
+    machine, stock = content["machine"], 0.0
+    shape = Shape(machine["kv_heads"], machine["group"], machine["head_size"], model.shape.element_size)
+    for row in content["rows"]:
+        if row["arm"] == "stock":
+            stock = row["us"]
+        elif "us" in row:
+            step, rest = (shape, row["prefix"] * 1024, Work.of([row["tokens"]])), ARMS[row["arm"]]
+            times = {Arm.STOCK: stock, Arm.SQUEEZED: row["us"]}
+            squeezed = model.prompt_us(*step, row["kept"], machine["centroids"], rest)
+            us = {Arm.STOCK: model.stock_us(*step), Arm.SQUEEZED: squeezed}
+            pick = min(us, key=us.__getitem__)
+            slower, behind = (times[pick] / best - 1 for best in (stock, min(times.values())))
+            errors = f"{us[Arm.SQUEEZED] / row['us'] - 1:+6.1%} {us[Arm.STOCK] / stock - 1:+6.1%}"
+            line = f"{row['prefix']:>6}K {row['tokens']:>6} {row['kept']:>4} {rest:15} {pick.value:8}"
+            yield f"{line} {slower:+7.1%} {behind:+7.1%}   {errors}{' SLOW' if slower > MOST_SLOWER else ''}"
+
+
 def left_out(entry: dict[str, Any], machine: dict[str, Any], cases: Cases) -> Iterator[str]:
     """The same for each case between others of its prefix, without its own times."""
     for prefix, rows in sorted(cases):
@@ -146,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kernels", type=Path, help="JSON that benchmarks/kernels.py wrote")
     parser.add_argument("--check", type=Path, nargs="+", default=[], help="the same, of other prefixes and batches")
+    parser.add_argument("--prompts", type=Path, help="JSON that benchmarks/prompts.py wrote, to be checked")
     parser.add_argument("--tflops", type=float, help="of vLLM's attention in a long question's prefill")
     parser.add_argument(
         "--step-us",
@@ -168,6 +191,13 @@ def main() -> None:
     print("\n".join(lines))
     if between := list(left_out(entry, machine, cases)):
         print("left out", *between, sep="\n")
+    if arguments.prompts:
+        print(
+            f"{'prefix':>7} {'tokens':>6} {'kept':>4} {'rest':15} {'pick':8} {'slower than':>15}   error of the time of"
+        )
+        print(f"{'':35} {'':8} {'stock':>7} {'best':>7}   {Arm.SQUEEZED.value:>6.6} {Arm.STOCK.value:>6}")
+        lines += (of_prompts := list(prompt_picks(model, arguments.prompts)))
+        print("\n".join(of_prompts))
     slow = sum(line.endswith("SLOW") for line in lines)
     print(f"{slow} of {len(lines)} picks take over {MOST_SLOWER:.0%} longer than the fastest that is exact")
     sys.exit(slow > 0)

@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.kernels import TOLERANCE, Layer, Shape, make_layer
+from benchmarks.kernels import KEYS_PER_CENTROID, TOLERANCE, Layer, Shape, make_layer
 
 REPEATS = 5
 
@@ -162,6 +162,9 @@ def main() -> None:
 
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "date": str(date.today())}
     print(", ".join(machine.values()))
+    machine |= dict(
+        zip(("kv_heads", "group"), arguments.heads), head_size=arguments.head_size, centroids=1 / KEYS_PER_CENTROID
+    )
     print(f"{'prefix':>7} {'tokens':>6} {'kept':>5} {'arm':9} {'us':>8} {'x stock':>8} {'really':>7}")
     rows = []
     for prefix in arguments.prefixes:

@@ -423,6 +423,27 @@ def test_the_command_fails_where_picks_are_too_slow(exit_code, capsys):
     assert sum(line.endswith("SLOW") for line in capsys.readouterr().out.splitlines()) > 3
 
 
+def test_the_command_checks_prompts(exit_code, capsys):
+    """A long question over 128K is reckoned to be faster squeezed, a short one is not; the case that failed is left out."""
+    machine = {"gpu": "Imaginary 9000", "kv_heads": 8, "group": 4, "head_size": 128, "centroids": 0.05}
+
+    def rows(tokens: int, stock: float, squeezed: float) -> list[dict]:
+        case = {"prefix": 128, "tokens": tokens, "kept": 0.1}
+        failed = {"arm": "drop", "error": "wrong"}
+        return [case | arm for arm in ({"arm": "stock", "us": stock}, failed, {"arm": "squeezed", "us": squeezed})]
+
+    def picked(*prompts: dict) -> tuple[int, list[str]]:
+        files = {"grid": measurements(), "prompts": {"machine": machine, "rows": list(prompts)}}
+        code = exit_code("--prompts", "prompts.json", **files)
+        return code, [line for line in capsys.readouterr().out.splitlines() if line.startswith("   128K")]
+
+    code, lines = picked(*rows(2048, 7000, 3500), *rows(32, 100, 400))
+    assert code == 0 and ["squeezed", "-50.0%", "+0.0%"] == lines[0].split()[4:7]
+    assert ["stock", "+0.0%", "+0.0%"] == lines[1].split()[4:7] and len(lines) == 2
+    code, lines = picked(*rows(2048, 7000, 7300))
+    assert code == 1 and lines[0].endswith("SLOW") and ["squeezed", "+4.3%", "+4.3%"] == lines[0].split()[4:7]
+
+
 def test_the_command_refuses_what_nothing_can_be_interpolated_between(exit_code, tmp_path):
     grid = measurements()
     grid["rows"] = [row for row in grid["rows"] if row["prefix"] == 8]
