@@ -1,6 +1,13 @@
 """Choices that have to be made before anything imports torch or Triton."""
 
 import os
+from pathlib import Path
+
+import tests.every_process.sitecustomize  # noqa: F401
+
+# where Python looks for sitecustomize as a process starts
+folders = str(Path(__file__).parent / "every_process"), os.environ.get("PYTHONPATH")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
