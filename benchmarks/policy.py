@@ -10,8 +10,8 @@
 The first file becomes the GPU's entry in ``vllm_squeeze/attention_backend/measured_times.json``. For every case in it,
 and in those of --check, the arm that the policy picks is compared with what was measured there. "left out" is the same
 for a case of the first file without its own times. The exit code is 1 if a pick takes 3% longer than the fastest of
-stock, exact and shared; cases left out do not count, as what was measured is then twice as sparse as what is served. The
-same of prompts whose tokens choose together, which are squeezed or stock.
+stock, exact and shared; cases left out do not count, as what was measured is then twice as sparse as what is served.
+The same of prompts whose tokens choose together, which are squeezed or stock.
 
 Long questions are served by vLLM's attention where that is faster. Its speed there is measured by this command, on the
 GPU; --tflops says it where there is none.
@@ -102,9 +102,15 @@ def picks(model: CostModel, machine: dict[str, Any], cases: Cases) -> Iterator[s
 
 
 def prompt_picks(model: CostModel, path: Path) -> Iterator[str]:
-    """The same of each case that ``benchmarks/prompts.py --out`` wrote into a file."""
+    """The same of each case that ``benchmarks/prompts.py --out`` wrote into a file.
+
+    Raises:
+        SystemExit: it says nothing of the layer's shape.
+    """
     content = json.loads(path.read_text())
     machine, stock = content["machine"], 0.0
+    if missing := {"kv_heads", "group", "head_size", "centroids"} - machine.keys():
+        sys.exit(f"{path}: no {', '.join(sorted(missing))} of the machine, as benchmarks/prompts.py has written since")
     shape = Shape(machine["kv_heads"], machine["group"], machine["head_size"], model.shape.element_size)
     for row in content["rows"]:
         if row["arm"] == "stock":

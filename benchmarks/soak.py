@@ -171,7 +171,7 @@ class Soak:
         self._running: dict[str, int] = {}
 
     def run(self, seconds: float, answers: float) -> None:
-        """Takes steps for so long, or until there are so many answers in all, and then until all requests have ended."""
+        """Takes steps for so long, or until there are so many answers in all; then until all requests have ended."""
         end = time.monotonic() + seconds
         while (goes_on := time.monotonic() < end and self.counts["answered"] < answers) or self._running:
             if goes_on:

@@ -18,7 +18,7 @@ def make_quick() -> None:
 
 
 def _patch_once() -> None:
-    """All of Triton's language is patched when a kernel starts, so functions need not do that whenever they are called."""
+    """All of Triton's language is patched when a kernel starts, so functions need not do that at every call."""
     patched, patch = SimpleNamespace(__globals__={"tl": tl, "core": tl.core}), interpreter._patch_lang
     interpreter._patch_lang = lambda kernel: patch(patched)
     interpreter.InterpretedFunction.__call__ = lambda function, *args, **kwargs: function.rewrite()(*args, **kwargs)

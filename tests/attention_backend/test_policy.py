@@ -424,7 +424,7 @@ def test_the_command_fails_where_picks_are_too_slow(exit_code, capsys):
 
 
 def test_the_command_checks_prompts(exit_code, capsys):
-    """A long question over 128K is reckoned to be faster squeezed, a short one is not; the case that failed is left out."""
+    """A long question over 128K is reckoned to be faster squeezed, a short one not; a case that failed is left out."""
     machine = {"gpu": "Imaginary 9000", "kv_heads": 8, "group": 4, "head_size": 128, "centroids": 0.05}
 
     def rows(tokens: int, stock: float, squeezed: float) -> list[dict]:
@@ -440,6 +440,9 @@ def test_the_command_checks_prompts(exit_code, capsys):
     code, lines = picked(*rows(2048, 7000, 3500), *rows(32, 100, 400))
     assert code == 0 and ["squeezed", "-50.0%", "+0.0%"] == lines[0].split()[4:7]
     assert ["stock", "+0.0%", "+0.0%"] == lines[1].split()[4:7] and len(lines) == 2
+    del machine["group"]
+    assert "prompts.json: no group of the machine" in picked()[0]
+    machine["group"] = 4
     code, lines = picked(*rows(2048, 7000, 7300))
     assert code == 1 and lines[0].endswith("SLOW") and ["squeezed", "+4.3%", "+4.3%"] == lines[0].split()[4:7]
 

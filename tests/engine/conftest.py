@@ -17,8 +17,9 @@ import pytest
 
 from tests.engine.tiny_models import VOCABULARY, make_model
 
-# vLLM freezes what lives when an engine has started, thaws it at its end, and collects garbage again and again on the way,
-# which takes half a second each time among all that has been imported. Here what was there before an engine stays frozen.
+# vLLM freezes what lives when an engine has started, thaws it at its end, and collects garbage again and again on the
+# way, which takes half a second each time among all that has been imported. Here what was there before an engine stays
+# frozen.
 freeze = gc.freeze
 gc.freeze = gc.unfreeze = lambda: None
 

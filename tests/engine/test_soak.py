@@ -1,4 +1,4 @@
-"""Some minutes at most of ``benchmarks/soak.py``, which is there for hours: random requests while indexes come and go."""
+"""Two minutes at most of ``benchmarks/soak.py``, which may run for hours: random requests while indexes come and go."""
 
 import shutil
 from types import SimpleNamespace
@@ -21,6 +21,6 @@ def test_no_answer_is_wrong_while_indexes_come_and_go(models, indexes, tmp_path)
         mode="squeezed", prefill="dense", aborted=0.1, at_once=10, room=3, memory_limit_gib=0.0002, engine_args=ENGINE_ARGS,
     )  # fmt: skip
     happened = soak(arguments)
-    assert happened["wrong answers"] == 0 and happened["answered"] > 200
+    assert happened["wrong answers"] == 0 and 2100 > happened["answered"] > 200
     assert happened["rows squeezed"] > 0 and happened["indexes added"] > 10 and happened["squeeze index loads"] > 10
     assert happened["requests"] == happened["answered"] + happened["aborted"]
