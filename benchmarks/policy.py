@@ -79,8 +79,24 @@ def entry_of(machine: dict[str, Any], cases: Cases, tflops: float, step_us: floa
     }
 
 
+def verdict(us: dict[Arm, float], times: dict[Arm, float], never: frozenset[Arm] = frozenset()) -> str:
+    """The end of a case's line, which ends in "SLOW" where the pick is too slow.
+
+    Args:
+        us: what the policy goes by.
+        times: what was measured.
+        never: arms that cannot be picked.
+    """
+    errors = " ".join(f"{us[arm] / times[arm] - 1:+6.1%}" for arm in Arm if arm in us)
+    allowed = [arm for arm in us if arm not in never]
+    pick = min(allowed, key=us.__getitem__)
+    slower = times[pick] / min(times[arm] for arm in allowed if arm is not Arm.SQUEEZED) - 1
+    behind = times[pick] / min(times[arm] for arm in allowed) - 1
+    return f"{pick.value:8} {slower:+7.1%} {behind:+7.1%}   {errors}{' SLOW' if slower > MOST_SLOWER else ''}"
+
+
 def picks(model: CostModel, machine: dict[str, Any], cases: Cases) -> Iterator[str]:
-    """A line on each case and way to treat the rest, which ends in "SLOW" where the pick is too slow."""
+    """A line on each case and way to treat the rest."""
     for (prefix, rows), measured in sorted(cases.items()):
         step = model.shape, prefix, Work(rows, 0, rows)
         for rest in ("drop", "value_centroids"):
@@ -91,14 +107,8 @@ def picks(model: CostModel, machine: dict[str, Any], cases: Cases) -> Iterator[s
                 Arm.SQUEEZED: model.squeezed_us(*step, machine["kept"], machine["centroids"], rest),
             }
             times = {arm: measured[rest if arm is Arm.SQUEEZED else arm.value] for arm in Arm}
-            errors = " ".join(f"{us[arm] / times[arm] - 1:+6.1%}" for arm in Arm)
-            if rows <= model.shape.tile_tokens:
-                del us[Arm.SHARED], times[Arm.SHARED]
-            pick = min(us, key=us.__getitem__)
-            slower = times[pick] / min(time for arm, time in times.items() if arm is not Arm.SQUEEZED) - 1
-            behind = times[pick] / min(times.values()) - 1
-            line = f"{prefix:>7} {rows:>4} {rest:15} {pick.value:8} {slower:+7.1%} {behind:+7.1%}"
-            yield f"{line}   {errors}{' SLOW' if slower > MOST_SLOWER else ''}"
+            never = frozenset({Arm.SHARED} if rows <= model.shape.tile_tokens else ())
+            yield f"{prefix:>7} {rows:>4} {rest:15} {verdict(us, times, never)}"
 
 
 def prompt_picks(model: CostModel, path: Path) -> Iterator[str]:
@@ -108,23 +118,17 @@ def prompt_picks(model: CostModel, path: Path) -> Iterator[str]:
         SystemExit: it says nothing of the layer's shape.
     """
     content = json.loads(path.read_text())
-    machine, stock = content["machine"], 0.0
+    machine = content["machine"]
     if missing := {"kv_heads", "group", "head_size", "centroids"} - machine.keys():
         sys.exit(f"{path}: no {', '.join(sorted(missing))} of the machine, as benchmarks/prompts.py has written since")
     shape = Shape(machine["kv_heads"], machine["group"], machine["head_size"], model.shape.element_size)
     for row in content["rows"]:
-        if row["arm"] == "stock":
-            stock = row["us"]
-        elif "us" in row:
+        if "over_stock" in row:
             step, rest = (shape, row["prefix"] * 1024, Work.of([row["tokens"]])), ARMS[row["arm"]]
-            times = {Arm.STOCK: stock, Arm.SQUEEZED: row["us"]}
             squeezed = model.prompt_us(*step, row["kept"], machine["centroids"], rest)
             us = {Arm.STOCK: model.stock_us(*step), Arm.SQUEEZED: squeezed}
-            pick = min(us, key=us.__getitem__)
-            slower, behind = (times[pick] / best - 1 for best in (stock, min(times.values())))
-            errors = f"{us[Arm.SQUEEZED] / row['us'] - 1:+6.1%} {us[Arm.STOCK] / stock - 1:+6.1%}"
-            line = f"{row['prefix']:>6}K {row['tokens']:>6} {row['kept']:>4} {rest:15} {pick.value:8}"
-            yield f"{line} {slower:+7.1%} {behind:+7.1%}   {errors}{' SLOW' if slower > MOST_SLOWER else ''}"
+            times = {Arm.STOCK: row["us"] * row["over_stock"], Arm.SQUEEZED: row["us"]}
+            yield f"{row['prefix']:>6}K {row['tokens']:>6} {row['kept']:>4} {rest:15} {verdict(us, times)}"
 
 
 def left_out(entry: dict[str, Any], machine: dict[str, Any], cases: Cases) -> Iterator[str]:

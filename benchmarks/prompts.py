@@ -162,9 +162,8 @@ def main() -> None:
 
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "date": str(date.today())}
     print(", ".join(machine.values()))
-    machine |= dict(
-        zip(("kv_heads", "group"), arguments.heads), head_size=arguments.head_size, centroids=1 / KEYS_PER_CENTROID
-    )
+    machine |= {"kv_heads": arguments.heads[0], "group": arguments.heads[1], "head_size": arguments.head_size}
+    machine |= {"centroids": 1 / KEYS_PER_CENTROID}
     print(f"{'prefix':>7} {'tokens':>6} {'kept':>5} {'arm':9} {'us':>8} {'x stock':>8} {'really':>7}")
     rows = []
     for prefix in arguments.prefixes:

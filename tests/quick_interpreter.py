@@ -1,4 +1,4 @@
-"""Triton's interpreter in half of its time, most of which goes into saying anew of what type each value is."""
+"""Triton's interpreter, quicker: much of its time goes into saying anew of what type each value is."""
 
 import math
 from types import SimpleNamespace

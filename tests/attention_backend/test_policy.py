@@ -365,7 +365,7 @@ def test_a_gpu_without_times_gets_those_of_another_and_a_warning(monkeypatch, vl
     assert arm_of(unknown, *step) is arm_of(known, *step) is Arm.SQUEEZED
 
 
-def measurements(slow_stock: float = 1.0) -> dict:
+def measurements(slow_stock: float = 1.0, shared: int = 12) -> dict:
     """What ``benchmarks/kernels.py`` might have written of a GPU whose times are in proportion to bytes."""
     rows = []
     for prefix in (8, 32):
@@ -373,7 +373,7 @@ def measurements(slow_stock: float = 1.0) -> dict:
             us = {
                 "stock": prefix * batch * slow_stock,
                 "exact": 10 + prefix,
-                "shared": 12 + prefix,
+                "shared": shared + prefix,
                 "drop": 15 + prefix,
                 "squeezed": 20 + prefix,
             }
@@ -423,14 +423,22 @@ def test_the_command_fails_where_picks_are_too_slow(exit_code, capsys):
     assert sum(line.endswith("SLOW") for line in capsys.readouterr().out.splitlines()) > 3
 
 
+def test_the_command_shares_no_prefix_that_one_tile_has_room_for(exit_code, capsys):
+    """Up to 16 tokens of 4 query heads, however fast it were."""
+    exit_code(grid=measurements(shared=1))
+    picked = [line.split()[3] for line in capsys.readouterr().out.splitlines() if line.endswith("%")]
+    assert len(picked) > 12 and "shared" not in picked and "exact" in picked
+
+
 def test_the_command_checks_prompts(exit_code, capsys):
     """A long question over 128K is reckoned to be faster squeezed, a short one not; a case that failed is left out."""
     machine = {"gpu": "Imaginary 9000", "kv_heads": 8, "group": 4, "head_size": 128, "centroids": 0.05}
 
     def rows(tokens: int, stock: float, squeezed: float) -> list[dict]:
         case = {"prefix": 128, "tokens": tokens, "kept": 0.1}
-        failed = {"arm": "drop", "error": "wrong"}
-        return [case | arm for arm in ({"arm": "stock", "us": stock}, failed, {"arm": "squeezed", "us": squeezed})]
+        failed, timed = {"arm": "drop", "error": "wrong"}, {"arm": "squeezed", "us": squeezed}
+        timed["over_stock"] = stock / squeezed
+        return [case | arm for arm in ({"arm": "stock", "us": stock}, failed, timed)]
 
     def picked(*prompts: dict) -> tuple[int, list[str]]:
         files = {"grid": measurements(), "prompts": {"machine": machine, "rows": list(prompts)}}
