@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch.nn import functional
 
-from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, bytes_of_clusters, bytes_of_frame
+from vllm_squeeze.prefix_index.budget import BYTES_HELD_OF_MEMBER, bytes_of_clusters, bytes_of_prefix
 from vllm_squeeze.prefix_index.clustering import cluster_keys
 from vllm_squeeze.prefix_index.indexing import ComputedLayer, index_layers
 from vllm_squeeze.prefix_index.manifest import IndexParameters
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 peak = max(peak, torch.cuda.max_memory_allocated() - held)
             num_clusters = max(num_clusters, indexed.tensors["sizes"].shape[1])
         of_index = bytes_of_clusters(num_clusters, arguments.head_size, rest=True)
-        of_index += bytes_of_frame(arguments.head_size) + num_tokens * BYTES_PER_MEMBER
+        of_index += bytes_of_prefix(arguments.head_size) + num_tokens * BYTES_HELD_OF_MEMBER
         line = {
             "tokens": num_tokens,
             "seconds": seconds,

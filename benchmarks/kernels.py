@@ -15,6 +15,7 @@ in steps with other rows.
     shared     FlashAttention over the prefix for all rows, whose queries ours put together, and over the suffixes
     drop       ours, squeezed, the clusters that were not chosen dropped
     squeezed   ours, squeezed, with value centroids for them
+    clusters   the same where clusters are chosen whole; and clusters_drop, where the others are dropped
     look_up    of "drop", only what says which keys are needed, after all of it was checked
 """
 
@@ -30,14 +31,20 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-ARMS = ("stock", "cascade", "xformers", "exact", "shared", "drop", "squeezed", "look_up")
-OURS = ("exact", "drop", "squeezed", "look_up")
+ARMS = ("stock", "cascade", "xformers", "exact", "shared", "drop", "squeezed", "clusters_drop", "clusters", "look_up")
+WITH_REST = ("squeezed", "clusters")
+SQUEEZED = ("drop", "clusters_drop", *WITH_REST)
+OURS = ("exact", "look_up", *SQUEEZED)
 NUM_SINKS = 16
 KEYS_PER_CENTROID = 20
 # Standard deviation of the clusters' sizes over their mean: what K-means makes of the demo's text.
 SIZE_SPREAD = 0.46
 TOLERANCE = 1e-2
 REPLAYS = 20
+RESIDUAL_SPREAD = 0.027
+"""Of directions: so that four times as many keys are looked at as a tenth of them, which is about what models have."""
+SAMPLED_KEYS = 1 << 14
+"""Keys that say what threshold chooses a share of them."""
 
 
 class Shape(NamedTuple):
@@ -70,19 +77,32 @@ class Layer(NamedTuple):
     queries: Any
 
 
-def make_layer(shape: Shape, kept: float, likeness: float, beside: bool) -> Layer:
-    """Random clusters and queries, and a threshold by which about ``kept`` of the clusters are chosen.
+def make_layer(shape: Shape, kept: float, likeness: float, beside: bool, rule: str = "keys") -> Layer:
+    """Random clusters and queries, and a threshold by which about ``kept`` of the keys are chosen.
 
     Args:
         shape: of the layer.
         beside: whether FlashAttention attends to the suffixes, which are then not listed.
-        kept: share of the clusters that a row chooses.
+        kept: share of the keys that a row chooses.
         likeness: correlation of the rows' queries, by which their choices overlap. 0: they choose independently.
+        rule: by which keys are chosen.
     """
     import torch
 
-    from vllm_squeeze.kernels.reference import joined, log_mass, scores_of
-    from vllm_squeeze.kernels.tables import ClusterTable, Prefixes, frame_of, group_means, packed, packed_keys
+    from vllm_squeeze.kernels.reference import joined, log_mass, residual_scores, scores_of
+    from vllm_squeeze.kernels.tables import (
+        LEAST_PACKED,
+        MARGIN,
+        NUM_DIRECTIONS,
+        RULES,
+        ClusterTable,
+        Prefixes,
+        frame_of,
+        group_means,
+        packed,
+        packed_keys,
+        words_of,
+    )
 
     heads, group, size, page = shape.kv_heads, shape.group, shape.head_size, shape.page_size
     device, dtype = "cuda", torch.bfloat16
@@ -112,16 +132,32 @@ def make_layer(shape: Shape, kept: float, likeness: float, beside: bool) -> Laye
         sizes=sizes,
         log_sizes=sizes.log(),
         members=torch.stack([torch.randperm(num_members, device=device) for _ in range(heads)]).int() + NUM_SINKS,
+        residuals=torch.stack(
+            [
+                words_of(torch.randint(LEAST_PACKED, -LEAST_PACKED, (num_members, NUM_DIRECTIONS), device=device))
+                for _ in range(heads)
+            ]
+        ),
         **dict(zip(("group_centroids", "group_scales", "group_sizes"), group_means(means[0], sizes, frame))),
         frames=frame[:, None],
+        directions=RESIDUAL_SPREAD * torch.randn(heads, 1, NUM_DIRECTIONS, size, device=device),
     )
     common, own = torch.randn(2, shape.batch, heads * group, size, device=device)
     query = (common[:1] * likeness**0.5 + own * (1 - likeness) ** 0.5).to(dtype)
     some = query[:4].float().view(-1, heads, group, size)
     scores, groups = (scores_of(some, keys, size**-0.5) for keys in (table.mean_keys(), table.group_keys()))
-    log_p = joined(scores - log_mass(groups, table.group_sizes), "max")
+    scores -= log_mass(groups, table.group_sizes)
+    # of so many keys at equal distances
+    sampled = torch.arange(0, num_members, -(-num_members // SAMPLED_KEYS), device=device)
+    cluster = torch.searchsorted(starts, sampled.int().expand(heads, -1).contiguous(), right=True) - 1
+    of_keys = cluster.expand(len(some), -1, -1)
+    residual = residual_scores(some, table.directions[:, 0], table.residuals[:, sampled], size**-0.5)
+    log_p = joined(scores.gather(3, of_keys[:, :, None].expand(-1, -1, group, -1)) + residual, "keys")
+    log_p = torch.minimum(log_p, joined(scores, "keys").gather(2, of_keys) + MARGIN)
+    if rule == "clusters":
+        log_p = joined(scores, rule)
     prefixes = Prefixes(
-        slots=torch.tensor([[0, num_centroids, NUM_SINKS, 0]], dtype=torch.int32, device=device),
+        slots=torch.tensor([[0, num_centroids, NUM_SINKS, RULES.index(rule)]], dtype=torch.int32, device=device),
         lens=torch.tensor([shape.prefix], dtype=torch.int32, device=device),
         frames=torch.zeros(1, dtype=torch.int32, device=device),
         log_threshold=threshold(log_p, kept).view(1),
@@ -317,7 +353,7 @@ class Attention:
         lse, done = (self._suffix_beside(layer), self.done) if self.beside else (None, None)
         operands = (layer.key_cache, layer.value_cache, layer.block_table, layer.queries, layer.table, layer.prefixes)
         squeezed_attention(
-            layer.query, layer.output, lse, *operands, self.scale, self.arm == "squeezed", self.workspace,
+            layer.query, layer.output, lse, *operands, self.scale, self.arm in WITH_REST, self.workspace,
             suffix_done=done,
         )  # fmt: skip
 
@@ -352,7 +388,7 @@ class Attention:
         queries = tile(self.shape, layer.block_table, prefixes, rows, True)
         squeezed_attention_reference(
             query, output, torch.stack(lse, 1), layer.key_cache, layer.value_cache, layer.block_table, queries,
-            layer.table, prefixes, self.scale, self.arm == "squeezed",
+            layer.table, prefixes, self.scale, self.arm in WITH_REST,
         )  # fmt: skip
         return output
 
@@ -386,12 +422,13 @@ def run_case(arm: str, shape: Shape, kept: float, likeness: float, beside: bool)
     import torch
 
     torch.manual_seed(shape.prefix + shape.batch)
-    share = min(1.0, 1.2 * kept * shape.batch**0.5) if arm in ("drop", "squeezed") else 1.0
+    share = min(1.0, 1.2 * kept * shape.batch**0.5) if arm in SQUEEZED else 1.0
     if arm == "look_up":
         share = 1.25 / KEYS_PER_CENTROID / 8  # in 4 bits, and keys alone
     most = 128 if arm == "look_up" else 16
     count = round(max(3, min(most, 250e6 / (shape.prefix * shape.kv_bytes * share))))
-    layers = [make_layer(shape, kept, likeness, beside) for _ in range(count)]
+    rule = "clusters" if arm.startswith("clusters") else "keys"
+    layers = [make_layer(shape, kept, likeness, beside, rule) for _ in range(count)]
     if arm == "exact":
         layers = [exact(layer, shape, beside) for layer in layers]
     attention = Attention(arm, shape, layers[0], beside)
@@ -410,7 +447,7 @@ def run_case(arm: str, shape: Shape, kept: float, likeness: float, beside: bool)
         result |= {"kept": chosen / pairs / shape.prefix, "union": loaded / look_ups / shape.prefix}
         held = layers[0].table
         centroids = (
-            held.centroids.nbytes + held.group_centroids.nbytes + (arm == "squeezed") * held.value_centroids.nbytes
+            held.centroids.nbytes + held.group_centroids.nbytes + (arm in WITH_REST) * held.value_centroids.nbytes
         )
         tiles = look_ups / pairs * shape.batch
         if arm == "look_up":

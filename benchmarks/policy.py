@@ -1,8 +1,8 @@
 """Makes the times by which a server chooses between squeezed, exact and stock attention, and says how good choices are.
 
-    python benchmarks/kernels.py --arms stock exact shared drop squeezed --prefixes 1 2 4 8 16 32 64 128 256 512 \\
+    python benchmarks/kernels.py --arms stock exact shared drop squeezed clusters_drop clusters --prefixes 1 2 4 8 16 32 64 128 256 512 \\
         --batches 1 2 3 4 6 8 12 16 24 32 64 128 256 --out kernels.json
-    python benchmarks/kernels.py --arms stock exact shared drop squeezed --prefixes 3 12 48 192 \\
+    python benchmarks/kernels.py --arms stock exact shared drop squeezed clusters_drop clusters --prefixes 3 12 48 192 \\
         --batches 1 5 10 20 48 100 --out between.json
     python benchmarks/prompts.py --prefixes 8 16 32 64 128 256 --tokens 128 256 512 1024 --out prompts.json
     python benchmarks/policy.py kernels.json --check between.json --prompts prompts.json
@@ -22,14 +22,18 @@ import json
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vllm_squeeze.attention_backend.policy import MEASURED_TIMES, Arm, CostModel, Shape, Work
+from vllm_squeeze.attention_backend.policy import MEASURED_TIMES, Arm, CostModel, Shape, Work, squeezed_times
 
-ARMS = {"stock": "stock", "exact": "exact", "shared": "shared", "drop": "drop", "squeezed": "value_centroids"}
+RESTS = {"drop": "drop", "squeezed": "value_centroids"}
+"""What becomes of clusters that were not chosen, in arms of both benchmarks."""
+ARMS = {arm: arm for arm in ("stock", "exact", "shared", "clusters_drop")} | RESTS
+ARMS |= {"clusters": "clusters_value_centroids"}
 """Of ``benchmarks/kernels.py``, and what they are called among the times."""
 MOST_SLOWER = 0.03
 QUESTION = 512
@@ -99,16 +103,17 @@ def picks(model: CostModel, machine: dict[str, Any], cases: Cases) -> Iterator[s
     """A line on each case and way to treat the rest."""
     for (prefix, rows), measured in sorted(cases.items()):
         step = model.shape, prefix, Work(rows, 0, rows)
-        for rest in ("drop", "value_centroids"):
+        for by_key, rest in product((True, False), RESTS.values()):
+            name = squeezed_times(rest, by_key)
             us = {
                 Arm.STOCK: model.stock_us(*step),
                 Arm.EXACT: model.exact_us(*step),
                 Arm.SHARED: model.shared_us(*step),
-                Arm.SQUEEZED: model.squeezed_us(*step, machine["kept"], machine["centroids"], rest),
+                Arm.SQUEEZED: model.squeezed_us(*step, machine["kept"], machine["centroids"], rest, by_key),
             }
-            times = {arm: measured[rest if arm is Arm.SQUEEZED else arm.value] for arm in Arm}
+            times = {arm: measured[name if arm is Arm.SQUEEZED else arm.value] for arm in Arm}
             never = frozenset({Arm.SHARED} if rows <= model.shape.tile_tokens else ())
-            yield f"{prefix:>7} {rows:>4} {rest:15} {verdict(us, times, never)}"
+            yield f"{prefix:>7} {rows:>4} {name:24} {verdict(us, times, never)}"
 
 
 def prompt_picks(model: CostModel, path: Path) -> Iterator[str]:
@@ -124,7 +129,7 @@ def prompt_picks(model: CostModel, path: Path) -> Iterator[str]:
     shape = Shape(machine["kv_heads"], machine["group"], machine["head_size"], model.shape.element_size)
     for row in content["rows"]:
         if "over_stock" in row:
-            step, rest = (shape, row["prefix"] * 1024, Work.of([row["tokens"]])), ARMS[row["arm"]]
+            step, rest = (shape, row["prefix"] * 1024, Work.of([row["tokens"]])), RESTS[row["arm"]]
             squeezed = model.prompt_us(*step, row["kept"], machine["centroids"], rest)
             us = {Arm.STOCK: model.stock_us(*step), Arm.SQUEEZED: squeezed}
             times = {Arm.STOCK: row["us"] * row["over_stock"], Arm.SQUEEZED: row["us"]}
@@ -195,8 +200,8 @@ def main() -> None:
 
     model = CostModel.of(entry)
     print(f"{machine['gpu']}: wrote {len(cases)} cases into {arguments.out}")
-    print(f"{'prefix':>7} {'rows':>4} {'rest':15} {'pick':8} {'slower than':>15}   error of the time of")
-    print(f"{'':7} {'':4} {'':15} {'':8} {'exact':>7} {'best':>7}   {' '.join(f'{arm.value:>6.6}' for arm in Arm)}")
+    print(f"{'prefix':>7} {'rows':>4} {'squeezed':24} {'pick':8} {'slower than':>15}   error of the time of")
+    print(f"{'':7} {'':4} {'':24} {'':8} {'exact':>7} {'best':>7}   {' '.join(f'{arm.value:>6.6}' for arm in Arm)}")
     lines = [line for at, of in [(machine, cases), *map(read, arguments.check)] for line in picks(model, at, of)]
     print("\n".join(lines))
     if between := list(left_out(entry, machine, cases)):

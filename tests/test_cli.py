@@ -105,7 +105,7 @@ def test_questions_that_are_none(capsys, model, tmp_path):
         (["--num-sinks", "-1"], "num_sinks is -1"),
         (["--observation-window", "0"], "observation_window is 0"),
         (["--seed", "-1"], "seed is -1"),
-        (["--rule", "median"], "rule is 'median', must be one of error, paper"),
+        (["--rule", "median"], "rule is 'median', must be one of keys, clusters, paper"),
     ],
     ids=lambda value: "".join(value) if isinstance(value, list) else None,
 )
@@ -122,7 +122,7 @@ def test_parameters_out_of_range(capsys, model, tmp_path, flags, message):
         ["--num-sinks", "16"],
         ["--observation-window", "100"],
         ["--seed", "0"],
-        ["--rule", "error"],
+        ["--rule", "clusters"],
         ["--extend", "old"],
     ],
     ids=lambda f: f[0],

@@ -126,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     index.add_argument("--num-sinks", type=int, help="first tokens, always attended to (default 16)")
     index.add_argument("--observation-window", type=int, help="last tokens, always attended to as well (default 100)")
     index.add_argument("--seed", type=int, help="of the clustering (default 0)")
-    index.add_argument("--rule", help="by which clusters are chosen: error, the default, or paper")
+    index.add_argument("--rule", help="by which keys are chosen: keys, the default, clusters, or paper")
     add_engine_args(index)
 
     inspect = commands.add_parser("inspect", help="show and verify indexes; needs neither a GPU nor vLLM")

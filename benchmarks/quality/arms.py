@@ -42,7 +42,6 @@ class Reads:
         self,
         layer: str,
         attention: Attention,
-        units: Units,
         suffix_lse: torch.Tensor,
         generator: torch.Generator,
     ) -> None:
@@ -53,12 +52,11 @@ class Reads:
         self.queries[layer] = self.queries.get(layer, 0) + recall.numel()
         self.kept[layer] = self.kept.get(layer, 0) + kept.sum()
         self.pairs[layer] = self.pairs.get(layer, 0) + kept.numel()
-        (tokens, heads), count = kept.shape, len(kept) * NOTED_RANKS
+        count = len(kept) * NOTED_RANKS
         token, head, key = (
-            torch.randint(size, (count,), generator=generator, device=kept.device)
-            for size in (tokens, heads, units.of_key.shape[1])
+            torch.randint(size, (count,), generator=generator, device=kept.device) for size in attention.ranks.shape
         )
-        self.ranks.append(attention.ranks[token, head, units.of_key[head, key]])
+        self.ranks.append(attention.ranks[token, head, key])
 
     def kept_shares(self) -> list[float]:
         """The share of the keys that was chosen in each layer."""
@@ -71,7 +69,7 @@ class Reads:
     def bytes(self) -> tuple[float, float]:
         """Bytes that all query tokens read, each alone, and those that dense attention would read."""
         pairs, kept = sum(self.pairs.values()), sum(map(float, self.kept.values()))
-        return pairs * self.cost.fixed_bytes + kept * self.cost.bytes_per_key, pairs * self.cost.dense_bytes
+        return pairs * self.cost.fixed_bytes + self.cost.keys.read_bytes(kept, pairs), pairs * self.cost.dense_bytes
 
     def budget_used(self) -> float:
         """Bytes read over those that dense attention would read, every query token alone."""
@@ -164,7 +162,7 @@ class TorchLayer:
     ) -> torch.Tensor:
         """Joins attention over the prefix to that over what follows it, [R, H, G, D] float32 each."""
         attention = attend(self._arm, query.float(), prefix, units, self._threshold, self._share, self._lots)
-        self._reads.note(self._name, attention, units, suffix_lse, self._lots)
+        self._reads.note(self._name, attention, suffix_lse, self._lots)
         return merge(suffix_output, suffix_lse, attention.output, attention.lse)
 
 

@@ -4,15 +4,19 @@ All choose among units of keys: clusters, pages, or keys alone. A rule gives eac
 KV head; units whose rank exceeds one threshold, the same for all tokens, heads and layers, are attended to exactly.
 Top-k and top-p are such rules too: their ranks are minus the keys, or the mass, that come before a unit.
 
-    ours      clusters by predicted attention probability, raised for the spread of their keys, times their weight in
-              the index; the others contribute through their mean value
-    paper     the same without raise and weights, with query heads joined by their mean, and nothing of the others
+    ours      keys by predicted attention probability, as their residuals tell, times the weight of their cluster; of
+              clusters that fall short of the threshold by no more than MARGIN, by that of their mean key, raised for
+              the spread of their keys. Other keys of these clusters contribute nothing, other clusters through their
+              mean value
+    paper     whole clusters by that of their mean key, without raise and weights, with query heads joined by their
+              mean, and nothing of the others
     oracle    single keys by true attention probability, as many for each token and head
     pages     pages of 16 keys by an upper bound from their least and largest key elements (Quest), as many for each
-    random    clusters drawn by lot; all else as in ours
+    random    whole clusters drawn by lot; all else as in ours
 
-Options follow a plus: ``ours+mean+drop``.
+Options follow a plus: ``ours+mean+drop``. With mean, topk, topp, variance, wide and tile clusters are chosen whole too.
 
+    whole              clusters with all of their keys, if they exceed the threshold themselves
     mean, max          how query heads of a KV head are joined
     drop               nothing of what is not chosen
     threshold          what exceeds a predicted probability
@@ -35,13 +39,29 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vllm_squeeze.kernels.reference import capped, joined, log_mass, raises, scores_of, softmax_weighted
-from vllm_squeeze.kernels.tables import MOST_RAISE, MOST_REST_RAISE, ClusterTable, group_means, unpacked_keys
+from vllm_squeeze.kernels.reference import (
+    capped,
+    joined,
+    log_mass,
+    raises,
+    residual_scores,
+    scores_of,
+    softmax_weighted,
+)
+from vllm_squeeze.kernels.tables import (
+    MARGIN,
+    MOST_RAISE,
+    MOST_REST_RAISE,
+    ClusterTable,
+    group_means,
+    unpacked_keys,
+)
 from vllm_squeeze.kernels.tiles import tokens_per_tile
 from vllm_squeeze.prefix_index.budget import (
     BYTES_PER_MEMBER,
     BYTES_PER_VARIANCE,
     BYTES_PER_WEIGHT,
+    KeyCost,
     ReadCost,
     bytes_of_groups,
     packed_bytes,
@@ -65,6 +85,18 @@ class Arm:
     wide: bool = False
     tile: bool = False
     each: bool = False
+    whole: bool = False
+
+    @property
+    def by_key(self) -> bool:
+        """Whether keys of clusters are chosen for themselves; none with centroids that residuals do not belong to."""
+        of_each = self.units == "clusters" and self.choice == "threshold" and self.join == "max"
+        return of_each and self.spread != "variance" and not (self.lot or self.tile or self.wide or self.whole)
+
+    @property
+    def rule(self) -> str:
+        """The server's that says how query heads are joined, and whether keys are chosen for themselves."""
+        return "paper" if self.join == "mean" else "keys" if self.by_key else "clusters"
 
     @property
     def grouped(self) -> bool:
@@ -92,6 +124,7 @@ OPTIONS = {
     "wide": {"wide": True},
     "tile": {"tile": True},
     "each": {"each": True},
+    "whole": {"whole": True},
 }
 
 
@@ -134,18 +167,18 @@ class Cost:
     Attributes:
         dense_bytes: of a dense pass.
         fixed_bytes: whatever is chosen.
-        bytes_per_key: of each chosen key.
+        keys: what chosen ones cost.
         num_keys: that there are to choose from.
     """
 
     dense_bytes: int
     fixed_bytes: int
-    bytes_per_key: int
+    keys: KeyCost
     num_keys: int
 
     def budget_used(self, share: float) -> float:
         """The budget that reading a share of the keys comes to."""
-        return (self.fixed_bytes + share * self.num_keys * self.bytes_per_key) / self.dense_bytes
+        return (self.fixed_bytes + self.keys.read_bytes(share * self.num_keys)) / self.dense_bytes
 
     def share(self, budget: float) -> float:
         """The share of the keys to choose for a budget; all for a budget of 1, although that reads more than all keys.
@@ -155,27 +188,28 @@ class Cost:
         """
         if budget >= 1:
             return 1.0
-        share = (budget * self.dense_bytes - self.fixed_bytes) / (self.num_keys * self.bytes_per_key)
-        if share < 0:
+        spare_bytes = budget * self.dense_bytes - self.fixed_bytes
+        if spare_bytes < 0:
             raise ValueError(f"budget: {budget} is less than the {self.budget_used(0):.3f} that is read in any case")
-        return min(share, 1.0)
+        return min(self.keys.most_keys(spare_bytes) / self.num_keys, 1.0)
 
 
 def cost_of(arm: Arm, cost: ReadCost) -> Cost:
     """What an arm reads, from what the server's own rule reads. Keys alone and pages need no list of members."""
+    cost = replace(cost, rest=arm.rest, by_key=arm.by_key)
     if arm.units == "clusters":
         more = -BYTES_PER_WEIGHT * arm.plain - BYTES_PER_VARIANCE * (not arm.spread)
         if arm.wide:
             more += (1 + arm.rest) * (2 * cost.head_size - packed_bytes(cost.head_size))
-        fixed, per_key = replace(cost, rest=arm.rest).fixed_bytes + cost.num_centroids * more, cost.bytes_per_key
+        fixed, keys = cost.fixed_bytes + cost.num_centroids * more, cost.keys
         if not arm.grouped:
             fixed -= bytes_of_groups(cost.num_centroids, cost.head_size)
     else:
         fixed = replace(cost, num_centroids=0).fixed_bytes
-        per_key = cost.bytes_per_key - BYTES_PER_MEMBER
+        keys = replace(cost.keys, per_key=cost.keys.per_key - BYTES_PER_MEMBER)
         if arm.units == "pages":
             fixed += -(-cost.num_clustered // PAGE) * 2 * cost.head_size * cost.element_size
-    return Cost(cost.dense_bytes, fixed, per_key, cost.num_clustered)
+    return Cost(cost.dense_bytes, fixed, keys, cost.num_clustered)
 
 
 @dataclass(frozen=True)
@@ -209,7 +243,11 @@ class Units:
         values: [H, U, D] float32, its mean value; None where what is not chosen contributes nothing.
         variances: [H, U] float32, as in ``ClusterTable``; None where the arm needs none.
         log_weights: [H, U] float32, log of what probabilities are multiplied by; None for 1.
-        groups, group_sizes: mean keys and numbers of keys of groups of clusters, as in ``ClusterTable``.
+        groups: [H, groups, D] float32, mean keys of groups of clusters, and
+        group_sizes: [H, groups], keys of each.
+        residuals: [H, K, NUM_DIRECTIONS / 8] int32, of each key, and
+        directions: [H, NUM_DIRECTIONS, D] float32, as in ``ClusterTable``; None where keys are not chosen for
+            themselves.
     """
 
     of_key: torch.Tensor
@@ -221,6 +259,8 @@ class Units:
     log_weights: torch.Tensor | None = None
     groups: torch.Tensor | None = None
     group_sizes: torch.Tensor | None = None
+    residuals: torch.Tensor | None = None
+    directions: torch.Tensor | None = None
 
 
 def units_of(arm: Arm, prefix: Prefix) -> Units:
@@ -229,7 +269,8 @@ def units_of(arm: Arm, prefix: Prefix) -> Units:
     heads, count, size = keys.shape
     if arm.units == "clusters":
         table = prefix.table
-        of_key, sizes = cluster_of_key(table)[:, prefix.num_always : prefix.num_always + count], table.sizes.float()
+        clustered = slice(prefix.num_always, prefix.num_always + count)
+        of_key, sizes = at_positions(table, cluster_of_member(table))[:, clustered], table.sizes.float()
         index = of_key[..., None].expand(-1, -1, size)
 
         def mean(of_keys: torch.Tensor) -> torch.Tensor:
@@ -238,14 +279,17 @@ def units_of(arm: Arm, prefix: Prefix) -> Units:
 
         if arm.wide:
             centroids, means = (mean(vectors).bfloat16().float() for vectors in (keys, values))
+            frame = table.frames[:, 0]
+            *packed_groups, group_sizes = group_means(centroids, table.sizes, frame)
+            groups = unpacked_keys(*packed_groups, frame), group_sizes
         else:
             centroids, means = table.mean_keys(), table.mean_values()
+            groups = table.group_keys(), table.group_sizes
         variances = table.variances if arm.spread else None
         log_weights = None if arm.plain else table.log_weights
-        frame = table.frames[:, 0]
-        *groups, group_sizes = group_means(centroids, table.sizes, frame)
         of_units = centroids, centroids, means if arm.rest else None, variances, log_weights
-        return Units(of_key, sizes, *of_units, unpacked_keys(*groups, frame), group_sizes)
+        beside = (at_positions(table, table.residuals)[:, clustered], table.directions[:, 0]) if arm.by_key else ()
+        return Units(of_key, sizes, *of_units, *groups, *beside)
     of_key = torch.arange(count, device=keys.device).expand(heads, -1)
     if arm.units == "keys":
         return Units(of_key, torch.ones_like(keys[..., 0]), keys, keys, values if arm.rest else None)
@@ -259,15 +303,19 @@ def units_of(arm: Arm, prefix: Prefix) -> Units:
     return Units(of_key, sizes, low, high, means if arm.rest else None)
 
 
-def cluster_of_key(table: ClusterTable) -> torch.Tensor:
-    """The cluster of the token at each position of a prefix, [H, positions] int64; any where it has none."""
+def cluster_of_member(table: ClusterTable) -> torch.Tensor:
+    """The cluster of each member, [H, M] int64; any of one that has none."""
     heads, num_members = table.members.shape
     place = torch.arange(num_members, device=table.members.device, dtype=torch.int32).expand(heads, -1).contiguous()
-    cluster = torch.searchsorted(table.starts.contiguous(), place, right=True) - 1
+    return torch.searchsorted(table.starts.contiguous(), place, right=True) - 1
+
+
+def at_positions(table: ClusterTable, of_members: torch.Tensor) -> torch.Tensor:
+    """What members [H, M, ...] have, at their positions in the prefix, [H, positions, ...]; 0 where there are none."""
     positions = table.members.long()
-    return torch.zeros(heads, int(positions.max()) + 1, dtype=torch.int64, device=place.device).scatter_(
-        1, positions, cluster
-    )
+    found = of_members.new_zeros(len(positions), int(positions.max()) + 1, *of_members.shape[2:])
+    found[torch.arange(len(positions), device=positions.device)[:, None], positions] = of_members
+    return found
 
 
 def unit_scores(query: torch.Tensor, units: Units, prefix: Prefix) -> torch.Tensor:
@@ -306,11 +354,8 @@ def rank(
         raised = raises(query, units.variances, prefix.scale, math.inf if arm.spread == "variance" else MOST_RAISE)
     if arm.spread == "variance":
         scores, raised = scores + raised, 0.0
-    if arm.grouped:
-        mass = log_mass(scores_of(query, units.groups, prefix.scale, prefix.soft_cap), units.group_sizes)
-    else:
-        mass = log_mass(scores, units.sizes)
-    log_p = joined((scores - mass + raised).masked_fill((units.sizes == 0)[:, None], -torch.inf), arm.join)
+    mass = mass_of(arm, query, scores, units, prefix)
+    log_p = joined((scores - mass + raised).masked_fill((units.sizes == 0)[:, None], -torch.inf), arm.rule)
     if units.log_weights is not None:
         log_p = log_p + units.log_weights[None]
     if arm.tile:
@@ -327,6 +372,22 @@ def rank(
         ranks = ranks.masked_fill(keys_before < FLOOR * wanted, torch.inf)
         ranks = ranks.masked_fill(keys_before >= CAP * wanted, -torch.inf)
     return torch.empty_like(ranks).scatter_(-1, order, ranks)
+
+
+def mass_of(arm: Arm, query: torch.Tensor, scores: torch.Tensor, units: Units, prefix: Prefix) -> torch.Tensor:
+    """Log of what all units attract, [R, H, G, 1], of ``scores`` [R, H, G, U] or of groups of clusters."""
+    if arm.grouped:
+        return log_mass(scores_of(query, units.groups, prefix.scale, prefix.soft_cap), units.group_sizes)
+    return log_mass(scores, units.sizes)
+
+
+def rank_of_keys(arm: Arm, query: torch.Tensor, scores: torch.Tensor, units: Units, prefix: Prefix) -> torch.Tensor:
+    """The rank that each key has for itself, [R, H, K], where keys of clusters do; else as ``rank``."""
+    log_p = scores - mass_of(arm, query, scores, units, prefix)
+    log_p = log_p.gather(-1, units.of_key[:, None].expand(len(query), -1, query.shape[2], -1))
+    log_p += residual_scores(query, units.directions, units.residuals, prefix.scale)
+    ranks = joined(log_p, arm.rule)
+    return ranks if units.log_weights is None else ranks + units.log_weights.gather(1, units.of_key)
 
 
 def before(amounts: torch.Tensor) -> torch.Tensor:
@@ -348,7 +409,7 @@ class Attention:
         lse: [R, H, G], its log-sum-exp.
         kept: [R, H], keys chosen.
         exact_lse, whole_lse: [R, H, G], log-sum-exp over the keys that are attended to exactly, and over all.
-        ranks: [R, H, U], of the units.
+        ranks: [R, H, K], of the keys: the thresholds up to which they are chosen.
     """
 
     output: torch.Tensor
@@ -380,10 +441,16 @@ def attend(
         generator: of lots.
     """
     scores = unit_scores(query, units, prefix)
-    ranks = rank(arm, query, scores, units, prefix, share, generator)
-    chosen = ranks > threshold if threshold > -math.inf else torch.ones_like(ranks, dtype=torch.bool)
-    of_key = units.of_key.expand(len(query), -1, -1)
-    keys_chosen = chosen.gather(-1, of_key)
+    of_units = rank(arm, query, scores, units, prefix, share, generator)
+    if arm.by_key:
+        of_units = of_units + MARGIN
+    ranks = of_units.gather(-1, units.of_key.expand(len(query), -1, -1))
+    if arm.by_key:
+        ranks = torch.minimum(ranks, rank_of_keys(arm, query, scores, units, prefix))
+    chosen, keys_chosen = (
+        found > threshold if threshold > -math.inf else torch.ones_like(found, dtype=torch.bool)
+        for found in (of_units, ranks)
+    )
     attended = torch.nn.functional.pad(keys_chosen, (prefix.num_always, 0), value=True)
 
     logits = capped(torch.einsum("rhgd,htd->rhgt", query, prefix.keys) * prefix.scale, prefix.soft_cap)

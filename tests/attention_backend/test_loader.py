@@ -4,13 +4,14 @@ import dataclasses
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.attention_backend.world import OPTIONS
-from tests.prefix_index.small_index import HEAD_SIZE, LAYER_NAMES, NUM_HEADS, write_index
+from tests.prefix_index.small_index import HEAD_SIZE, LAYER_NAMES, NUM_HEADS, NUM_MEMBERS, write_index
 from vllm_squeeze.attention_backend.loader import Loader
 from vllm_squeeze.attention_backend.orders import Drop, Load, LoadReport
 from vllm_squeeze.attention_backend.placement import Admission, place
@@ -63,6 +64,26 @@ def test_an_index_is_loaded_and_dropped(residency, order):
     assert loader.take_report() is None
     loader.follow(Drop(0))
     assert residency.active == {} and not residency.prefixes.slots.any()
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+def test_what_is_loaded_lies_in_its_place(residency, order, slot):
+    """Of each layer, not that of another, and nothing else is written."""
+    index, span = PrefixIndex.open(Path(order.folder)), order.span._replace(slot=slot, first_member=9)
+    tables = [residency._tables[name] for name in LAYER_NAMES]
+    for table in tables:
+        table.residuals.fill_(-1), table.directions.fill_(torch.nan)
+    loader = Loader(residency)
+    loader.follow(order._replace(span=span))
+    assert report(loader).loaded == {1: 1}
+    for number, table in enumerate(tables):
+        clusters, there = index.layer(number), slice(9, 9 + NUM_MEMBERS)
+        assert torch.equal(table.members[:, there], clusters.members)
+        assert torch.equal(table.residuals[:, there], clusters.residuals)
+        assert (table.residuals[:, :9] == -1).all() and (table.residuals[:, 9 + NUM_MEMBERS :] == -1).all()
+        assert torch.equal(table.directions[:, slot], clusters.directions)
+        assert table.directions[:, 1 - slot].isnan().all()
+        assert torch.equal(table.frames[:, slot], clusters.frame)
 
 
 def test_what_was_dropped_before_it_was_loaded_is_never_attended_to(residency, order):

@@ -292,7 +292,7 @@ def test_a_request_that_asks_to_be_dense(dense_prefill):
         ),
         (
             {"budget": 0.1},
-            "kv_transfer_params.squeeze.budget: 0.1 is less than the 0.258 that centroids and always attended tokens "
+            "kv_transfer_params.squeeze.budget: 0.1 is less than the 0.338 that centroids and always attended tokens "
             "read alone",
         ),
     ],

@@ -29,10 +29,12 @@ from vllm_squeeze.attention_backend.policy import (
     Work,
     always_squeezed,
     arms_of,
+    beyond_small_tiles,
     measured_times,
     union,
     weight_bytes,
 )
+from vllm_squeeze.kernels.tables import RULES
 
 COMMAND = Path(__file__).parents[2] / "benchmarks" / "policy.py"
 LLAMA = Shape(kv_heads=8, group=4, head_size=128, element_size=2)
@@ -55,10 +57,15 @@ def arm_of(choose, placement, work: Work) -> Arm:
     return arm
 
 
-def placed(num_tokens: int, exact: bool = False, kept: float = 0.1, centroids: float = 0.05) -> SimpleNamespace:
+def placed(
+    num_tokens: int, exact: bool = False, kept: float = 0.1, centroids: float = 0.05, by_key: bool = True
+) -> SimpleNamespace:
     """What the policy reads of a placement."""
     cost = SimpleNamespace(
-        kept_share=lambda budget: kept, num_centroids=round(centroids * num_tokens), num_tokens=num_tokens
+        kept_share=lambda budget: kept,
+        num_centroids=round(centroids * num_tokens),
+        num_tokens=num_tokens,
+        by_key=by_key,
     )
     return SimpleNamespace(covered=num_tokens, exact=exact, budget=0.125, cost=cost)
 
@@ -83,6 +90,15 @@ def test_rows_of_a_tile_take_as_long_as_those_measured():
     for rows in (1, 2, 6, 15, 40):
         assert times.us(100, rows) == pytest.approx(by_rows.us(100, rows))
     assert by_rows.us(100, 11) > 91
+
+
+def test_one_row_too_many_for_a_small_tile_takes_as_long_as_those_measured_in_a_large_one():
+    shape = Shape(kv_heads=8, group=4, head_size=128, element_size=2)
+    assert beyond_small_tiles({"1024": {"1": 10.0, "4": 20.0, "6": 40.0, "16": 50.0}}, shape) == {
+        "1024": {"1": 10.0, "4": 20.0, "5": 40.0, "6": 40.0, "16": 50.0}
+    }
+    measured = {"1024": {"1": 10.0, "5": 30.0, "6": 40.0}, "2048": {"1": 10.0, "4": 20.0}}
+    assert beyond_small_tiles(measured, shape) == measured
 
 
 @MODELS
@@ -130,6 +146,20 @@ def sharing(stock: float, exact: float, shared: float, squeezed: float, **settin
     times = (flat(us) for us in (stock, exact))
     model = CostModel(LLAMA, 0.1, 0.05, 1e9, 0, *times, {"drop": flat(squeezed)}, flat(shared))
     return Policy(model, LLAMA, 32, "drop", LARGE, **settings)
+
+
+@pytest.mark.parametrize("rest", ["drop", "value_centroids"])
+def test_clusters_that_are_chosen_whole_have_times_of_their_own(rest: str):
+    """Faster ones: of eight rows, those that choose among keys attend to all of them instead."""
+    policy = Policy(CostModel.of(measured_times()["NVIDIA H200"]), LLAMA, 32, rest, LARGE)
+    assert arm_of(policy, placed(2**17, by_key=False), decoding(8)) is Arm.SQUEEZED
+    assert arm_of(policy, placed(2**17), decoding(8)) is Arm.EXACT
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_residuals_count_where_keys_are_chosen_for_themselves(rule: str):
+    placement = make_placement(0, 1000, {0: 16}, rule)
+    assert placement.rule == rule and placement.cost.by_key == (rule == "keys")
 
 
 def test_prefixes_are_shared_by_all_rows_of_ours_or_none():
@@ -376,6 +406,8 @@ def measurements(slow_stock: float = 1.0, shared: int = 12) -> dict:
                 "shared": shared + prefix,
                 "drop": 15 + prefix,
                 "squeezed": 20 + prefix,
+                "clusters_drop": 13 + prefix,
+                "clusters": 18 + prefix,
             }
             rows += [{"arm": arm, "prefix": prefix, "batch": batch, "us": value} for arm, value in us.items()]
     machine = {"gpu": "Imaginary 9000", "torch": "2", "date": "2026-01-02", "kv_heads": 8, "group": 4}
@@ -408,13 +440,14 @@ def test_the_command_adds_a_gpu(tmp_path):
     command = [sys.executable, *make_command(tmp_path, grid=measurements())]
     result = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "0 of 12 picks" in result.stdout and "left out" in result.stdout
+    assert "0 of 24 picks" in result.stdout and "left out" in result.stdout
     times = json.loads((tmp_path / "times.json").read_text())
     assert times.keys() == {"another", "Imaginary 9000"}
     model = CostModel.of(times["Imaginary 9000"])
     assert model.shape == LLAMA and model.kept == 0.1 and model.tflops == 500 and model.step_us == 20
     assert model.stock_us(LLAMA, 32768, decoding(16)) == pytest.approx(512)
     assert model.squeezed_us(LLAMA, 8192, decoding(1), 0.1, 0.05, "value_centroids") == pytest.approx(28)
+    assert model.squeezed_us(LLAMA, 8192, decoding(1), 0.1, 0.05, "drop", by_key=False) == pytest.approx(21)
 
 
 def test_the_command_fails_where_picks_are_too_slow(exit_code, capsys):

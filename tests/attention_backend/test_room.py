@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.attention_backend.world import OPTIONS
 from vllm_squeeze.attention_backend.room import MOST_CENTROIDS, VARIANT_SLOTS, WATCHED_SLOTS, Needs, Room
-from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, bytes_of_frame, bytes_of_groups, bytes_per_cluster
+from vllm_squeeze.prefix_index.budget import bytes_of_groups, bytes_of_prefix, bytes_per_cluster
 from vllm_squeeze.prefix_index.manifest import InvalidIndex
 
 ROOM = Room(num_slots=4, num_centroids=20, num_members=100, longest_prefix=90, most_centroids=15)
@@ -87,7 +87,7 @@ def test_a_watching_server_sets_all_of_its_limit_aside():
     options = SimpleNamespace(**{**vars(OPTIONS), "watch": 1.0, "memory_limit_gib": 2**-10})
     room = Room.of([], options, config)
     clusters = room.num_centroids * bytes_per_cluster(64, rest=True) + bytes_of_groups(room.num_centroids, 64)
-    taken = 3 * 2 * (clusters + room.num_members * BYTES_PER_MEMBER + WATCHED_SLOTS * bytes_of_frame(64))
+    taken = 3 * 2 * (clusters + room.num_members * (4 + 8) + WATCHED_SLOTS * bytes_of_prefix(64))
     assert 0.99 * 2**20 < taken <= 2**20
     assert (room.num_slots, room.longest_prefix) == (WATCHED_SLOTS, 1000)
     assert room.most_centroids == math.ceil(1000 * MOST_CENTROIDS)

@@ -19,7 +19,7 @@ from vllm_squeeze.attention_backend.matching import LiveBlock
 from vllm_squeeze.attention_backend.room import Room
 from vllm_squeeze.attention_backend.triton_attention import PackedRows, SqueezeTritonImpl
 from vllm_squeeze.kernels.reference import attend_causal
-from vllm_squeeze.kernels.tables import ClusterTable, Prefixes, packed
+from vllm_squeeze.kernels.tables import NUM_DIRECTIONS, ClusterTable, Prefixes, packed
 
 PAGE_SIZE, ROWS, WIDTH = 16, 6, 12
 
@@ -153,9 +153,10 @@ def test_a_layer_attends_to_the_prefix_and_to_what_follows_it(rows, monkeypatch,
         impl = SqueezeTritonImpl(2 * heads, size, 0.1, heads, None, None, "auto")
     nothing = packed(torch.zeros(heads, 0, size, device=device))
     numbers = torch.zeros(heads, 0, dtype=torch.int32, device=device)
-    facts = nothing[1], nothing[1], *[numbers] * 2, nothing[1], numbers
-    frames = torch.zeros(heads, 1, 2, size, device=device)
-    impl.table, impl.rows = ClusterTable(*nothing, *nothing, *facts, *nothing, numbers, frames), step
+    residuals = torch.zeros(heads, 0, NUM_DIRECTIONS // 8, dtype=torch.int32, device=device)
+    facts = nothing[1], nothing[1], *[numbers] * 2, nothing[1], numbers, residuals
+    frames, directions = (torch.zeros(heads, 1, count, size, device=device) for count in (2, NUM_DIRECTIONS))
+    impl.table, impl.rows = ClusterTable(*nothing, *nothing, *facts, *nothing, numbers, frames, directions), step
     impl.residency, impl.dtype = step._residency, torch.float16
     impl._workspace = impl.make_workspace()
     impl._packed = torch.full((2, 64, heads, size), torch.nan, dtype=torch.float16, device=device)

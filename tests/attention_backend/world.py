@@ -1,6 +1,7 @@
 """A scheduler and a KV cache in miniature, which hand out blocks by vLLM's rules, for tests of the row matching."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -25,17 +26,18 @@ OPTIONS = Options(
 )
 
 
-def make_placement(slot: int, num_tokens: int, block_sizes: dict[int, int]) -> Placement:
+def make_placement(slot: int, num_tokens: int, block_sizes: dict[int, int], rule: str = "keys") -> Placement:
     """Places a prefix of so many tokens, as a server would."""
     num_members = num_tokens - PARAMETERS.num_sinks - PARAMETERS.observation_window
     identity = make_identity()
-    vector = 4 * identity.head_size
-    num_bytes = identity.num_kv_heads * (2 * vector + 4 + 4 * num_members) + 100
+    of_cluster, of_prefix = identity.head_size + 20, 72 * identity.head_size
+    num_bytes = identity.num_kv_heads * (of_cluster + of_prefix + 12 * num_members) + 100
     manifest = make_manifest(
         make_tokens(),
         [LayerEntry("layer", num_centroids=1, num_bytes=num_bytes, digest="")],
         num_tokens=num_tokens,
         num_members=num_members,
+        parameters=replace(PARAMETERS, rule=rule),
     )
     placement = place(SimpleNamespace(manifest=manifest, folder=Path("index")), OPTIONS, block_sizes)
     placement.slot = slot

@@ -32,7 +32,7 @@ def test_share_of_the_device_counts_members_clusters_and_groups(monkeypatch, tmp
 
     indexing.main()
 
-    # 4 bytes for each member; for each of 5% of the tokens two vectors of 4 bits, their scales and five facts; for each
-    # four of these a vector, its scale and a size; and a frame
-    expected = (4 + 0.05 * (64 + 4 + 64 + 4 + 20 + (64 + 8) / 4) + 8 * 128 / 4096) / 512
+    # 12 bytes for each member; for each of 5% of the tokens two vectors of 4 bits, their scales and five facts; for each
+    # four of these a vector, its scale and a size; and a frame and directions
+    expected = (12 + 0.05 * (64 + 4 + 64 + 4 + 20 + (64 + 8) / 4) + (8 + 64) * 128 / 4096) / 512
     assert json.loads(out.read_text())["rows"][0]["device_share"] == pytest.approx(expected, rel=0.02)

@@ -8,8 +8,9 @@ import torch
 
 from benchmarks.quality.selection import Arm, Prefix, attend, cost_of, parse, rank, unit_scores, units_of
 from tests.prefix_index.small_index import COST
-from vllm_squeeze.kernels.reference import attend_prefix, capped
+from vllm_squeeze.kernels.reference import attend_prefix, capped, choose_clusters
 from vllm_squeeze.kernels.tables import (
+    MARGIN,
     MOST_RAISE,
     ClusterTable,
     frame_of,
@@ -18,7 +19,8 @@ from vllm_squeeze.kernels.tables import (
     packed_keys,
     unpacked_keys,
 )
-from vllm_squeeze.prefix_index.clustering import cluster_keys
+from vllm_squeeze.prefix_index.budget import KeyCost
+from vllm_squeeze.prefix_index.clustering import cluster_keys, logit_residuals
 from vllm_squeeze.prefix_index.manifest import IndexParameters
 
 HEADS, GROUP, SIZE, TOKENS, SINKS = 2, 3, 16, 272, 16
@@ -49,10 +51,12 @@ def prefix() -> Prefix:
     vectors = *packed_keys(empty[0], frame), *packed(empty[1])
     log_weights = torch.randn(sizes.shape, generator=generator)
     variances = torch.rand(sizes.shape, generator=generator) * 3
-    groups = group_means(unpacked_keys(*vectors[:2], frame), sizes, frame)
-    table = ClusterTable(
-        *vectors, log_weights, variances, starts, sizes, sizes.log(), found.members, *groups, frame[:, None]
-    )
+    as_read = unpacked_keys(*vectors[:2], frame)
+    along = torch.randn(HEADS, 5, GROUP, SIZE, generator=generator)
+    residuals, directions = logit_residuals(keys, found, as_read[:, :-1], along)
+    facts = log_weights, variances, starts, sizes, sizes.log(), found.members, residuals
+    groups = group_means(as_read, sizes, frame)
+    table = ClusterTable(*vectors, *facts, *groups, frame[:, None], directions[:, None])
     return Prefix(keys[:, :TOKENS], values[:, :TOKENS], table, SINKS, SIZE**-0.5)
 
 
@@ -61,18 +65,14 @@ def run(arm: str | Arm, query: torch.Tensor, prefix: Prefix, threshold: float, s
     return attend(arm, query, prefix, units_of(arm, prefix), threshold, share, torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("soft_cap", [0.0, 2.0])
-@pytest.mark.parametrize("name", ["ours", "ours+mean", "ours+drop", "paper"])
-def test_the_built_in_rules_are_those_of_the_oracle(query, prefix, name: str, soft_cap: float):
-    prefix, arm, threshold = replace(prefix, soft_cap=soft_cap), parse(name), -math.log(KEYS)
-    found = run(arm, query, prefix, threshold)
-    table = prefix.table
+def by_oracle(arm: Arm, query: torch.Tensor, prefix: Prefix, threshold: float, rule: str):
+    """What the server attends to, of an index that has no weights or no raises where the arm passes over these."""
+    table, heads = prefix.table, torch.arange(HEADS)[:, None]
     if arm.plain:
-        # an index of the paper's rule has no weights and raises; an arm of it is to pass over those of another
-        none = torch.zeros_like(table.log_weights)
-        table = replace(table, log_weights=none, variances=none)
-    heads = torch.arange(HEADS)[:, None]
-    output, lse, kept, _ = attend_prefix(
+        table = replace(table, log_weights=torch.zeros_like(table.log_weights))
+    if not arm.spread:
+        table = replace(table, variances=torch.zeros_like(table.variances))
+    return attend_prefix(
         query,
         table,
         lambda positions: (prefix.keys[heads, positions], prefix.values[heads, positions]),
@@ -80,13 +80,55 @@ def test_the_built_in_rules_are_those_of_the_oracle(query, prefix, name: str, so
         SINKS,
         prefix.scale,
         arm.rest,
-        soft_cap,
-        arm.join,
+        prefix.soft_cap,
+        rule,
     )
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 2.0])
+@pytest.mark.parametrize("name", ["ours", "ours+whole", "ours+mean", "ours+drop", "ours+plain", "ours+flat", "paper"])
+def test_the_built_in_rules_are_those_of_the_oracle(query, prefix, name: str, soft_cap: float):
+    prefix, arm, threshold = replace(prefix, soft_cap=soft_cap), parse(name), -math.log(KEYS)
+    found = run(arm, query, prefix, threshold)
+    output, lse, kept, _ = by_oracle(arm, query, prefix, threshold, arm.rule)
     assert 0 < kept.float().mean() < KEYS
-    assert torch.equal(found.kept, kept)
+    assert torch.equal(found.kept, kept) and torch.equal((found.ranks > threshold).sum(-1), kept)
     torch.testing.assert_close(found.output, output)
     torch.testing.assert_close(found.lse, lse)
+
+
+def test_whole_clusters_have_all_of_their_keys_chosen(query, prefix):
+    """Of those that are looked at where keys are chosen for themselves, which are fewer; the same contribute else."""
+    threshold = -math.log(KEYS)
+    whole, ours = run("ours+whole", query, prefix, threshold - MARGIN), run("ours", query, prefix, threshold)
+    looked_at = choose_clusters(query, prefix.table, threshold, prefix.scale).clusters
+    assert torch.equal(whole.kept, (looked_at * prefix.table.sizes).sum(-1))
+    of_key = units_of(parse("ours"), prefix).of_key.expand(len(query), -1, -1)
+    assert torch.equal(whole.ranks > threshold - MARGIN, looked_at.gather(-1, of_key))
+    assert (ours.ranks <= whole.ranks + MARGIN).all() and (ours.ranks < whole.ranks + MARGIN).float().mean() > 0.5
+    assert (ours.kept < whole.kept).all()
+
+
+@pytest.mark.parametrize("option", ["mean", "topk", "topp", "variance", "tile", "wide", "whole"])
+def test_arms_whose_clusters_are_chosen_whole(query, prefix, option: str):
+    """All keys of a cluster have its rank, and residuals are neither told of nor paid for."""
+    arm = parse(f"ours+{option}")
+    units = units_of(arm, prefix)
+    ranks = run(arm, query, prefix, -math.log(KEYS)).ranks
+    of_first = torch.stack([(units.of_key == unit).int().argmax(-1) for unit in range(units.sizes.shape[1])], -1)
+    first = of_first.gather(-1, units.of_key).expand(len(query), -1, -1)
+    assert torch.equal(ranks, ranks.gather(-1, first))
+    assert units.residuals is None and cost_of(arm, COST).keys == KeyCost(260, 0, 0)
+
+
+def test_keys_chosen_for_themselves_are_worth_more_than_whole_clusters(query, prefix):
+    recall = {}
+    for name in ("ours", "ours+whole"):
+        ranks = run(name, query, prefix, -math.inf).ranks
+        found = run(name, query, prefix, float(ranks.quantile(0.75)))
+        assert found.kept.float().mean() == pytest.approx(KEYS / 4, rel=0.1)
+        recall[name] = (found.exact_lse - found.whole_lse).exp().mean()
+    assert recall["ours"] > recall["ours+whole"] + 0.05
 
 
 @pytest.mark.parametrize(
@@ -159,12 +201,12 @@ def test_a_tile_has_one_choice(query, prefix):
     kept = run("ours+tile", many, prefix, -math.log(KEYS)).kept
     size = 16  # tokens of a tile of the kernels: 64 rows of 4 padded query heads
     assert all((tile == tile[0]).all() for tile in kept.split(size))
-    assert (kept >= run("ours", many, prefix, -math.log(KEYS)).kept).all()
+    assert (kept >= run("ours+whole", many, prefix, -math.log(KEYS)).kept).all()
 
 
 def test_bytes_of_arms():
     always = 116 * 256
-    framed = always + 2 * 64 * 4
+    framed = always + (2 + 16) * 64 * 4
     grouped = framed + 13 * (32 + 4 + 4)
     assert cost_of(parse("ours"), COST).fixed_bytes == COST.fixed_bytes == grouped + 50 * (32 + 32 + 8 + 20)
     assert cost_of(parse("ours+each"), COST).fixed_bytes == framed + 50 * (32 + 32 + 8 + 20)
@@ -176,14 +218,26 @@ def test_bytes_of_arms():
     assert cost_of(parse("paper"), COST).fixed_bytes == framed + 50 * (32 + 4 + 12)
     assert cost_of(parse("oracle"), COST).fixed_bytes == always
     assert cost_of(parse("pages"), COST).fixed_bytes == always + 56 * 256
-    assert [cost_of(parse(name), COST).bytes_per_key for name in ("ours", "oracle", "pages")] == [260, 256, 256]
+    assert cost_of(parse("ours+whole"), COST).fixed_bytes == COST.fixed_bytes
+    per_key = {
+        "ours": KeyCost(260, 32, 884 * 8),
+        "ours+drop": KeyCost(260, 32, 884 * 8),
+        "ours+each": KeyCost(260, 32, 884 * 8),
+        "paper": KeyCost(260, 0, 0),
+        "random": KeyCost(260, 0, 0),
+        "oracle": KeyCost(256, 0, 0),
+        "pages": KeyCost(256, 0, 0),
+    }
+    assert {name: cost_of(parse(name), COST).keys for name in per_key} == per_key
+    served_by_the_papers_rule = replace(COST, by_key=False)
+    assert {name: cost_of(parse(name), served_by_the_papers_rule).keys for name in per_key} == per_key
 
 
 def test_shares_meet_budgets():
     cost = cost_of(parse("ours"), COST)
     assert cost.budget_used(cost.share(0.3)) == pytest.approx(0.3)
     assert cost.share(1) == 1
-    with pytest.raises(ValueError, match=r"budget: 0.1 is less than the 0.138"):
+    with pytest.raises(ValueError, match=r"budget: 0.1 is less than the 0.154"):
         cost.share(0.1)
 
 

@@ -18,7 +18,7 @@ def test_no_answer_is_wrong_while_indexes_come_and_go(models, indexes, tmp_path)
         shutil.copytree(index, tmp_path / index.name)
     arguments = SimpleNamespace(
         model=str(model), indexes=tmp_path, seconds=110.0, answers=2000, tokens=8, tie=0.0, steps_per_event=12, seed=0,
-        mode="squeezed", prefill="dense", aborted=0.1, at_once=10, room=3, memory_limit_gib=0.0002, engine_args=ENGINE_ARGS,
+        mode="squeezed", prefill="dense", aborted=0.1, at_once=10, room=3, memory_limit_gib=0.0003, engine_args=ENGINE_ARGS,
     )  # fmt: skip
     happened = soak(arguments)
     assert happened["wrong answers"] == 0 and 2100 > happened["answered"] > 200

@@ -9,16 +9,21 @@ import torch
 
 from vllm_squeeze.kernels.reference import attend_causal
 from vllm_squeeze.kernels.tables import (
-    JOINS,
+    LEAST_PACKED,
+    MARGIN,
     MOST_RAISE,
     MOST_REST_RAISE,
     NEIGHBOURS,
+    NUM_DIRECTIONS,
+    RULES,
     ClusterTable,
     Prefixes,
+    elements_of,
     frame_of,
     group_means,
     packed,
     packed_keys,
+    words_of,
 )
 from vllm_squeeze.kernels.tiles import QueryTiles
 
@@ -99,10 +104,10 @@ class Scene:
 
     def log_p(self, token: int, raised: bool = False) -> torch.Tensor:
         """Log of the predicted probability of the clusters of a token's prefix, [H, C], joined over the group."""
-        table, join = self.table_of(token), int(self.prefixes.slots[self.slot_of[token], 3])
+        table, rule = self.table_of(token), int(self.prefixes.slots[self.slot_of[token], 3])
         query = self.query[token].view(self.num_kv_heads, self.group, -1).double()
         scores = query @ table.mean_keys().double().mT * self.scale
-        if JOINS[join] == "mean":
+        if RULES[rule] == "paper":
             mass = (table.sizes[:, None] * scores.exp()).sum(-1, keepdim=True)
         else:
             groups = query @ table.group_keys().double().mT * self.scale
@@ -110,7 +115,7 @@ class Scene:
         log_p = scores - mass.log()
         if raised:
             log_p += self.raises(token, MOST_RAISE)
-        return log_p.exp().mean(1).log() if JOINS[join] == "mean" else log_p.amax(1)
+        return log_p.exp().mean(1).log() if RULES[rule] == "paper" else log_p.amax(1)
 
     def raises(self, token: int, most: float) -> torch.Tensor:
         """What the spread of keys adds to logits of a token for the clusters of its prefix, [H, G, C]."""
@@ -119,20 +124,67 @@ class Scene:
         return (query.square().sum(-1, keepdim=True) * variances / 2).clamp(max=most)
 
     def rank(self, token: int) -> torch.Tensor:
-        """What the choice compares with the threshold, [H, C]."""
-        return self.log_p(token, raised=True) + self.table_of(token).log_weights.double()
+        """The thresholds up to which clusters are chosen, [H, C]."""
+        rank = self.log_p(token, raised=True) + self.table_of(token).log_weights.double()
+        return rank + MARGIN * self.chooses_keys(token)
+
+    def chooses_keys(self, token: int) -> bool:
+        """Whether keys of chosen clusters are chosen for themselves, and not all of them."""
+        return RULES[int(self.prefixes.slots[self.slot_of[token], 3])] == "keys"
+
+    def key_ranks(self, token: int) -> list[list[torch.Tensor]]:
+        """The thresholds up to which keys are chosen, of each KV head and cluster, in the order of its members."""
+        table, query = self.table_of(token), self.query[token].view(self.num_kv_heads, self.group, -1)
+        ranks, directions = self.rank(token), table.directions[:, 0].to(query.dtype).double()
+        aimed = query.double() @ directions.mT  # [H, G, n]
+        unit = (aimed.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
+        aimed = (aimed / unit).round() * unit
+        scores = query.double() @ table.mean_keys().double().mT * self.scale
+        mass = (table.group_sizes[:, None] * (query.double() @ table.group_keys().double().mT * self.scale).exp()).sum(
+            -1
+        )
+        found = []
+        for head in range(self.num_kv_heads):
+            found.append([])
+            for cluster, (start, size) in enumerate(zip(table.starts[head].tolist(), table.sizes[head].tolist())):
+                rank = ranks[head, cluster].expand(size)
+                if self.chooses_keys(token):
+                    beside = (
+                        aimed[head] @ elements_of(table.residuals[head, start : start + size]).double().mT * self.scale
+                    )
+                    log_p = scores[head, :, cluster, None] - mass[head, :, None].log() + beside
+                    rank = torch.minimum(rank, log_p.amax(0) + table.log_weights[head, cluster].double())
+                found[-1].append(rank)
+        return found
 
     def set_threshold(self, share: float) -> None:
-        """Lets about ``share`` of each prefix's clusters be chosen; 0 and 1 are none and all.
+        """Lets about ``share`` of each prefix's clustered keys be chosen; 0 and 1 are none and all.
 
         The threshold lies in the middle of a gap, so that rounding cannot change the choice.
         """
         for slot in set(self.slot_of) - {-1}:
             tokens = [token for token, other in enumerate(self.slot_of) if other == slot]
-            ranks = torch.cat([self.rank(token).flatten() for token in tokens]).sort(descending=True).values
-            ranks = torch.cat([ranks.new_tensor([torch.inf]), ranks, ranks.new_tensor([-torch.inf])])
-            cut = round(share * (len(ranks) - 2))
+            of_keys = torch.cat([rank for token in tokens for of_head in self.key_ranks(token) for rank in of_head])
+            of_keys = of_keys.sort(descending=True).values
+            of_clusters = torch.cat([self.rank(token).flatten() for token in tokens])
+            ends = of_keys.new_tensor([torch.inf, -torch.inf])
+            ranks = torch.cat([of_keys, of_clusters, ends]).sort(descending=True).values
+            cut = round(share * len(of_keys))
+            if 0 < cut < len(of_keys):
+                cut = int((ranks > of_keys[cut]).sum())
+                wide = ((ranks[:-1] - ranks[1:]) > 1e-3).nonzero().flatten()
+                wide = wide[(wide > 0) & (wide < len(ranks) - 2)]
+                cut = int(wide[(wide - cut).abs().argmin()])
+            else:
+                cut = 0 if cut == 0 else len(ranks) - 2
             self.prefixes.log_threshold[slot] = ranks[cut : cut + 2].mean()
+
+    def squeezed(self, token: int) -> torch.Tensor:
+        """What attention must be at the threshold, [H * G, D], in float64."""
+        threshold = float(self.prefixes.log_threshold[self.slot_of[token]])
+        replaced = self.rank(token) <= threshold
+        left_out = [[rank <= threshold for rank in of_head] for of_head in self.key_ranks(token)]
+        return self.dense(token, replaced, left_out)
 
     def make_exact(self, slot: int) -> "Scene":
         """The same, with all tokens of a prefix attended to whatever the choice."""
@@ -187,12 +239,18 @@ class Scene:
             suffix_output=torch.full_like(self.suffix_output, torch.nan),
         )  # fmt: skip
 
-    def dense(self, token: int, replaced: torch.Tensor | None = None) -> torch.Tensor:
+    def dense(
+        self,
+        token: int,
+        replaced: torch.Tensor | None = None,
+        left_out: list[list[torch.Tensor]] | None = None,
+    ) -> torch.Tensor:
         """Softmax attention of a token over prefix and suffix, [H * G, D], in float64.
 
         Args:
             token: index of the token.
             replaced: [H, C] bool, clusters whose keys and values are replaced by their means, and raised.
+            left_out: of each KV head and of its other clusters, which keys nothing attends to.
         """
         slot = self.slot_of[token]
         keys, values = self.keys[slot].double(), self.values[slot].double()
@@ -201,9 +259,13 @@ class Scene:
         if replaced is not None:
             table = self.table_of(token)
             mean_keys, mean_values = table.mean_keys().double(), table.mean_values().double()
-            for head, cluster in replaced.nonzero().tolist():
+            for head, cluster in torch.ones_like(replaced).nonzero().tolist():
                 start, size = int(table.starts[head, cluster]), int(table.sizes[head, cluster])
                 members = table.members[head, start : start + size].long()
+                if not replaced[head, cluster]:
+                    if left_out is not None:
+                        raised[head, :, members[left_out[head][cluster]]] = -torch.inf
+                    continue
                 keys[head, members], values[head, members] = mean_keys[head, cluster], mean_values[head, cluster]
                 raised[head, :, members] = self.raises(token, MOST_REST_RAISE)[head, :, cluster, None]
         keys, values = torch.cat([keys, suffix_keys], 1), torch.cat([values, suffix_values], 1)
@@ -223,7 +285,7 @@ def build_scene(
     num_sinks: int = 16,
     dtype: torch.dtype = torch.float32,
     cache_dtype: torch.dtype | None = None,
-    join: str = "max",
+    rule: str = "keys",
     seed: int = 42,
 ) -> Scene:
     """A step of N tokens, one of each request. ``sizes`` holds the sizes of the clusters of each prefix.
@@ -272,7 +334,7 @@ def build_scene(
             total = torch.zeros_like(centres).index_add_(1, cluster_of, in_order)
             means += [total / count.clamp(min=1)[:, None], torch.full((num_kv_heads, others, head_size), torch.nan)]
         first = sum(len(part) for part in all_sizes)
-        slots.append((first, len(prefix_sizes), num_sinks, JOINS.index(join)))
+        slots.append((first, len(prefix_sizes), num_sinks, RULES.index(rule)))
         starts += [num_members + count.cumsum(0) - count, torch.full((others,), num_members + int(count.sum()))]
         all_sizes += [count, torch.full((others,), 2)]
         # and two members
@@ -312,6 +374,13 @@ def build_scene(
     in_frames, groups = [], []
     # those of prefixes, after one that is of nobody
     frames = [torch.full((num_kv_heads, 2, head_size), torch.nan)]
+    directions = [torch.full((num_kv_heads, NUM_DIRECTIONS, head_size), torch.nan)]
+    directions += [0.1 * randn(num_kv_heads, NUM_DIRECTIONS, head_size) for _ in sizes]
+    # of nobody's members too
+    residuals = [
+        words_of(torch.randint(LEAST_PACKED, 8, (*of_prefix.shape, NUM_DIRECTIONS), generator=random))
+        for of_prefix in members
+    ]
     for of_prefix, others, count in zip(centroids[::2], centroids[1::2], all_sizes[::2], strict=True):
         count = count.expand(num_kv_heads, -1)
         frame = frame_of(of_prefix, count)
@@ -337,10 +406,12 @@ def build_scene(
         sizes=sizes_per_head.to(device),
         log_sizes=sizes_per_head.log().to(device),
         members=torch.cat(members, 1).int().to(device),
+        residuals=torch.cat(residuals, 1).to(device),
         group_centroids=group_centroids,
         group_scales=group_scales,
         group_sizes=group_sizes,
         frames=torch.stack(frames, 1).to(device),
+        directions=torch.stack(directions, 1).to(device),
     )
     prefixes = Prefixes(
         slots=torch.tensor(slots, dtype=torch.int32, device=device),

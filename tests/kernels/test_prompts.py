@@ -217,7 +217,7 @@ def test_a_tile_has_one_choice_that_others_do_not_change(make_scene):
 
 
 def test_how_query_heads_are_joined_elsewhere_does_not_matter(make_scene):
-    scene = make_scene(num_kv_heads=1, group=3, sizes=UNEVEN, slot_of=(0,) * 4, join="mean")
+    scene = make_scene(num_kv_heads=1, group=3, sizes=UNEVEN, slot_of=(0,) * 4, rule="paper")
     by_mean = check(prompts_of(scene, (0,), (4,), 0.3))
     scene.prefixes.slots[0, 3] = 0
     assert torch.equal(check(prompts_of(scene, (0,), (4,), 0.3)), by_mean)

@@ -14,7 +14,7 @@ from vllm_squeeze.kernels.reference import (
     merge,
     squeezed_attention_reference,
 )
-from vllm_squeeze.kernels.tables import JOINS, MOST_RAISE, NEIGHBOURS
+from vllm_squeeze.kernels.tables import MARGIN, MOST_RAISE, NEIGHBOURS, RULES
 
 SIZES = ((5, 1, 9, 0, 30, 2, 17, 8, 24), (40, 3, 3))
 
@@ -36,13 +36,18 @@ def test_keys_and_values_in_8_bits(make_scene, assert_close, cache_dtype: torch.
 
 @pytest.mark.parametrize("num_sinks", [0, 16])
 @pytest.mark.parametrize("share", [0.0, 0.4])
-def test_rest_is_dense_attention_over_means(make_scene, assert_close, share: float, num_sinks: int):
-    """A cluster that was not chosen counts as if each of its keys and values were the cluster's mean."""
-    scene = make_scene(sizes=SIZES, slot_of=(0, 1), num_sinks=num_sinks)
+@pytest.mark.parametrize("rule", RULES)
+def test_rest_is_dense_attention_over_means(make_scene, assert_close, share: float, num_sinks: int, rule: str):
+    """A cluster that was not chosen counts as if each of its keys and values were the cluster's mean; of one that was,
+    keys that were not count for nothing. By other rules all of them are chosen."""
+    scene = make_scene(sizes=SIZES, slot_of=(0, 1), num_sinks=num_sinks, rule=rule)
     scene.set_threshold(share)
-    replaced = [scene.rank(token) <= scene.prefixes.log_threshold[scene.slot_of[token]] for token in range(2)]
-    expected = torch.stack([scene.dense(token, replaced[token]) for token in range(2)])
+    expected = torch.stack([scene.squeezed(token) for token in range(2)])
     assert_close(scene.apply(squeezed_attention_reference, True), expected)
+    if share:
+        ranks = [torch.cat(scene.key_ranks(0)[0]), scene.rank(0)[0].repeat_interleave(scene.table_of(0).sizes[0])]
+        chosen, looked_at = (rank > float(scene.prefixes.log_threshold[0]) for rank in ranks)
+        assert chosen.any() and not (chosen & ~looked_at).any() and (looked_at & ~chosen).any() == (rule == "keys")
 
 
 def test_nothing_to_attend_leaves_the_suffix(make_scene):
@@ -61,19 +66,21 @@ def test_a_prefix_without_clusters_is_attended_to_exactly(make_scene, assert_clo
     scene = scene.make_exact(0)
     expected = torch.stack([scene.dense(token) for token in range(2)])
     if not shared:
-        none = {name: tensor[:, :0] for name, tensor in vars(scene.table).items() if name != "frames"}
+        none = {
+            name: tensor[:, :0] for name, tensor in vars(scene.table).items() if name not in ("frames", "directions")
+        }
         scene = dataclasses.replace(scene, table=dataclasses.replace(scene.table, **none)).tile((0, -1))
         expected[1] = scene.suffix_output[1]
     assert_close(scene.apply(squeezed_attention_reference, rest), expected)
     assert scene.prefixes.counters[0].tolist() == [0, 0, 0, 0, scene.num_kv_heads, scene.num_kv_heads]
 
 
-@pytest.mark.parametrize("join", JOINS)
-def test_predicted_probabilities_sum_to_one(make_scene, join: str):
-    """Over clusters with the paper's way to join heads, else over groups of neighbours, of their mean keys."""
-    scene = make_scene(sizes=SIZES, slot_of=(0,), group=1, join=join)
+@pytest.mark.parametrize("rule", RULES)
+def test_predicted_probabilities_sum_to_one(make_scene, rule: str):
+    """Over clusters by the paper's rule, else over groups of neighbours, of their mean keys."""
+    scene = make_scene(sizes=SIZES, slot_of=(0,), group=1, rule=rule)
     log_p, sizes = scene.log_p(0), scene.table_of(0).sizes
-    if join == "max":
+    if rule != "paper":
         groups = list(zip(log_p.split(NEIGHBOURS, 1), sizes.split(NEIGHBOURS, 1), strict=True))
         log_p = torch.stack([(of_group * size).sum(1) / size.sum(1) for of_group, size in groups], 1)
         sizes = torch.stack([size.sum(1) for _, size in groups], 1)
@@ -88,7 +95,7 @@ def test_a_needle_is_always_chosen(make_scene):
     table = dataclasses.replace(table, variances=torch.zeros_like(table.variances))  # else others choose more
     query = scene.query[:1].view(1, scene.num_kv_heads, scene.group, -1).clone()
     query[:, :, -1] = 30 * table.mean_keys()[:, 5]
-    _, chosen = choose_clusters(query, table, torch.tensor(0.49).log().item(), scene.scale)
+    chosen = choose_clusters(query, table, torch.tensor(0.49).log().item(), scene.scale).clusters
     assert chosen[0, :, 5].all() and not chosen.all(-1).any()
 
 
@@ -99,7 +106,7 @@ def test_wide_clusters_are_raised_up_to_a_bound(make_scene):
     none = torch.zeros_like(table.variances)
     query = scene.query.view(1, scene.num_kv_heads, 1, -1)
     per_nat = 2 / (query * scene.scale).square().sum(-1)[0]  # [H, 1], the variance that raises by a nat
-    log_p = scene.log_p(0) + table.log_weights
+    log_p = scene.log_p(0) + table.log_weights + MARGIN
     for wanted in (1.0, MOST_RAISE, 100.0):
         variances = none.clone()
         variances[:, 4] = wanted * per_nat[:, 0]
@@ -108,7 +115,8 @@ def test_wide_clusters_are_raised_up_to_a_bound(make_scene):
             raised = min(float(variances[head, 4]) / float(per_nat[head, 0]), MOST_RAISE)
             assert raised == pytest.approx(min(wanted, MOST_RAISE), rel=1e-5)
             for more, is_chosen in ((-1e-3, True), (1e-3, False)):
-                _, chosen = choose_clusters(query, wide, float(log_p[head, 4]) + raised + more, scene.scale)
+                log_threshold = float(log_p[head, 4]) + raised + more
+                chosen = choose_clusters(query, wide, log_threshold, scene.scale).clusters
                 assert chosen[0, head, 4] == is_chosen
 
 
@@ -147,8 +155,8 @@ def test_a_logit_soft_cap_bounds_predicted_probabilities(make_scene):
     scene = make_scene(sizes=SIZES, slot_of=(0,))
     table = scene.table_of(0)
     query = 30 * scene.query.view(1, scene.num_kv_heads, scene.group, -1)
-    scores, _ = choose_clusters(query, table, 0.0, scene.scale)
-    bound, _ = choose_clusters(query, table, 0.0, scene.scale, 0.7)
+    scores = choose_clusters(query, table, 0.0, scene.scale).scores
+    bound = choose_clusters(query, table, 0.0, scene.scale, 0.7).scores
     assert scores.abs().max() > 0.7 and torch.allclose(bound, 0.7 * (scores / 0.7).tanh())
 
 
@@ -167,7 +175,7 @@ def test_queries_together_as_one_by_one(make_scene, assert_close):
 
 def test_a_query_that_chooses_nothing_beside_others(make_scene):
     scene = make_scene(num_kv_heads=1, sizes=SIZES, slot_of=(0, 0), num_sinks=0)
-    highest = torch.stack([scene.rank(token).max() for token in range(2)])
+    highest = torch.stack([torch.cat(scene.key_ranks(token)[0]).max() for token in range(2)])
     scene.prefixes.log_threshold[0] = highest.mean()
     output, lse, kept, loaded = attend_all(scene, scene.query, 0, False)
     nothing, something = int(highest.argmin()), int(highest.argmax())

@@ -10,7 +10,7 @@ from tests.kernels.conftest import Scene
 from vllm_squeeze.kernels import squeezed_attention as kernels
 from vllm_squeeze.kernels import workspace as workspaces
 from vllm_squeeze.kernels.reference import attend_causal, squeezed_attention_reference
-from vllm_squeeze.kernels.tables import Prefixes, packed
+from vllm_squeeze.kernels.tables import LEAST_PACKED, NUM_DIRECTIONS, NUM_ROW_FACTS, RULES, Prefixes, packed, words_of
 from vllm_squeeze.kernels.tiles import MAX_BLOCK, MAX_TILE_ROWS, PART_KEYS, most_tiles, tokens_per_tile
 from vllm_squeeze.kernels.workspace import MAX_MASSES, MAX_PROGRAMS_PER_MULTIPROCESSOR, SPLITS_PER_MASS, Workspace
 
@@ -135,17 +135,42 @@ def test_everything_chosen_is_dense_attention(make_scene, assert_close, dtype: t
     assert_close(run(scene), torch.stack([scene.dense(0), scene.dense(1)]))
 
 
-@pytest.mark.parametrize("group", [1, 3, 4])
-def test_query_heads_joined_by_their_mean(make_scene, assert_close, group: int):
-    """Beside a prefix whose query heads are joined by the largest."""
-    scene = make_scene(num_kv_heads=1, group=group, sizes=(UNEVEN[0], UNEVEN[0]), slot_of=(0, 1, 0), join="mean")
-    scene.prefixes.slots[1, 3] = 0
+@pytest.mark.parametrize("rule", ["clusters", "paper"])
+@pytest.mark.parametrize(("group", "tokens"), [(1, 3), (3, 3), (4, 3), (4, 9)])
+def test_each_prefix_has_its_own_rule(make_scene, assert_close, rule: str, group: int, tokens: int):
+    """Beside a prefix whose keys are chosen for themselves."""
+    slot_of = (0, 1, 0) * (tokens // 3)
+    scene = make_scene(num_kv_heads=1, group=group, sizes=(UNEVEN[0], UNEVEN[0]), slot_of=slot_of, rule=rule)
+    scene.prefixes.slots[1, 3] = RULES.index("keys")
     scene = scene.tile(scene.slot_of)
     scene.set_threshold(0.3)
     check_against_reference(scene, True, assert_close)
-    by_mean = run(scene)
-    scene.prefixes.slots[0, 3] = 0
-    assert not torch.equal(run(scene.tile(scene.slot_of)), by_mean)
+    by_rule = run(scene)
+    scene.prefixes.slots[0, 3] = RULES.index("keys")
+    assert not torch.equal(run(scene.tile(scene.slot_of)), by_rule)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_keys_that_lie_as_far_from_their_mean_as_can_be_told(make_scene, assert_close, tokens: int):
+    """So many of them that a difference of one in a whole number would show, in a cluster whose keys may all be chosen."""
+    scene = make_scene(num_kv_heads=1, sizes=((6000,),), slot_of=(0,) * tokens)
+    scene.table.variances.fill_(100.0)
+    shape = *scene.table.residuals.shape[:2], NUM_DIRECTIONS
+    ends = torch.tensor([LEAST_PACKED, -LEAST_PACKED - 1])
+    scene.table.residuals[:] = words_of(ends[torch.randint(2, shape, generator=torch.Generator().manual_seed(0))])
+    for share in (0.1, 0.3, 0.5, 0.7):
+        scene.set_threshold(share)
+        check_against_reference(scene, True, assert_close)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_queries_that_no_direction_tells_of(make_scene, assert_close, tokens: int):
+    """All keys of a cluster are then as likely as its mean."""
+    scene = make_scene(num_kv_heads=1, sizes=UNEVEN[:1], slot_of=(0,) * tokens)
+    scene.table.directions.zero_()
+    scene.set_threshold(0.3)
+    check_against_reference(scene, True, assert_close)
+    assert 0 < scene.prefixes.counters[0, 1] < sum(UNEVEN[0])
 
 
 def test_nothing_to_attend_leaves_the_suffix(make_scene):
@@ -423,7 +448,7 @@ def test_workspace_counts_its_bytes():
     assert workspace.logits.shape[-1] == centroids and workspace.list_places.shape[-1] == keys
     masses = workspace.masses.shape[2]
     assert splits == masses * SPLITS_PER_MASS
-    per_split = 2 * (2 * masses * MAX_TILE_ROWS + splits * (2 * MAX_TILE_ROWS + 2 + 1)) + 2
+    per_split = 2 * (2 * masses * MAX_TILE_ROWS + splits * (NUM_ROW_FACTS * MAX_TILE_ROWS + 2 + 1)) + 2
     per_centroid = 2 * centroids * (MAX_TILE_ROWS + 1)
     parts = 2 * (centroids + keys // PART_KEYS) * 4
-    assert workspace.nbytes == 4 * (per_centroid + per_split + parts + 2 * 2 * keys + 2 + programs * MAX_TILE_ROWS * 65)
+    assert workspace.nbytes == 4 * (per_centroid + per_split + parts + 4 * 2 * keys + 2 + programs * MAX_TILE_ROWS * 65)

@@ -52,7 +52,8 @@ def test_budgets_are_met_on_the_questions_that_were_asked(model, counted, tmp_pa
     num_answered = sum(map(len, answers))
     assert index.manifest.calibration == Calibration("questions", len(QUESTIONS), num_answered)
     (histogram,) = counted
-    assert int(histogram.sum()) == index.manifest.num_members * KV_HEADS * LAYERS * num_answered
+    # directions are fitted to the others
+    assert int(histogram.sum()) == index.manifest.num_members * KV_HEADS * LAYERS * (num_answered // 2)
 
     for budget in (0.2, 0.4):
         with engine(model, index.folder, budget=budget) as llm:
@@ -71,6 +72,6 @@ def test_the_observation_window_is_taken_where_there_is_no_room_for_a_question(m
     index = make_index(model, tmp_path, ids, max_num_batched_tokens=70)
     assert index.manifest.calibration == Calibration("observation window", 0, 100)
     (histogram,) = counted
-    assert int(histogram.sum()) == index.manifest.num_members * KV_HEADS * LAYERS * 100
+    assert int(histogram.sum()) == index.manifest.num_members * KV_HEADS * LAYERS * 50
     printed = capsys.readouterr()
     assert "12 of 12 questions are left out" in printed.err and "the observation window, 100 tokens" in printed.out

@@ -14,6 +14,7 @@ from vllm_squeeze.offline_tools.self_test import (
     difference_of_reference,
 )
 
+HEADS = torch.arange(self_test.KV_HEADS)[:, None]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -62,8 +63,30 @@ def test_a_torch_path_that_leaves_clusters_out_is_noticed(monkeypatch):
 def test_both_kinds_of_clusters_are_met():
     """Else the self-test would not show how the kernels choose, or what they make of the rest."""
     prefix = RandomPrefix.make(torch.float32, "cpu")
-    _, chosen = self_test.choose_clusters(prefix.grouped(), prefix.table, prefix.log_threshold(), self_test.SCALE)
+    chosen = self_test.choose_clusters(prefix.grouped(), prefix.table, prefix.log_threshold(), self_test.SCALE).clusters
     assert 0.1 < chosen.float().mean() < 0.9
+
+
+def test_both_kinds_of_keys_are_met():
+    """In clusters that are looked at; and none so near the threshold that rounding could choose another."""
+    prefix = RandomPrefix.make(torch.float32, "cpu")
+
+    def kept(log_threshold: float) -> torch.Tensor:
+        return self_test.attend_prefix(
+            prefix.grouped(),
+            prefix.table,
+            lambda positions: (prefix.keys[HEADS, positions], prefix.values[HEADS, positions]),
+            log_threshold,
+            self_test.NUM_SINKS,
+            self_test.SCALE,
+            rest=True,
+        )[2]
+
+    threshold = prefix.log_threshold()
+    chosen = self_test.choose_clusters(prefix.grouped(), prefix.table, threshold, self_test.SCALE).clusters
+    assert 0.1 < kept(threshold).sum() / (chosen * prefix.table.sizes).sum() < 0.9
+    # the higher the threshold the fewer they are, so as many are the same
+    assert torch.equal(kept(threshold - self_test.LEAST_GAP), kept(threshold + self_test.LEAST_GAP))
 
 
 def test_a_difference_is_that_of_the_worst_place_and_of_all():

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vllm_squeeze.kernels.tables import frame_of, packed, packed_keys
+from vllm_squeeze.kernels.tables import LEAST_PACKED, NUM_DIRECTIONS, frame_of, packed, packed_keys, words_of
 from vllm_squeeze.prefix_index.budget import ReadCost
 from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.index_folder import IndexWriter, LayerClusters, tokens_digest
@@ -64,7 +64,10 @@ def make_clusters(seed: int = 0) -> LayerClusters:
     variances = torch.rand(NUM_HEADS, NUM_CENTROIDS, generator=generator)
     frame = frame_of(vectors[0], sizes)
     packed_vectors = *packed_keys(vectors[0], frame), *packed(vectors[1])
-    return LayerClusters(*packed_vectors, log_weights, variances, sizes, members, frame)
+    elements = torch.randint(LEAST_PACKED, 8, (*members.shape, NUM_DIRECTIONS), generator=generator)
+    directions = torch.randn(NUM_HEADS, NUM_DIRECTIONS, HEAD_SIZE, generator=generator) / 8
+    facts = log_weights, variances, sizes, members
+    return LayerClusters(*packed_vectors, *facts, words_of(elements), frame, directions)
 
 
 def make_manifest(token_ids: np.ndarray, layers: list[LayerEntry], **changes) -> Manifest:

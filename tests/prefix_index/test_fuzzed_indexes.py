@@ -6,6 +6,7 @@ SQUEEZE_FUZZ_EFFORT=50 tries 50 times as many inputs.
 import copy
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -487,14 +488,14 @@ def test_a_sparse_file_of_the_size_that_a_manifest_claims_is_refused(folder, nam
         if name == "tokens.safetensors":
             body |= HUGE
             size = 4 * HUGE["num_tokens"] + 100
-            of_head = 4 * HUGE["num_members"] + NUM_CENTROIDS * (HEAD_SIZE + 20) + 8 * HEAD_SIZE
+            of_head = 12 * HUGE["num_members"] + NUM_CENTROIDS * (HEAD_SIZE + 20) + 72 * HEAD_SIZE
             layer_bytes = NUM_HEADS * of_head + 100
             for layer in body["layers"]:
                 layer["num_bytes"] = layer_bytes
         else:
             body["model"]["head_size"] = 2**16
             body["model"]["num_kv_heads"] = 2**16
-            size = 2**16 * (4 * body["num_members"] + NUM_CENTROIDS * (2**16 + 20) + 2**19) + 100
+            size = 2**16 * (12 * body["num_members"] + NUM_CENTROIDS * (2**16 + 20) + 72 * 2**16) + 100
             for layer in body["layers"]:
                 layer["num_bytes"] = size
         (folder / "manifest.json").write_text(with_digest(body))
@@ -529,7 +530,9 @@ def assert_safe(clusters: LayerClusters, manifest: Manifest, num_centroids: int)
         "variances": (torch.float32, heads, num_centroids),
         "sizes": (torch.int32, heads, num_centroids),
         "members": (torch.int32, heads, members),
+        "residuals": (torch.int32, heads, members, 2),
         "frame": (torch.float32, heads, 2, model.head_size),
+        "directions": (torch.float32, heads, 16, model.head_size),
     }
     assert {name: (tensor.dtype, *tensor.shape) for name, tensor in vars(clusters).items()} == expected
     assert all(tensor.is_contiguous() for tensor in vars(clusters).values())
@@ -552,6 +555,7 @@ def assert_safe(clusters: LayerClusters, manifest: Manifest, num_centroids: int)
     assert (means.abs() <= 2**15).all() and (spreads > 0).all() and (spreads <= 1).all()
     assert (clusters.variances >= 0).all() and clusters.variances.isfinite().all()
     assert (clusters.log_weights.abs() <= 1000).all()
+    assert (clusters.directions.abs() <= 2**10).all() and clusters.directions.half().isfinite().all()
     assert_attention_is_finite(clusters, manifest.parameters.num_sinks)
 
 
@@ -559,15 +563,17 @@ def assert_attention_is_finite(clusters: LayerClusters, num_sinks: int) -> None:
     """By the kernels' formulas, whatever is chosen, also of queries as large as they get in half precision."""
     keys = torch.randn(NUM_TOKENS, HEAD_SIZE, generator=torch.Generator().manual_seed(0))
     starts = clusters.sizes.cumsum(1, dtype=torch.int32) - clusters.sizes
-    facts = (clusters.log_weights, clusters.variances, starts, clusters.sizes, clusters.sizes.log(), clusters.members)
+    facts = clusters.log_weights, clusters.variances, starts, clusters.sizes, clusters.sizes.log()
+    of_members = clusters.members, clusters.residuals
     of_keys = clusters.centroids, clusters.centroid_scales
     groups = group_means(clusters.mean_keys(), clusters.sizes, clusters.frame)
     of_values = clusters.value_centroids, clusters.value_scales
-    table = ClusterTable(*of_keys, *of_values, *facts, *groups, clusters.frame[:, None])
+    of_prefix = clusters.frame[:, None], clusters.directions[:, None]
+    table = ClusterTable(*of_keys, *of_values, *facts, *of_members, *groups, *of_prefix)
     query = torch.tensor([1.0, -60000.0])[:, None, None, None].expand(2, NUM_HEADS, 1, HEAD_SIZE)
-    for threshold in (-math.inf, -5.0, math.inf):
+    for of_dtype, threshold in itertools.product((query, query.half()), (-math.inf, -5.0, math.inf)):
         output, lse, *_ = attend_prefix(
-            query, table, lambda places: (keys[places], keys[places]), threshold, num_sinks, 0.5, rest=True
+            of_dtype, table, lambda places: (keys[places], keys[places]), threshold, num_sinks, 0.5, rest=True
         )
         assert output.isfinite().all() and output[0].half().isfinite().all() and lse.isfinite().all()
 
@@ -642,6 +648,7 @@ def test_the_largest_numbers_that_are_read_are_safe(folder, scale, value_scale):
     tensors["variances"] = torch.full_like(tensors["variances"], 2**30 if scale else 0)
     tensors["frame"] = torch.tensor([-(2.0**15), 1] if scale else [2.0**15, 1e-3])[:, None].expand_as(tensors["frame"])
     tensors["frame"] = tensors["frame"].contiguous()
+    tensors["directions"] = torch.full_like(tensors["directions"], 2**10 if scale else -(2**10))
     with restored(folder):
         vouched(folder, 0, safetensors.torch.save(tensors))
         assert_safe(read(folder).layers[0], read(folder).manifest, NUM_CENTROIDS)

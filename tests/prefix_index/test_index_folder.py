@@ -1,5 +1,6 @@
 import dataclasses
 import fcntl
+import json
 import os
 import pickle
 import shutil
@@ -35,7 +36,14 @@ from vllm_squeeze.prefix_index.index_folder import (
     index_name,
     tokens_digest,
 )
-from vllm_squeeze.prefix_index.manifest import InvalidIndex, LayerEntry, Manifest, content_digest
+from vllm_squeeze.prefix_index.manifest import (
+    FORMAT_VERSION,
+    InvalidIndex,
+    LayerEntry,
+    Manifest,
+    content_digest,
+    with_digest,
+)
 
 NAME = "contract-000000000000"
 FILES = ("manifest.json", "tokens.safetensors", "layer-0000.safetensors", "layer-0001.safetensors")
@@ -79,6 +87,15 @@ def test_round_trip(tmp_path, dtype):
             read = getattr(index.layer(i), field)
             assert read.dtype == expected.dtype and torch.equal(read, expected)
     index.verify()
+
+
+@pytest.mark.parametrize("version", [FORMAT_VERSION - 1, FORMAT_VERSION + 1])
+def test_another_format_is_named(folder, version):
+    """Whatever else its files hold."""
+    body = json.loads((folder / "manifest.json").read_text())
+    del body["digest"]
+    (folder / "manifest.json").write_text(with_digest({**body, "format_version": version}))
+    assert_refused(folder, "manifest.json: made by a", f"format {version}; this one reads format {FORMAT_VERSION}")
 
 
 def test_an_exact_index_holds_tokens_alone(tmp_path):
@@ -207,24 +224,59 @@ def test_no_pickle_is_loaded(tmp_path, folder):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        lambda tensors: tensors.pop("sizes"),
-        lambda tensors: tensors.update(more=torch.zeros(1)),
-        lambda tensors: tensors.update(members=tensors["members"].float()),
-        lambda tensors: tensors.update(members=tensors["members"].T.contiguous()),
-        lambda tensors: tensors.update(centroid_scales=tensors["centroid_scales"].view(torch.int32)),
-        lambda tensors: tensors.update(centroids=tensors["centroids"][:1].clone()),
+        (lambda tensors: tensors.pop("sizes"), "the tensors are not "),
+        (lambda tensors: tensors.update(more=torch.zeros(1)), "the tensors are not "),
+        (lambda tensors: tensors.update(members=tensors["members"].float()), "members is torch.float32"),
+        (lambda tensors: tensors.update(members=tensors["members"].T.contiguous()), "members is torch.int32 [37, 2]"),
+        (lambda tensors: tensors.update(centroid_scales=tensors["sizes"].clone()), "centroid_scales is torch.int32"),
+        (lambda tensors: tensors.update(centroids=tensors["centroids"][:1].clone()), "centroids is torch.int32 [1, 7"),
+        (lambda tensors: [tensors.pop(name) for name in ("residuals", "directions")], "the tensors are not "),
+        (lambda tensors: tensors.update(residuals=tensors["residuals"].float()), "residuals is torch.float32"),
+        (lambda tensors: tensors.update(residuals=tensors["residuals"].long()), "residuals is torch.int64"),
+        (
+            lambda tensors: tensors.update(residuals=tensors["residuals"][..., :1].clone()),
+            "residuals is torch.int32 [2, 37, 1], must be torch.int32 [2, 37, 2]",
+        ),
+        (
+            lambda tensors: tensors.update(residuals=tensors["residuals"][:, 1:].clone()),
+            "residuals is torch.int32 [2, 36",
+        ),
+        (lambda tensors: tensors.update(directions=tensors["directions"].half()), "directions is torch.float16"),
+        (
+            lambda tensors: tensors.update(directions=tensors["directions"][:, :8].clone()),
+            "directions is torch.float32 [2, 8, 8], must be torch.float32 [2, 16, 8]",
+        ),
+        (
+            lambda tensors: tensors.update(directions=tensors["directions"].mT.contiguous()),
+            "directions is torch.float32 [2, 8, 16]",
+        ),
     ],
-    ids=["one missing", "one more", "float members", "transposed members", "int scales", "one head"],
+    ids=[
+        "one missing",
+        "one more",
+        "float members",
+        "transposed members",
+        "int scales",
+        "one head",
+        "as in format 7",
+        "float residuals",
+        "long residuals",
+        "half of residuals",
+        "residuals of fewer",
+        "half directions",
+        "fewer directions",
+        "transposed directions",
+    ],
 )
-def test_other_tensors_than_the_manifests_are_refused(folder, change):
+def test_other_tensors_than_the_manifests_are_refused(folder, change, message):
     tensors = safetensors.torch.load_file(folder / LAYER_FILE)
     change(tensors)
     needed = (folder / LAYER_FILE).stat().st_size
     metadata = {"padding": "x" * max(0, needed - len(safetensors.torch.save(tensors)))}
     replace_first_layer(folder, safetensors.torch.save(tensors, metadata))
-    assert_refused(folder, LAYER_FILE)
+    assert_refused(folder, LAYER_FILE, message)
 
 
 def set_value(field, place, value):
@@ -262,6 +314,9 @@ def move_member_to_next_cluster(clusters: LayerClusters) -> None:
         (set_value("log_weights", (1, 0), float("-inf")), "log_weights must be from -1000 to 1000"),
         (set_value("frame", (1, 0, 3), float("nan")), "means in frame must be from -32768 to 32768"),
         (set_value("frame", (0, 1, 7), 0.0), "spreads in frame must be from 0.001 to 1"),
+        (set_value("directions", (1, 15, 7), float("nan")), "directions must be from -1024 to 1024"),
+        (set_value("directions", (0, 0, 0), float("inf")), "directions must be from -1024 to 1024"),
+        (set_value("directions", (1, 3, 2), -1025.0), "directions must be from -1024 to 1024"),
     ],
     ids=[
         "sink",
@@ -281,6 +336,9 @@ def move_member_to_next_cluster(clusters: LayerClusters) -> None:
         "no weight",
         "nan mean",
         "no spread",
+        "nan direction",
+        "endless direction",
+        "long direction",
     ],
 )
 def test_clusters_that_no_indexer_writes_are_neither_read_nor_published(tmp_path, folder, change, message):

@@ -15,7 +15,7 @@ from vllm_squeeze.prefix_index.manifest import (
     with_digest,
 )
 
-NUM_BYTES = 1144
+NUM_BYTES = 2760
 
 
 @pytest.fixture(scope="module")

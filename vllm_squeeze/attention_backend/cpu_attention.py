@@ -26,7 +26,7 @@ from vllm_squeeze.kernels.reference import (
     dequantised,
     merge,
 )
-from vllm_squeeze.kernels.tables import JOINS, PROMPT_SLOTS, prompt_tile_tokens
+from vllm_squeeze.kernels.tables import PROMPT_SLOTS, RULES, prompt_tile_tokens
 
 # Query tokens scored at once. Bounds the memory of a long question over a long prefix.
 QUERY_CHUNK = 256
@@ -198,7 +198,7 @@ class SqueezeCPUImpl(SqueezeLayer, CPUAttentionBackendImpl):
         """
         prefixes, together = self.residency.prefixes, slot >= PROMPT_SLOTS
         slot -= PROMPT_SLOTS * together
-        first, count, num_sinks, join = prefixes.slots[slot].tolist()
+        first, count, num_sinks, rule = prefixes.slots[slot].tolist()
         output, lse, kept, loaded = attend_prefix(
             query,
             self.table.prefix(first, count, int(prefixes.frames[slot])),
@@ -208,7 +208,7 @@ class SqueezeCPUImpl(SqueezeLayer, CPUAttentionBackendImpl):
             self.scale,
             self.residency.options.rest == "value_centroids",
             self.logits_soft_cap,
-            JOINS[join],
+            RULES[rule],
             float(prefixes.kept_shares[slot]) if together else None,
         )
         count_reads(prefixes.counters[slot], count > 0, kept, loaded)

@@ -11,7 +11,7 @@ from vllm_squeeze.attention_backend.compat import can_share_prefixes, logger
 from vllm_squeeze.attention_backend.model_identity import model_identity
 from vllm_squeeze.config import AUTO, PREFILLS
 from vllm_squeeze.kernels.tables import NEIGHBOURS, num_groups
-from vllm_squeeze.prefix_index.budget import BYTES_PER_MEMBER, ReadCost, bytes_of_clusters, bytes_of_frame
+from vllm_squeeze.prefix_index.budget import BYTES_HELD_OF_MEMBER, ReadCost, bytes_of_clusters, bytes_of_prefix
 from vllm_squeeze.prefix_index.calibration import Curve, log_threshold
 from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.index_folder import PrefixIndex
@@ -61,7 +61,7 @@ class Placement:
         budget: that is wanted; 1 where attention is exact.
         log_threshold: of the choice of clusters, for the budget; infinite where attention is exact.
         cost: what reading the prefix costs.
-        join: how query heads are joined in the choice, one of JOINS.
+        rule: by which keys are chosen, one of RULES.
         thresholds: of shares of kept keys, as in the manifest.
         prompt_share: of the clustered keys, which tokens of a prompt choose together; None where each chooses, or none is
             squeezed.
@@ -75,7 +75,7 @@ class Placement:
     budget: float
     log_threshold: float
     cost: ReadCost
-    join: str = "max"
+    rule: str = "keys"
     thresholds: Curve = ()
     prompt_share: float | None = None
     slot: int | None = None
@@ -192,19 +192,19 @@ def device_bytes(manifest: Manifest, options: Options, vllm_config: Any) -> int:
         return 0
     heads = local_kv_heads(manifest, vllm_config.parallel_config.tensor_parallel_size)
     size = manifest.model.head_size
-    clusters = bytes_of_clusters(room_for_centroids(manifest), size, rest=True) + bytes_of_frame(size)
-    return len(manifest.layers) * heads * (clusters + manifest.num_members * BYTES_PER_MEMBER)
+    clusters = bytes_of_clusters(room_for_centroids(manifest), size, rest=True) + bytes_of_prefix(size)
+    return len(manifest.layers) * heads * (clusters + manifest.num_members * BYTES_HELD_OF_MEMBER)
 
 
 def token_bytes(centroids: float, vllm_config: Any) -> float:
     """Bytes that a token of a prefix takes on one rank's device, of an index with so many centroids for each."""
     of_group = bytes_of_clusters(NEIGHBOURS, vllm_config.model_config.get_head_size(), rest=True)
-    return _num_tables(vllm_config) * (centroids * of_group / NEIGHBOURS + BYTES_PER_MEMBER)
+    return _num_tables(vllm_config) * (centroids * of_group / NEIGHBOURS + BYTES_HELD_OF_MEMBER)
 
 
 def prefix_bytes(vllm_config: Any) -> int:
     """Bytes that a prefix takes on one rank's device beside those of its tokens."""
-    return _num_tables(vllm_config) * bytes_of_frame(vllm_config.model_config.get_head_size())
+    return _num_tables(vllm_config) * bytes_of_prefix(vllm_config.model_config.get_head_size())
 
 
 def _num_tables(vllm_config: Any) -> int:
@@ -254,6 +254,7 @@ def place(index: PrefixIndex, options: Options, block_sizes: dict[int, int]) -> 
             f"hold {list(block_sizes.values())} tokens"
         )
     num_sinks = covered if exact else first
+    rule = "keys" if manifest.exact else parameters.rule
     cost = ReadCost(
         num_tokens=manifest.num_tokens,
         num_always=num_sinks + manifest.num_tokens - covered,
@@ -262,10 +263,10 @@ def place(index: PrefixIndex, options: Options, block_sizes: dict[int, int]) -> 
         head_size=manifest.model.head_size,
         element_size=manifest.model.cache_element_size,
         rest=options.rest == "value_centroids",
+        by_key=rule == "keys",
     )
-    join = "max" if manifest.exact else parameters.join
     lens = dict.fromkeys(block_sizes, covered)
-    placement = Placement(index.folder.name, lens, num_sinks, 1.0, math.inf, cost, join, manifest.thresholds)
+    placement = Placement(index.folder.name, lens, num_sinks, 1.0, math.inf, cost, rule, manifest.thresholds)
     if exact:
         return placement
     budget = budget_of(index, options)

@@ -106,6 +106,13 @@ class Shape:
 
         return largest_tile(self.group)
 
+    @functools.cached_property
+    def small_tile_tokens(self) -> int:
+        """Query tokens that fit into a tile where they are few."""
+        from vllm_squeeze.kernels.tiles import tokens_per_tile
+
+        return tokens_per_tile(1, self.group)
+
 
 class Times:
     """Microseconds of a layer, interpolated between measurements on logarithmic scales.
@@ -147,6 +154,21 @@ def _interpolate(points: list[tuple[float, float]], x: float, tile: int = 0) -> 
     return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
 
+def beyond_small_tiles(measured: dict[str, dict[str, float]], shape: Shape) -> dict[str, dict[str, float]]:
+    """Times, as ``Times`` takes them, where one row more than a small tile takes as long as the next measured rows."""
+    stepped = {}
+    for prefix, times in measured.items():
+        larger = [int(rows) for rows in times if int(rows) > shape.small_tile_tokens]
+        step = {str(shape.small_tile_tokens + 1): times[str(min(larger))]} if larger else {}
+        stepped[prefix] = step | times
+    return stepped
+
+
+def squeezed_times(rest: str, by_key: bool) -> str:
+    """What the times of squeezed attention are called, among a GPU's."""
+    return rest if by_key else f"clusters_{rest}"
+
+
 def union(kept: float, tokens: int) -> float:
     """The share of a prefix's keys that any of ``tokens`` query tokens chooses, each of them the share ``kept``.
 
@@ -167,7 +189,7 @@ class CostModel:
         tflops: of vLLM's attention where there are many query tokens.
         step_us: microseconds that a step with our kernels spends beside layers: it finds rows and makes their tiles.
         stock, exact: times of these arms.
-        squeezed: times, by what becomes of the clusters that were not chosen.
+        squeezed: times, by ``squeezed_times``.
         shared: times of this arm; None if it was not measured.
     """
 
@@ -185,11 +207,12 @@ class CostModel:
     def of(cls, measured: dict[str, Any]) -> "CostModel":
         """From a GPU's entry in ``measured_times.json``."""
         shape = Shape(**measured["shape"])
-        tiles = {"exact": shape.tile_tokens}  # each of which reads all of the prefix
-        times = {arm: Times(by_prefix, tiles.get(arm, 0)) for arm, by_prefix in measured["us"].items()}
-        stock, exact, shared = times.pop("stock"), times.pop("exact"), times.pop("shared", None)
+        arms = dict(measured["us"])
+        stock, exact = Times(arms.pop("stock")), Times(arms.pop("exact"), shape.tile_tokens)
+        shared = Times(arms.pop("shared")) if "shared" in arms else None
+        squeezed = {rest: Times(beyond_small_tiles(by_prefix, shape)) for rest, by_prefix in arms.items()}
         numbers = (measured[name] for name in ("kept", "centroids", "tflops", "step_us"))
-        return cls(shape, *numbers, stock, exact, times, shared)
+        return cls(shape, *numbers, stock, exact, squeezed, shared)
 
     def stock_us(self, shape: Shape, num_tokens: int, work: Work) -> float:
         """Microseconds of vLLM's own attention: each row reads the prefix; many tokens of one are bound by products."""
@@ -209,7 +232,9 @@ class CostModel:
         rows = max(work.tokens * shape.group / self.shape.group, 1.0)
         return self.shared.us(self._equal_prefix(shape, num_tokens), rows)
 
-    def squeezed_us(self, shape: Shape, num_tokens: int, work: Work, kept: float, centroids: float, rest: str) -> float:
+    def squeezed_us(
+        self, shape: Shape, num_tokens: int, work: Work, kept: float, centroids: float, rest: str, by_key: bool = True
+    ) -> float:
         """Microseconds where each tile reads centroids and the keys that its tokens chose.
 
         What is read beyond the measured share costs as much as exact attention to it, and less saves as much.
@@ -221,6 +246,7 @@ class CostModel:
             kept: share of the keys that each token keeps.
             centroids: per token of the prefix.
             rest: what becomes of the others, as in SqueezeConfig.
+            by_key: whether keys of clusters are chosen for themselves.
         """
         prefix, rows = self._equal_prefix(shape, num_tokens), self._equal_rows(shape, work)
         full, left = divmod(work.tokens, shape.tile_tokens)
@@ -232,10 +258,10 @@ class CostModel:
         # a centroid is a key of half a byte an element, and with the value's half a token of one byte
         tokens_of_centroid = (0.5 if rest == "value_centroids" else 0.25) / shape.element_size
         more = loaded(kept) - loaded(self.kept) + (centroids - self.centroids) * tokens_of_centroid
-        return self.squeezed[rest].us(prefix, rows) + more * self.exact.us(prefix, rows)
+        return self.squeezed[squeezed_times(rest, by_key)].us(prefix, rows) + more * self.exact.us(prefix, rows)
 
     def prompt_us(self, shape: Shape, num_tokens: int, work: Work, kept: float, centroids: float, rest: str) -> float:
-        """Microseconds where tokens of prompts choose together; with the arguments of ``squeezed_us``.
+        """Microseconds where tokens of prompts choose clusters together; with the arguments of ``squeezed_us``.
 
         Products of queries with kept keys and with centroids count, in the time of dense keys.
         """
@@ -276,11 +302,12 @@ _PLANS = ((Arm.STOCK,), (Arm.STOCK, Arm.SHARED), (Arm.STOCK, Arm.EXACT, Arm.SQUE
 
 class _Facts(NamedTuple):
     """What counts of a step's rows on one prefix: its tokens, the work, shares of kept keys and of centroids, None
-    without clusters, whether they asked to be squeezed, and whether they are prompts' whose tokens choose together."""
+    without clusters, whether keys are chosen for themselves, whether they asked to be squeezed, and whether they are prompts' whose tokens choose together."""
 
     num_tokens: int
     work: Work
     shares: tuple[float, float] | None
+    by_key: bool
     squeezed: bool
     prompt: bool
 
@@ -312,12 +339,12 @@ class Policy:
 
     @staticmethod
     def _facts(rows: Rows) -> _Facts:
-        placement, shares = rows.placement, None
+        placement, shares, by_key = rows.placement, None, rows.placement.cost.by_key
         if not placement.exact:
             cost = placement.cost
             kept = placement.prompt_share if rows.prompt else cost.kept_share(placement.budget)
             shares = kept, cost.num_centroids / cost.num_tokens
-        return _Facts(placement.covered, rows.work, shares, rows.squeezed, rows.prompt)
+        return _Facts(placement.covered, rows.work, shares, by_key, rows.squeezed, rows.prompt)
 
     @functools.cached_property
     def _chosen(self) -> Callable[[tuple[_Facts, ...]], tuple[Arm, ...]]:
@@ -346,7 +373,7 @@ class Policy:
         if facts.prompt:
             us[Arm.SQUEEZED] = self.model.prompt_us(*work, *facts.shares, self.rest)
         elif facts.shares is not None:
-            us[Arm.SQUEEZED] = self.model.squeezed_us(*work, *facts.shares, self.rest)
+            us[Arm.SQUEEZED] = self.model.squeezed_us(*work, *facts.shares, self.rest, facts.by_key)
         if not (facts.squeezed or facts.prompt) and (facts.shares is None or self.mode == "auto"):
             us[Arm.EXACT] = self.model.exact_us(*work)
             if self.can_share and self.model.shared is not None:

@@ -17,7 +17,7 @@ from vllm_squeeze.attention_backend.placement import (
 )
 from vllm_squeeze.attention_backend.room import Room, Span, settle
 from vllm_squeeze.attention_backend.variants import VariantSlot
-from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes, group_means, num_groups
+from vllm_squeeze.kernels.tables import NUM_DIRECTIONS, RULES, ClusterTable, Prefixes, group_means, num_groups
 from vllm_squeeze.prefix_index.budget import ReadCost
 from vllm_squeeze.prefix_index.index_folder import LayerClusters, PrefixIndex
 from vllm_squeeze.prefix_index.manifest import InvalidIndex, Manifest
@@ -87,10 +87,12 @@ class Residency:
             sizes=empty(self.room.num_centroids, dtype=torch.int32),
             log_sizes=empty(self.room.num_centroids, dtype=torch.float32),
             members=empty(self.room.num_members, dtype=torch.int32),
+            residuals=empty(self.room.num_members, NUM_DIRECTIONS // 8, dtype=torch.int32),
             group_centroids=empty(groups, head_size // 8, dtype=torch.int32),
             group_scales=empty(groups, dtype=torch.float32),
             group_sizes=empty(groups, dtype=torch.int32),
             frames=empty(self.room.num_slots, 2, head_size, dtype=torch.float32),
+            directions=empty(self.room.num_slots, NUM_DIRECTIONS, head_size, dtype=torch.float32),
         )
         return self._tables[name]
 
@@ -155,16 +157,19 @@ class Residency:
         if count > span.num_centroids or clusters.members.shape[1] != span.num_members:
             raise InvalidIndex(f"{index.folder.name}: {name} has other clusters than the manifest says")
         within = slice(span.first_centroid, span.first_centroid + count)
-        for field in {field.name for field in fields(LayerClusters)} - {"sizes", "members", "frame"}:
+        others = {"sizes", "members", "residuals", "frame", "directions"}
+        for field in {field.name for field in fields(LayerClusters)} - others:
             getattr(table, field)[:, within] = getattr(clusters, field)[heads].to(self.device)
         frame = clusters.frame[heads]
         table.frames[:, span.slot] = frame.to(self.device)
+        table.directions[:, span.slot] = clusters.directions[heads].to(self.device)
         members, sizes = clusters.members[heads], torch.zeros(len(table.sizes), span.num_centroids, dtype=torch.int64)
         sizes[:, :count] = clusters.sizes[heads]
         ends = sizes.cumsum(1)
         starts = ends - sizes
         before = pad((members < covered).cumsum(1), (1, 0))
         table.members[:, span.members] = members.to(self.device)
+        table.residuals[:, span.members] = clusters.residuals[heads].to(self.device)
         table.starts[:, span.centroids] = (span.first_member + starts).int().to(self.device)
         sizes = (before.gather(1, ends) - before.gather(1, starts)).int()
         table.sizes[:, span.centroids] = sizes.to(self.device)
@@ -218,8 +223,8 @@ class Residency:
             self.costs[slot] = place.cost
             exact = place.exact or slot in self._exact
             count, num_always = (0, place.covered) if exact else (span.num_centroids, place.num_sinks)
-            join = JOINS.index(place.join)
-            facts[slot] = torch.tensor([span.first_centroid, count, num_always, join, place.covered, span.slot])
+            rule = RULES.index(place.rule)
+            facts[slot] = torch.tensor([span.first_centroid, count, num_always, rule, place.covered, span.slot])
         on_device = facts.to(self.device, non_blocking=True)
         self.prefixes.slots.copy_(on_device[:, :num_facts])
         self.prefixes.lens.copy_(on_device[:, num_facts])

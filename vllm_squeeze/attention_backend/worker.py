@@ -161,8 +161,8 @@ class SqueezeWorker:
             if pairs or exact_pairs:
                 cost = self._residency.costs[slot]
                 stats.add_bytes(
-                    read=look_ups * cost.fixed_bytes + loaded * cost.bytes_per_key + passes * cost.dense_bytes,
-                    alone=pairs * cost.fixed_bytes + kept * cost.bytes_per_key + exact_pairs * cost.dense_bytes,
+                    read=cost.read_bytes(loaded, look_ups) + passes * cost.dense_bytes,
+                    alone=cost.read_bytes(kept, pairs) + exact_pairs * cost.dense_bytes,
                     dense=(pairs + exact_pairs) * cost.dense_bytes,
                 )
         return None if stats.is_empty() else stats

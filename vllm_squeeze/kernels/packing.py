@@ -30,11 +30,8 @@ def _pair(b_words, FIRST: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _load_parts(p_vectors, o_row, stride, dtype: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
-    """The eight parts [N, W] of the packed vectors ``o_row`` [N], not yet scaled; anything beyond D."""
-    o_word = tl.arange(0, W)
-    p_words = p_vectors + o_row[:, None].to(tl.int64) * stride + o_word[None, :]
-    b_words = tl.load(p_words, mask=(o_word < D // 8)[None, :], other=0)
+def _parts_of(b_words, dtype: tl.constexpr):
+    """The eight parts of packed vectors [N, W], not yet scaled."""
     b_0, b_1 = _pair(b_words, 0, dtype)
     b_2, b_3 = _pair(b_words, 2, dtype)
     b_4, b_5 = _pair(b_words, 4, dtype)
@@ -43,12 +40,26 @@ def _load_parts(p_vectors, o_row, stride, dtype: tl.constexpr, D: tl.constexpr, 
 
 
 @triton.jit
-def load_packed(p_vectors, o_row, stride, dtype: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """The packed vectors ``o_row`` [N] as [N, DP], not yet scaled; anything beyond D."""
-    b_v = _load_parts(p_vectors, o_row, stride, dtype, D, DP // 8)
+def _load_words(p_vectors, o_row, stride, D: tl.constexpr, W: tl.constexpr):
+    """The words [N, W] of the packed vectors ``o_row`` [N]; anything beyond D."""
+    o_word = tl.arange(0, W)
+    p_words = p_vectors + o_row[:, None].to(tl.int64) * stride + o_word[None, :]
+    return tl.load(p_words, mask=(o_word < D // 8)[None, :], other=0)
+
+
+@triton.jit
+def unpacked_words(b_words, dtype: tl.constexpr):
+    """Packed vectors [N, W] as [N, 8 * W], not yet scaled."""
+    b_v = _parts_of(b_words, dtype)
     b_even = tl.interleave(tl.interleave(b_v[0], b_v[4]), tl.interleave(b_v[2], b_v[6]))
     b_odd = tl.interleave(tl.interleave(b_v[1], b_v[5]), tl.interleave(b_v[3], b_v[7]))
     return tl.interleave(b_even, b_odd)
+
+
+@triton.jit
+def load_packed(p_vectors, o_row, stride, dtype: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """The packed vectors ``o_row`` [N] as [N, DP], not yet scaled; anything beyond D."""
+    return unpacked_words(_load_words(p_vectors, o_row, stride, D, DP // 8), dtype)
 
 
 @triton.jit
@@ -79,7 +90,7 @@ def packed_products(b_q, p_vectors, o_row, stride, D: tl.constexpr):
     if len(b_q) == 1:
         return tl.dot(b_q[0], tl.trans(load_packed(p_vectors, o_row, stride, dtype, D, width)), input_precision="ieee")
     else:
-        b_v = _load_parts(p_vectors, o_row, stride, dtype, D, width)
+        b_v = _parts_of(_load_words(p_vectors, o_row, stride, D, width), dtype)
         b_s = tl.dot(b_q[0], tl.trans(b_v[0]), input_precision="ieee")
         for i in tl.static_range(1, 8):
             b_s = tl.dot(b_q[i], tl.trans(b_v[i]), b_s, input_precision="ieee")

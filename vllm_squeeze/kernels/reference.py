@@ -4,9 +4,10 @@ For one KV head with G query heads and a prefix in clusters i of N_i keys, centr
 
     p_i = exp(s q.c_i) / sum_g N_g exp(s q.c_g)      predicted attention probability of each key of cluster i
     r_i = |s q|^2 u_i / 2                            for the keys that lie nearer to the query than their centroid
-    cluster i is chosen  <=>  w_i times the max (or mean) over the G query heads of p_i exp(r_i) > threshold
+    cluster i is looked at  <=>  w_i times the max over the G query heads of p_i exp(r_i) > threshold / e^MARGIN
+    its key j is chosen     <=>  and w_i times the max over the G query heads of p_i exp(s q.d_j) > threshold
 
-with a weight w_i and a variance u_i for each cluster, from the index, and r_i at most MOST_RAISE. Of logits that are
+with d_j, how the key lies beside its centroid, as far as a few directions tell, a weight w_i and a variance u_i for each cluster, from the index, and r_i at most MOST_RAISE. Of logits that are
 spread normally the mean exponential is that of their mean and half their variance. The sum is over groups g of some
 clusters that are alike, of N_g keys together with the mean key c_g. It is smaller than over clusters, the more so where
 a query tells clusters apart that are alike: there a wrong choice costs most, and more is chosen. With the mean, as in
@@ -19,19 +20,22 @@ chosen contributes N_i exp(s q.c_i + r_i) times v_i, r_i here at most MOST_REST_
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from vllm_squeeze.kernels.tables import (
     DENSE_SLOT,
-    JOINS,
+    MARGIN,
+    MOST_PRODUCT,
     MOST_RAISE,
     MOST_REST_RAISE,
     PROMPT_SLOTS,
+    RULES,
     SAMPLE,
     ClusterTable,
     Prefixes,
+    elements_of,
     unpacked,
 )
 
@@ -43,30 +47,41 @@ ReadTokens = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Takes positions [H, M] in the prefix; returns their keys and values, [H, M, D] each, any dtype."""
 
 
+class Choice(NamedTuple):
+    """What R query tokens choose of a prefix.
+
+    Attributes:
+        scores: [R, H, G, C] float32, s q.c_i.
+        log_mass: [R, H, G, 1] float32, natural log of what all clusters attract.
+        clusters: [R, H, C] bool, those that are chosen; or, where keys are chosen for themselves, that are looked at.
+    """
+
+    scores: torch.Tensor
+    log_mass: torch.Tensor
+    clusters: torch.Tensor
+
+
 def choose_clusters(
     query: torch.Tensor,
     table: ClusterTable,
     log_threshold: float,
     scale: float,
     soft_cap: float = 0.0,
-    join: str = "max",
+    rule: str = "keys",
     kept_share: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Choice:
     """Scores the clusters and chooses those that matter, once per KV head.
 
     Args:
         query: [R, H, G, D]. In 16 bits, its product with the spreads of the frame is rounded to them as well, as the
             kernels' is.
         table: the clusters of one prefix.
-        log_threshold: natural log of the threshold on w_i p_i exp(r_i).
+        log_threshold: natural log of the threshold.
         scale: softmax scale.
         soft_cap: bound on the logits; 0 for none.
-        join: one of JOINS.
+        rule: one of RULES.
         kept_share: of the keys in clusters, which all tokens choose together, by the largest of their values of any head
-            whatever threshold and join are; None where each token chooses for itself.
-
-    Returns:
-        scores s q.c_i, [R, H, G, C] float32, and the choice, [R, H, C] bool.
+            whatever threshold and rule are; None where each token chooses for itself.
     """
     of_mean, spread = (vectors[:, 0] for vectors in table.frames.split(1, 2))  # [H, 1, D] each
     framed, query = (query * spread).to(query.dtype).float(), query.float()
@@ -76,12 +91,38 @@ def choose_clusters(
         return capped((products + torch.einsum("rhgd,hcd->rhgc", query, of_mean)) * scale, soft_cap)
 
     scores = scores_of_packed(table.centroids, table.centroid_scales)
-    groups = scores_of_packed(table.group_centroids, table.group_scales), table.group_sizes
-    of_clusters = table.log_weights, table.variances, table.sizes
+    if rule != "paper" or kept_share is not None:
+        mass = log_mass(scores_of_packed(table.group_centroids, table.group_scales), table.group_sizes)
+    else:
+        mass = log_mass(scores, table.sizes)
+    of_clusters = mass, table.log_weights, table.variances, table.sizes
     if kept_share is not None:
-        ranks = log_ranks(of_equal_length(query), scores, *of_clusters, *groups, scale, "max").amax(0)  # [H, C]
-        return scores, (ranks > sampled_thresholds(ranks, table.sizes, kept_share)).expand(len(query), -1, -1)
-    return scores, log_ranks(query, scores, *of_clusters, *groups, scale, join) > log_threshold
+        ranks = log_ranks(of_equal_length(query), scores, *of_clusters, scale, "clusters").amax(0)  # [H, C]
+        chosen = ranks > sampled_thresholds(ranks, table.sizes, kept_share)
+        return Choice(scores, mass, chosen.expand(len(query), -1, -1))
+    ranks = log_ranks(query, scores, *of_clusters, scale, rule)
+    return Choice(scores, mass, ranks > log_threshold - (MARGIN if rule == "keys" else 0.0))
+
+
+def residual_scores(
+    query: torch.Tensor, directions: torch.Tensor, residuals: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """How far logits of keys lie above those of their clusters' mean keys.
+
+    Args:
+        query: [..., H, G, D]. In 16 bits, so are directions, as the kernels' are; their products are in 8.
+        directions: [H, NUM_DIRECTIONS, D].
+        residuals: [H, M, NUM_DIRECTIONS / 8] int32, of the keys.
+        scale: softmax scale.
+
+    Returns:
+        [..., H, G, M] float32.
+    """
+    directions = directions.to(query.dtype).float()
+    aimed = torch.einsum("...hgd,hnd->...hgn", query.float(), directions)
+    unit = aimed.abs().amax(-1, keepdim=True) / MOST_PRODUCT
+    aimed = (aimed * unit.reciprocal().where(unit > 0, 0) + 0.5).floor() * unit
+    return torch.einsum("...hgn,hmn->...hgm", aimed, elements_of(residuals)) * scale
 
 
 def of_equal_length(query: torch.Tensor) -> torch.Tensor:
@@ -113,29 +154,26 @@ def sampled_thresholds(ranks: torch.Tensor, sizes: torch.Tensor, kept_share: flo
 def log_ranks(
     query: torch.Tensor,
     scores: torch.Tensor,
+    mass: torch.Tensor,
     log_weights: torch.Tensor,
     variances: torch.Tensor,
     sizes: torch.Tensor,
-    group_scores: torch.Tensor,
-    group_sizes: torch.Tensor,
     scale: float,
-    join: str,
+    rule: str,
 ) -> torch.Tensor:
-    """What the choice compares with the threshold, log of w_i p_i exp(r_i), joined over the heads of each KV head.
+    """What the choice of clusters compares with the threshold, log of w_i p_i exp(r_i), joined over query heads.
 
     Args:
         query: [R, H, G, D] float32.
         scores: of the clusters, [R, H, G, C].
+        mass: [R, H, G, 1], natural log of what all clusters attract.
         log_weights, variances, sizes: of the clusters, [H, C].
-        group_scores: of groups of clusters, [R, H, G, C'].
-        group_sizes: keys of each, [H, C'].
-        scale, join: as in ``choose_clusters``.
+        scale, rule: as in ``choose_clusters``.
 
     Returns:
         [R, H, C], minus infinity for empty clusters.
     """
-    mass = log_mass(group_scores, group_sizes) if join == "max" else log_mass(scores, sizes)
-    log_p = joined(scores - mass + raises(query, variances, scale), join)
+    log_p = joined(scores - mass + raises(query, variances, scale), rule)
     return (log_p + log_weights).masked_fill(sizes == 0, -torch.inf)
 
 
@@ -170,9 +208,9 @@ def raises(query: torch.Tensor, variances: torch.Tensor, scale: float, most: flo
     return (squares * variances[..., None, :] / 2).clamp(max=most)
 
 
-def joined(log_p: torch.Tensor, join: str) -> torch.Tensor:
+def joined(log_p: torch.Tensor, rule: str) -> torch.Tensor:
     """Log probabilities [..., G, C] of a KV head's query heads as one, [..., C]: the largest, or that of the mean."""
-    return log_p.amax(-2) if join == "max" else log_p.logsumexp(-2) - math.log(log_p.shape[-2])
+    return log_p.amax(-2) if rule != "paper" else log_p.logsumexp(-2) - math.log(log_p.shape[-2])
 
 
 def attend_prefix(
@@ -184,7 +222,7 @@ def attend_prefix(
     scale: float,
     rest: bool,
     soft_cap: float = 0.0,
-    join: str = "max",
+    rule: str = "keys",
     kept_share: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention of R query tokens over one indexed prefix. Each chosen key is read once for all R.
@@ -198,7 +236,7 @@ def attend_prefix(
         scale: softmax scale.
         rest: whether clusters that were not chosen contribute through their mean value.
         soft_cap: bound on the logits, by a hyperbolic tangent; 0 for none.
-        join: how query heads are joined, one of JOINS.
+        rule: one of RULES.
         kept_share: as in ``choose_clusters``.
 
     Returns:
@@ -209,23 +247,33 @@ def attend_prefix(
     # members elsewhere belong to clusters of other prefixes
     first, last = (int(table.starts.min()), int((table.starts + table.sizes).max())) if table.sizes.shape[1] else (0, 0)
     members = table.members[:, first:last]
-    scores, chosen = choose_clusters(query, table, log_threshold, scale, soft_cap, join, kept_share)
-    query = query.float()
-
+    scores, mass, chosen = choose_clusters(query, table, log_threshold, scale, soft_cap, rule, kept_share)
     slots = torch.arange(first, last, device=device, dtype=torch.int32).expand(num_heads, -1).contiguous()
     cluster = torch.searchsorted(table.starts.contiguous(), slots, right=True) - 1  # [H, M], -1 before the first
     owned = cluster >= 0
     cluster = cluster.clamp(min=0)
     owned &= slots < (table.starts + table.sizes).gather(1, cluster)
-    needed = owned & chosen.any(0).gather(1, cluster)
-    width = int(needed.sum(-1).max()) if last > first else 0
-    picked = needed.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :width]
+    looked_at = owned & chosen.any(0).gather(1, cluster)
+    width = int(looked_at.sum(-1).max()) if last > first else 0
+    picked = looked_at.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :width]
+    cluster = cluster.gather(1, picked)
+    of_key = cluster.expand(len(query), -1, -1)
+    attended = chosen.gather(2, of_key) & looked_at.gather(1, picked)
+    if rule == "keys" and kept_share is None:
+        residuals = table.residuals[:, first:last]
+        residuals = residuals.gather(1, picked[..., None].expand(-1, -1, residuals.shape[-1]))
+        log_p = scores.gather(3, of_key[:, :, None].expand(-1, -1, query.shape[2], -1)) - mass
+        log_p += residual_scores(query, table.directions[:, 0], residuals, scale)
+        attended &= joined(log_p, rule) + table.log_weights.gather(1, cluster) > log_threshold
+    query, kept, loaded = query.float(), attended.sum(-1), attended.any(0).sum(-1)
+    needed = attended.any(0).to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    needed = needed[:, : int(loaded.max())]
+    attended = attended.gather(2, needed.expand(len(query), -1, -1))
 
     sinks = torch.arange(num_sinks, device=device).expand(num_heads, -1)
-    positions = torch.cat([sinks, members.gather(1, picked).long().masked_fill(~needed.gather(1, picked), 0)], 1)
+    positions = members.gather(1, picked.gather(1, needed)).long().masked_fill(~attended.any(0), 0)
+    positions = torch.cat([sinks, positions], 1)
     keys, values = read_tokens(positions)
-    attended = chosen.gather(2, cluster.gather(1, picked).expand(len(query), -1, -1))
-    attended &= needed.gather(1, picked)
     attended = torch.cat([attended.new_ones(len(query), num_heads, num_sinks), attended], 2)
 
     logits = capped(torch.einsum("rhgd,hmd->rhgm", query, keys.float()) * scale, soft_cap)
@@ -237,7 +285,7 @@ def attend_prefix(
         logits = torch.cat([logits, lumped.masked_fill(chosen[:, :, None], -torch.inf)], -1)
         values = torch.cat([values, table.mean_values()], 1)
     output, lse = softmax_weighted(logits, values)
-    return output, lse, (chosen * table.sizes).sum(-1), needed.sum(-1)
+    return output, lse, kept, loaded
 
 
 def attend_causal(
@@ -312,7 +360,7 @@ def squeezed_attention_reference(
     num_kv_heads, block_size = len(table.centroids), key_cache.shape[1]
     read = functools.partial(_read_paged, key_cache, value_cache, key_scale, value_scale)
 
-    for tile, (slot, size, row, first, count, num_always, join, num_suffix) in enumerate(queries.tiles.tolist()):
+    for tile, (slot, size, row, first, count, num_always, rule, num_suffix) in enumerate(queries.tiles.tolist()):
         if slot < 0:
             continue
         tokens = queries.tokens[tile, :size].long()
@@ -327,7 +375,7 @@ def squeezed_attention_reference(
             scale,
             rest,
             soft_cap,
-            JOINS[join],
+            RULES[rule],
         )
         if suffix_lse is None:
             places, bits = queries.suffix_places[tile, :num_suffix].long(), queries.suffix_bits[tile, :num_suffix]
@@ -366,7 +414,7 @@ def squeezed_prompts_reference(
             return _read_paged(key_cache, value_cache, None, None, *places)
 
         tokens = slice(start, start + size)
-        first, count, num_always, join = prefixes.slots[slot].tolist()
+        first, count, num_always, rule = prefixes.slots[slot].tolist()
         grouped = query[tokens].unflatten(1, (num_kv_heads, -1))
         attended, lse, kept, loaded = attend_prefix(
             grouped,
@@ -377,7 +425,7 @@ def squeezed_prompts_reference(
             scale,
             rest,
             soft_cap,
-            JOINS[join],
+            RULES[rule],
             float(prefixes.kept_shares[slot]),
         )
         suffix = read(prefix_len + torch.arange(num_suffix, device=query.device))

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-JOINS = ("max", "mean")
-"""How the predicted attention probabilities of a cluster are joined over the query heads of a KV head. With their mean,
-the paper's way, they are held against what all clusters attract, else against what groups of them do."""
+RULES = ("keys", "clusters", "paper")
+"""By which keys are chosen. ``clusters``: all keys of clusters that it would be an error to lump together, for the query
+head of a KV head to which it matters most. ``keys``: of clusters that are, or nearly, those keys to which that applies,
+each for itself. ``paper``: all keys of clusters by their predicted attention probability, mean over the query heads and
+held against what all clusters attract, where the others hold it against what groups of them do."""
 
 NEIGHBOURS = 4
 """Clusters of a group, side by side from a prefix's first on. It counts as one cluster of all their keys where it is
@@ -21,6 +23,18 @@ MOST_RAISE = 6.0
 
 MOST_REST_RAISE = 1.0
 """Nats that it may add to what a cluster contributes that was not chosen, at most."""
+
+NUM_DIRECTIONS = 16
+"""Along which it is told how a key lies beside the mean key of its cluster, with an element of 4 bits for each."""
+
+MOST_PRODUCT = 127
+"""Of a query with one of these directions, in 8 bits, of which the largest is that."""
+
+NUM_ROW_FACTS = 4 + NUM_DIRECTIONS // 2
+"""That the look-up notes of each query row."""
+
+MARGIN = 1.0
+"""Nats by which a cluster may fall short of the threshold and its keys are looked at all the same, each for itself."""
 
 LEAST_PACKED = -8
 """Of elements of 4 bits."""
@@ -62,14 +76,24 @@ def packed(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     vectors = vectors.float()
     scales = vectors.abs().amax(-1) / 7
     elements = (vectors / scales.where(scales > 0, 1)[..., None]).round()
+    return words_of(elements), scales
+
+
+def words_of(elements: torch.Tensor) -> torch.Tensor:
+    """Whole numbers [..., D] from LEAST_PACKED to 7 as int32 [..., D / 8], in the order of ``packed``."""
     elements = (elements - LEAST_PACKED).int().unflatten(-1, (-1, 8))
-    return (elements << _places(vectors.device)).sum(-1).int(), scales
+    return (elements << _places(elements.device)).sum(-1).int()
+
+
+def elements_of(words: torch.Tensor) -> torch.Tensor:
+    """What ``words_of`` made words of, float32."""
+    elements = words[..., None] >> _places(words.device) & 15
+    return (elements.flatten(-2) + LEAST_PACKED).float()
 
 
 def unpacked(words: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """What ``packed`` made of vectors, as they are read: float32 [..., D]."""
-    elements = words[..., None] >> _places(words.device) & 15
-    return (elements.flatten(-2) + LEAST_PACKED).float() * scales[..., None]
+    return elements_of(words) * scales[..., None]
 
 
 def _places(device: torch.device) -> torch.Tensor:
@@ -154,10 +178,14 @@ class ClusterTable:
             never chosen; its scales, weight and variance must be finite all the same.
         log_sizes: [H, C] float32, natural log of sizes; minus infinity of 0.
         members: [H, M] int32, positions of tokens in the prefix, ascending inside a cluster.
+        residuals: [H, M, NUM_DIRECTIONS / 8] int32, how the key of each member lies beside its cluster's mean key, an
+            element for each direction, as ``words_of``.
         group_centroids: [H, G, D / 8] int32, the mean key of each group, as ``packed_keys``.
         group_scales: [H, G] float32.
         group_sizes: [H, G] int32, keys of each group. 0 marks one without any; its scale must be finite all the same.
         frames: [H, P, 2, D] float32, the ``frame_of`` the mean keys of each prefix.
+        directions: [H, P, NUM_DIRECTIONS, D] float32, those of each prefix. A query's products with them, times the
+            elements of a residual, sum up to its product with the key less the cluster's mean key.
     """
 
     centroids: torch.Tensor
@@ -170,10 +198,12 @@ class ClusterTable:
     sizes: torch.Tensor
     log_sizes: torch.Tensor
     members: torch.Tensor
+    residuals: torch.Tensor
     group_centroids: torch.Tensor
     group_scales: torch.Tensor
     group_sizes: torch.Tensor
     frames: torch.Tensor
+    directions: torch.Tensor
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All of them, in their order."""
@@ -206,10 +236,12 @@ class ClusterTable:
             self.sizes[:, clusters],
             self.log_sizes[:, clusters],
             self.members if num_centroids else self.members[:, :0],
+            self.residuals if num_centroids else self.residuals[:, :0],
             self.group_centroids[:, groups],
             self.group_scales[:, groups],
             self.group_sizes[:, groups],
             self.frames[:, frame : frame + 1],
+            self.directions[:, frame : frame + 1],
         )
 
 
@@ -219,12 +251,13 @@ class Prefixes:
 
     Attributes:
         slots: [P, 4] int32, per slot: first centroid, number of centroids, number of always attended first tokens,
-            and how the query heads of a KV head are joined, by its place in JOINS. Without centroids, and with all
+            and by which rule, its place in RULES. Without centroids, and with all
             tokens always attended to, attention over the prefix is exact.
         lens: [P] int32, tokens of the prefix.
         frames: [P] int32, which of ClusterTable.frames is that of its mean keys.
-        log_threshold: [P] float32. A cluster is chosen if the log of its predicted attention probability per key, its
-            raise and its log weight together exceed it; minus infinity chooses every cluster.
+        log_threshold: [P] float32. A cluster is chosen if the log of its predicted attention probability, raised, and its
+            log weight together exceed it; by the rule ``keys``, if they fall short of it by no more than MARGIN, and of its
+            keys those whose own with this weight exceed it. Minus infinity chooses every key.
         kept_shares: [P] float32, the share of the keys in clusters that each tile of a prompt's tokens chooses.
         counters: [P, 6] int64, added to by the kernels. Of prefixes with clusters: look-ups, one for each tile of
             tokens and KV head; members that those loaded; (query token, KV head) pairs served; and members that those

@@ -20,8 +20,9 @@ MAX_TILES_AT_ONCE = 64
 MAX_BLOCK = 128
 """Keys or clusters that a kernel takes at once, at most."""
 
-PART_KEYS = 32
-"""Keys of a part of a cluster: as many as a warp lists at once."""
+PART_KEYS = 16
+"""Keys of a part of a cluster: of clusters of twenty on average, parts of so many are three quarters full, and parts of twice
+as many little more than half."""
 
 MAX_SUFFIX_TILES, MAX_SUFFIX_KEYS = 64, 32768
 """How many tiles can have their suffixes listed, and how many keys each. More are left to FlashAttention."""
@@ -92,7 +93,7 @@ def _group_kernel(
         tl.store(token_rows + o_token, o_row, mask=i_n < b_count)
     total = tl.sum(b_count, 0)
     first_centroid, count = tl.load(slots + i_slot * 4), tl.load(slots + i_slot * 4 + 1)
-    num_always, join = tl.load(slots + i_slot * 4 + 2), tl.load(slots + i_slot * 4 + 3)
+    num_always, rule = tl.load(slots + i_slot * 4 + 2), tl.load(slots + i_slot * 4 + 3)
     for i_t in range(0, tl.cdiv(total, size), BLOCK):
         b_left = total - (i_t + o_t) * size
         m_t = b_left > 0
@@ -103,7 +104,7 @@ def _group_kernel(
         tl.store(p_facts + 3, tl.zeros_like(o_t) + first_centroid, mask=m_t)
         tl.store(p_facts + 4, tl.zeros_like(o_t) + count, mask=m_t)
         tl.store(p_facts + 5, tl.zeros_like(o_t) + num_always, mask=m_t)
-        tl.store(p_facts + 6, tl.zeros_like(o_t) + join, mask=m_t)
+        tl.store(p_facts + 6, tl.zeros_like(o_t) + rule, mask=m_t)
         tl.store(p_facts + 7, tl.zeros_like(o_t), mask=m_t)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_squeeze.kernels.tables import NUM_ROW_FACTS
 from vllm_squeeze.kernels.tiles import MAX_BLOCK, MAX_TILE_ROWS, MAX_TILES_AT_ONCE, PART_KEYS
 
 MAX_PROGRAMS_PER_MULTIPROCESSOR = 3
@@ -31,13 +32,16 @@ class Workspace:
     Attributes:
         num_splits: programs that look up the clusters of one tile and KV head, at most.
         multiprocessors: of the device.
-        logits: [N, H, M, C] float32, of all keys of a cluster together: s q.c_i + log N_i, raised as if not chosen.
-        row_facts: [N, H, SPLITS, 2, M] float32, what each split notes of the tile's rows: the log-sum-exp of what all
-            clusters attract, and half the squared length of the scaled query, both to the base 2.
-        chosen: [N, H, C] int32, a bit for each token of the tile that chose the cluster.
+        logits: [N, H, M, C] float32, of all keys of a cluster together: s q.c_i + log N_i, raised as if not chosen; where
+            it is chosen something else.
+        row_facts: [N, H, SPLITS, NUM_ROW_FACTS, M] float32, what each split notes of the tile's rows: the log-sum-exp of
+            what all clusters attract and half the squared length of the scaled query, to the base 2; what its products
+            with the directions of residuals count in logits; and these products in 8 bits, as ``_store_aimed``.
+        chosen: [N, H, C] int32, a bit for each token of the tile that chose the cluster, to look at its keys.
         picked: [N, H, parts, 4] int32, the chosen clusters in parts of up to PART_KEYS keys, those of a split together:
-            where a part's keys begin in the split's share of the list and among the members, how many they are, and
-            the bits of the tokens that chose them.
+            the cluster, where the part's keys begin among the members, how many they are, and the cluster's bits.
+        found: [N, H, T, 2] int32, the chosen keys, those of a split together: numbers of members, and a bit for each token
+            of the tile that chose the key.
         list_places: [N, H, T] int32, where in the KV cache the listed keys lie: block times page size plus place in
             the block.
         list_bits: [N, H, T] int32, a bit for each token of the tile that attends to the key.
@@ -45,7 +49,7 @@ class Workspace:
         turns: [N, H] int32, how often clusters were looked up for the tile and head of this number, modulo 2**32.
         masses: [N, H, SPLITS / SPLITS_PER_MASS, M] int64, log-sum-exp of the logits of one share of the groups, float32,
             in the lower half; the turn in which it was said in the upper one.
-        kept: [N, H, SPLITS] int64, the same of keys of chosen clusters in one split.
+        kept: [N, H, SPLITS] int64, the same of chosen keys in one split.
         kept_pairs: [N, H, SPLITS] int32, the same keys, counted once for each token that chose them.
         partial_output: [programs, M, D] float32, attention of one program.
         partial_lse: [programs, M] float32, and its log-sum-exp; minus infinity where it had nothing to attend to.
@@ -57,6 +61,7 @@ class Workspace:
     row_facts: torch.Tensor
     chosen: torch.Tensor
     picked: torch.Tensor
+    found: torch.Tensor
     list_places: torch.Tensor
     list_bits: torch.Tensor
     listed: torch.Tensor
@@ -118,9 +123,10 @@ class Workspace:
             num_splits=num_splits,
             multiprocessors=multiprocessors,
             logits=empty(*heads, MAX_TILE_ROWS, max_centroids),
-            row_facts=empty(*heads, num_splits, 2, MAX_TILE_ROWS),
+            row_facts=empty(*heads, num_splits, NUM_ROW_FACTS, MAX_TILE_ROWS),
             chosen=empty(*heads, max_centroids, dtype=torch.int32),
             picked=empty(*heads, max_centroids + max_keys // PART_KEYS, 4, dtype=torch.int32),
+            found=empty(*heads, max_keys, 2, dtype=torch.int32),
             list_places=empty(*heads, max_keys, dtype=torch.int32),
             list_bits=empty(*heads, max_keys, dtype=torch.int32),
             listed=empty(*heads, dtype=torch.int32),

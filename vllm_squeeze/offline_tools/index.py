@@ -467,7 +467,7 @@ def write(
         recorded = [read_part(path) for path in paths]
         cosines += [part.mean_cosine for part in recorded]
         of_layer = sum(part.tensors.pop("scores") for part in recorded)
-        bins = level(of_layer) if parameters.rule == "error" else 0
+        bins = level(of_layer) if parameters.rule != "paper" else 0
         scores = scores + moved(of_layer, bins)
         if "attention" in recorded[0].tensors:
             attention.append(moved(torch.cat([part.tensors.pop("attention") for part in recorded]), bins))
@@ -512,6 +512,10 @@ def manifest_of(
     )
 
 
+PER_HEAD = ("members", "residuals", "frame", "directions")
+"""Tensors of a layer that are of one size whatever the number of clusters."""
+
+
 def join(parts: list[LayerClusters]) -> LayerClusters:
     """Clusters of all heads of a layer from those of each rank, which may have made different numbers of them."""
     widest = max(part.sizes.shape[1] for part in parts)
@@ -528,8 +532,7 @@ def join(parts: list[LayerClusters]) -> LayerClusters:
         log_weights=padded("log_weights"),
         variances=padded("variances"),
         sizes=padded("sizes"),
-        members=torch.cat([part.members for part in parts]),
-        frame=torch.cat([part.frame for part in parts]),
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in PER_HEAD},
     )
 
 
@@ -571,6 +574,7 @@ def clustered_facts(manifest: Manifest, size: int, cosine: float) -> dict[str, s
         head_size=model.head_size,
         element_size=model.cache_element_size,
         rest=True,
+        by_key=manifest.parameters.rule == "keys",
     )
     kv = len(manifest.layers) * model.num_kv_heads * cost.dense_bytes
     return {

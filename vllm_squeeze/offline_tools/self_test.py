@@ -13,7 +13,17 @@ from vllm_squeeze.kernels.reference import (
     merge,
     squeezed_attention_reference,
 )
-from vllm_squeeze.kernels.tables import JOINS, ClusterTable, Prefixes, frame_of, group_means, packed, packed_keys
+from vllm_squeeze.kernels.tables import (
+    NUM_DIRECTIONS,
+    RULES,
+    ClusterTable,
+    Prefixes,
+    frame_of,
+    group_means,
+    packed,
+    packed_keys,
+    words_of,
+)
 
 KV_HEADS, GROUP, HEAD_SIZE, PAGE_SIZE = 2, 4, 128, 16
 NUM_CENTROIDS, LARGEST_CLUSTER, NUM_SINKS, NUM_ROWS = 24, 50, 16, 2
@@ -88,10 +98,12 @@ class RandomPrefix:
             sizes=sizes,
             log_sizes=sizes.log(),
             members=members.int(),
+            residuals=words_of(torch.randint(-8, 8, (*members.shape, NUM_DIRECTIONS), generator=generator)),
             group_centroids=group_centroids,
             group_scales=group_scales,
             group_sizes=group_sizes,
             frames=frame[:, None],
+            directions=randn(KV_HEADS, 1, NUM_DIRECTIONS, HEAD_SIZE) / 16,
         )
         keys, values = randn(2, KV_HEADS, NUM_SINKS + len(cluster), HEAD_SIZE).to(device, dtype)
         query = randn(NUM_ROWS, KV_HEADS * GROUP, HEAD_SIZE).to(device, dtype)
@@ -107,14 +119,26 @@ class RandomPrefix:
         output, lse = attend_seen(query.unflatten(1, (KV_HEADS, GROUP)), self.keys, self.values, everything, SCALE)
         return output.flatten(1, 2), lse.flatten(1)
 
+    def read_tokens(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values at positions [H, M], [H, M, D] each."""
+        heads = torch.arange(KV_HEADS, device=positions.device)[:, None]
+        return self.keys[heads, positions], self.values[heads, positions]
+
     def log_threshold(self) -> float:
-        """One that some clusters exceed and others do not, none of them nearly."""
+        """One that some clusters and keys exceed and others do not, none of them nearly."""
 
-        def chosen(log_threshold: float) -> torch.Tensor:
-            return choose_clusters(self.grouped(), self.table, log_threshold, SCALE)[1]
+        def chosen(log_threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+            of_prefix = self.grouped(), self.table
+            clusters = choose_clusters(*of_prefix, log_threshold, SCALE).clusters
+            _, _, kept, _ = attend_prefix(*of_prefix, self.read_tokens, log_threshold, NUM_SINKS, SCALE, rest=True)
+            return clusters, kept
 
-        candidates = torch.linspace(-6, -4, 1000).tolist()
-        return next(t for t in candidates if torch.equal(chosen(t - LEAST_GAP), chosen(t + LEAST_GAP)))
+        def is_the_same(log_threshold: float) -> bool:
+            # the higher the threshold the fewer keys are kept: where they are as many, they are the same
+            near = chosen(log_threshold - LEAST_GAP), chosen(log_threshold + LEAST_GAP)
+            return all(map(torch.equal, *near))
+
+        return next(filter(is_the_same, torch.linspace(-5, -3, 1000).tolist()))
 
 
 def difference_of_kernels(dtype: torch.dtype, device: torch.device | str) -> Difference:
@@ -141,7 +165,7 @@ def difference_of_kernels(dtype: torch.dtype, device: torch.device | str) -> Dif
     in_pages = torch.cat([prefix.keys, prefix.values], -1).transpose(0, 1)
     cache[pages[token // PAGE_SIZE], token % PAGE_SIZE] = in_pages
 
-    squeezed, exact = (0, NUM_CENTROIDS, NUM_SINKS, JOINS.index("max")), (0, 0, num_tokens, 0)
+    squeezed, exact = (0, NUM_CENTROIDS, NUM_SINKS, RULES.index("keys")), (0, 0, num_tokens, 0)
     prefixes = Prefixes(
         slots=torch.tensor([squeezed, exact], dtype=torch.int32, device=device),
         lens=torch.full((2,), num_tokens, dtype=torch.int32, device=device),
@@ -176,10 +200,7 @@ def difference_of_reference() -> Difference:
     """Runs the torch path with all clusters chosen, and dense attention to the same keys, on the CPU in float32."""
     prefix = RandomPrefix.make(torch.float32, "cpu")
 
-    def read_tokens(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        heads = torch.arange(KV_HEADS)[:, None]
-        return prefix.keys[heads, positions], prefix.values[heads, positions]
-
-    output, *_ = attend_prefix(prefix.grouped(), prefix.table, read_tokens, -torch.inf, NUM_SINKS, SCALE, rest=True)
+    of_prefix = prefix.grouped(), prefix.table, prefix.read_tokens
+    output, *_ = attend_prefix(*of_prefix, -torch.inf, NUM_SINKS, SCALE, rest=True)
     right, _ = prefix.attend_to_all(prefix.query)
     return Difference.of(output.flatten(1, 2), right)

@@ -1,15 +1,15 @@
 """What a byte budget means: the bytes that attention over a prefix reads, divided by those that a dense pass reads.
 
 Read are the keys and values of kept and of always attended tokens, the centroids with their scales and frame, the place,
-size, its logarithm, weight and variance of their clusters, those of groups of clusters, and the member list of kept
-clusters.
+size, its logarithm, weight and variance of their clusters, those of groups of clusters, the places of kept keys, and the
+residuals of all keys that are looked at to find these.
 """
 
 import functools
 import math
 from dataclasses import dataclass
 
-from vllm_squeeze.kernels.tables import num_groups
+from vllm_squeeze.kernels.tables import NUM_DIRECTIONS, num_groups
 
 BYTES_PER_SCALE = 4
 """What a mean key's or value's elements, of 4 bits each, are multiplied by: float32."""
@@ -25,6 +25,13 @@ BYTES_PER_LOG_SIZE = 4
 """Its logarithm, float32."""
 BYTES_PER_MEMBER = 4
 """Position of a member in the prefix, int32."""
+
+BYTES_PER_RESIDUAL = NUM_DIRECTIONS // 2
+"""How a member's key lies beside the mean key of its cluster, 4 bits for each direction."""
+BYTES_HELD_OF_MEMBER = BYTES_PER_MEMBER + BYTES_PER_RESIDUAL
+"""Of each member, on the device and on disk."""
+LOOKED_AT = 4
+"""Keys that are looked at for one that is kept, about: three to six were seen, the fewer the more are kept."""
 
 
 def packed_bytes(head_size: int) -> int:
@@ -48,9 +55,32 @@ def bytes_of_clusters(num_centroids: int, head_size: int, rest: bool) -> int:
     return num_centroids * bytes_per_cluster(head_size, rest) + bytes_of_groups(num_centroids, head_size)
 
 
-def bytes_of_frame(head_size: int) -> int:
-    """Bytes of what the mean keys of a prefix have in common: of each element the mean and the spread, float32."""
-    return 8 * head_size
+def bytes_of_prefix(head_size: int) -> int:
+    """Bytes of what the clusters of a prefix have in common: their frame and the directions of residuals, float32."""
+    return 4 * (2 + NUM_DIRECTIONS) * head_size
+
+
+@dataclass(frozen=True)
+class KeyCost:
+    """Bytes that one KV head reads for the keys that are kept.
+
+    Attributes:
+        per_key: of each.
+        looking: of residuals, for each kept key, while there are more of them to look at.
+        looking_most: of all residuals there are.
+    """
+
+    per_key: int
+    looking: int
+    looking_most: int
+
+    def read_bytes(self, kept_keys: float, times: int = 1) -> float:
+        """Bytes read in so many look-ups that keep ``kept_keys`` together."""
+        return kept_keys * self.per_key + min(kept_keys * self.looking, times * self.looking_most)
+
+    def most_keys(self, read_bytes: float) -> float:
+        """How many keys so many bytes are read for, in one look-up."""
+        return max(read_bytes / (self.per_key + self.looking), (read_bytes - self.looking_most) / self.per_key)
 
 
 @dataclass(frozen=True)
@@ -65,6 +95,7 @@ class ReadCost:
         head_size: elements of a key, and of a value.
         element_size: bytes of an element of the KV cache.
         rest: whether the values' centroids are read, for the clusters that were not chosen.
+        by_key: whether keys of clusters are chosen for themselves, by their residuals.
     """
 
     num_tokens: int
@@ -74,6 +105,7 @@ class ReadCost:
     head_size: int
     element_size: int
     rest: bool
+    by_key: bool = True
 
     @functools.cached_property
     def dense_bytes(self) -> int:
@@ -84,21 +116,22 @@ class ReadCost:
     def fixed_bytes(self) -> int:
         """Bytes read even if no cluster is kept."""
         clusters = bytes_of_clusters(self.num_centroids, self.head_size, self.rest)
-        frame = bytes_of_frame(self.head_size) if self.num_centroids else 0
-        return self.num_always * 2 * self._vector_bytes + clusters + frame
+        of_prefix = bytes_of_prefix(self.head_size) if self.num_centroids else 0
+        return self.num_always * 2 * self._vector_bytes + clusters + of_prefix
 
     @functools.cached_property
-    def bytes_per_key(self) -> int:
-        """Bytes read for each kept key: the key, its value and its position."""
-        return 2 * self._vector_bytes + BYTES_PER_MEMBER
+    def keys(self) -> "KeyCost":
+        """What is read for kept keys: each with its value and its position."""
+        residual = self.by_key * BYTES_PER_RESIDUAL
+        return KeyCost(2 * self._vector_bytes + BYTES_PER_MEMBER, LOOKED_AT * residual, self.num_clustered * residual)
 
     @property
     def _vector_bytes(self) -> int:
         return self.head_size * self.element_size
 
-    def read_bytes(self, kept_keys: float) -> float:
-        """Bytes read where ``kept_keys`` members of clusters are kept, which may be a mean."""
-        return self.fixed_bytes + kept_keys * self.bytes_per_key
+    def read_bytes(self, kept_keys: float, times: int = 1) -> float:
+        """Bytes read in so many look-ups that keep ``kept_keys`` members of clusters together, which may be a mean."""
+        return times * self.fixed_bytes + self.keys.read_bytes(kept_keys, times)
 
     def budget_used(self, kept_keys: float) -> float:
         """The budget that ``kept_keys`` members come to."""
@@ -126,4 +159,4 @@ class ReadCost:
             raise ValueError(
                 f"budget: {budget} is less than the {least:.3f} that centroids and always attended tokens read alone"
             )
-        return min(spare_bytes / (self.num_clustered * self.bytes_per_key), 1.0)
+        return min(self.keys.most_keys(spare_bytes) / self.num_clustered, 1.0)

@@ -1,24 +1,26 @@
 """Finds the threshold on weighted predicted attention probabilities: one for all layers and heads of a prefix.
 
-The queries that answers to questions on the prefix came from score the clusters. A histogram counts the clustered keys
-by the joined log p of their cluster, with its raise and its log weight (``log_ranks`` in
-``kernels/reference.py``). Its counts are integers: histograms of layers, heads and tensor-parallel ranks add up
+The queries that answers to questions on the prefix came from score the clusters and their keys. A histogram counts keys
+by the log threshold up to which they are chosen, as ``kernels/reference.py`` says. Its counts are integers: histograms of layers, heads and tensor-parallel ranks add up
 exactly, in any order. Each layer is moved to one level, which its weights take up. The curve read off the sum gives a
 threshold for each share of clustered keys to keep. A second histogram, over the same bins, weighs keys by the attention
 that other queries paid to them: it says how much of it a threshold keeps.
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from vllm_squeeze.kernels.reference import capped, log_ranks, scores_of
-from vllm_squeeze.kernels.tables import group_means, unpacked_keys
+from vllm_squeeze.kernels.reference import capped, joined, log_mass, log_ranks, residual_scores, scores_of
+from vllm_squeeze.kernels.tables import MARGIN, group_means, unpacked_keys
 
 NUM_BINS = 4096
 LOWEST, HIGHEST = -34.0, 14.0
 BIN_WIDTH = (HIGHEST - LOWEST) / NUM_BINS
+COUNTED_KEYS = 2048
+"""Of a KV head, at most: all heads together have many times as many."""
 LEVEL, LEVEL_SHARE = -12.0, 0.1
 """Every layer's weights are such that this threshold keeps this share of its clustered keys."""
 LEAST_SHARE = 0.002
@@ -29,92 +31,102 @@ Curve = tuple[tuple[float, float], ...]
 """Pairs of the share of clustered keys kept, decreasing from 1, and the log threshold that keeps it."""
 
 
-def score_histogram(
-    query: torch.Tensor,
-    centroids: torch.Tensor,
-    frame: torch.Tensor,
-    log_weights: torch.Tensor,
-    variances: torch.Tensor,
-    sizes: torch.Tensor,
-    scale: float,
-    soft_cap: float = 0.0,
-    join: str = "max",
-    memory_bytes: int = 1 << 28,
-) -> torch.Tensor:
-    """Counts clustered keys by the raised and weighted log p of their cluster, joined over a KV head's query heads.
+@dataclass(frozen=True)
+class Choosable:
+    """The clusters of B KV heads as a server reads them, each of one layer, and their keys.
 
-    Args:
-        query: [B, W, G, D], the queries of W tokens, after the rotary embedding. Row b belongs to one KV head of
-            one layer.
-        centroids: [B, C, D].
-        frame: [B, 2, D], as in ``ClusterTable``.
-        log_weights, variances: [B, C].
-        sizes: [B, C], keys of each cluster.
+    Attributes:
+        centroids: [B, C, D] float32.
+        frame, log_weights, variances, sizes, residuals, directions: as in ``LayerClusters``, B heads for H.
         scale: softmax scale.
         soft_cap: bound on the logits; 0 for none.
-        join: one of JOINS.
-        memory_bytes: bound on temporary memory, as far as one row fits into it.
+        rule: one of RULES.
+    """
+
+    centroids: torch.Tensor
+    frame: torch.Tensor
+    log_weights: torch.Tensor
+    variances: torch.Tensor
+    sizes: torch.Tensor
+    residuals: torch.Tensor
+    directions: torch.Tensor
+    scale: float
+    soft_cap: float = 0.0
+    rule: str = "keys"
+
+    def bins(self, row: int, query: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+        """The bin of the log threshold up to which keys are chosen.
+
+        Args:
+            row: of B.
+            query: [W, G, D] float32.
+            members: [n] int64, numbers of the keys, in the order of clusters.
+
+        Returns:
+            [W, n] int64.
+        """
+        this = slice(row, row + 1)
+        query, centroids, sizes = query[:, None], self.centroids[this].float(), self.sizes[this]
+        *vectors, group_sizes = group_means(centroids, sizes, self.frame[this])
+        groups = unpacked_keys(*vectors, self.frame[this])
+        scores = scores_of(query, centroids, self.scale, self.soft_cap)  # [W, 1, G, C]
+        by_group = self.rule != "paper"
+        held_against = scores_of(query, groups, self.scale, self.soft_cap) if by_group else scores
+        mass = log_mass(held_against, group_sizes if by_group else sizes)
+        weights = self.log_weights[this]
+        ranks = log_ranks(query, scores, mass, weights, self.variances[this], sizes, self.scale, self.rule)
+        cluster = torch.searchsorted(self.sizes[row].cumsum(0), members, right=True)
+        ranks = ranks[:, 0, cluster]
+        if self.rule == "keys":
+            residuals = self.residuals[this, members]
+            log_p = (scores - mass)[..., cluster]
+            log_p = log_p + residual_scores(query, self.directions[this], residuals, self.scale)
+            ranks = torch.minimum(ranks + MARGIN, (joined(log_p, self.rule) + weights[:, cluster])[:, 0])
+        return ((ranks - LOWEST) / BIN_WIDTH).clamp(0, NUM_BINS - 1).long()
+
+    def bytes_per_query(self, num_keys: int) -> int:
+        """Temporary memory that ``bins`` of so many keys takes for each query token of a group."""
+        return 16 * self.sizes.shape[1] + 12 * num_keys
+
+
+def score_histogram(query: torch.Tensor, clusters: Choosable, memory_bytes: int = 1 << 28) -> torch.Tensor:
+    """Counts clustered keys by the log threshold up to which they are chosen.
+
+    Args:
+        query: [B, W, G, D], the queries of W tokens, after the rotary embedding.
+        clusters: of the KV heads that these belong to.
+        memory_bytes: bound on temporary memory, as far as one token fits into it.
 
     Returns:
         [NUM_BINS] int64 on the device of the query. Bins divide [LOWEST, HIGHEST] equally; what is lower counts in
-        the first, what is higher in the last. The counts sum up to W times the clustered keys of all rows.
+        the first, what is higher in the last. Of a head with more than COUNTED_KEYS keys so many at equal distances
+        count, in the order of clusters; of W queries each.
     """
-    num_rows, num_queries, group, _ = query.shape
-    num_centroids = sizes.shape[1]
-    groups = _groups(centroids, sizes, frame)
+    group, num_members = query.shape[2], clusters.residuals.shape[1]
     histogram = torch.zeros(NUM_BINS, dtype=torch.int64, device=query.device)
-    bytes_per_row = num_queries * num_centroids * (16 * group + 32)
-    for rows in torch.arange(num_rows, device=query.device).split(max(memory_bytes // max(bytes_per_row, 1), 1)):
-        weights = sizes[rows].long()[:, None].expand(-1, num_queries, -1)
-        clusters = tuple(of_rows[rows] for of_rows in (centroids, log_weights, variances, sizes, *groups))
-        bins = _bins(query[rows], clusters, scale, soft_cap, join)
-        histogram.scatter_add_(0, bins.flatten(), weights.flatten())
+    num_counted = min(num_members, COUNTED_KEYS)
+    counted = torch.arange(num_counted, device=query.device) * num_members // num_counted
+    tokens = max(memory_bytes // (group * clusters.bytes_per_query(num_counted)), 1)
+    for row, of_row in enumerate(query):
+        for some in of_row.float().split(tokens):
+            histogram += torch.bincount(clusters.bins(row, some, counted).flatten(), minlength=NUM_BINS)
     return histogram
-
-
-def _groups(centroids: torch.Tensor, sizes: torch.Tensor, frame: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean keys of groups of clusters, as the server will read them, and their sizes: [B, G, D] and [B, G]."""
-    *vectors, group_sizes = group_means(centroids.float(), sizes, frame)
-    return unpacked_keys(*vectors, frame), group_sizes
-
-
-def _bins(
-    query: torch.Tensor, clusters: tuple[torch.Tensor, ...], scale: float, soft_cap: float, join: str
-) -> torch.Tensor:
-    """The bin of each cluster for each query token, [B, W, C].
-
-    Args:
-        query, scale, soft_cap, join: as in ``score_histogram``.
-        clusters: their centroids, and what ``log_ranks`` takes of them and of their groups.
-    """
-    centroids, *of_clusters, groups, group_sizes = clusters
-    query = query.transpose(0, 1).float()  # [W, B, G, D]
-    scores, group_scores = (scores_of(query, keys.float(), scale, soft_cap) for keys in (centroids, groups))
-    ranks = log_ranks(query, scores, *of_clusters, group_scores, group_sizes, scale, join)  # [W, B, C]
-    return ((ranks.transpose(0, 1) - LOWEST) / BIN_WIDTH).clamp(0, NUM_BINS - 1).long()
 
 
 def attention_histogram(
     query: torch.Tensor,
     keys: torch.Tensor,
-    centroids: torch.Tensor,
-    frame: torch.Tensor,
-    log_weights: torch.Tensor,
-    variances: torch.Tensor,
-    sizes: torch.Tensor,
     members: torch.Tensor,
-    scale: float,
-    soft_cap: float = 0.0,
-    join: str = "max",
+    clusters: Choosable,
     memory_bytes: int = 1 << 29,
 ) -> torch.Tensor:
-    """The attention probability of clustered keys, over a prefix alone, by the weighted log p of their cluster.
+    """The attention probability of clustered keys, over a prefix alone, by the log threshold up to which they are chosen.
 
     Args:
         query: [B, W, G, D], of tokens that ask about the prefix.
         keys: [B, T, D], all of the prefix.
-        centroids, frame, log_weights, variances, sizes, scale, soft_cap, join: as in ``score_histogram``.
         members: [B, M], positions of clustered keys, ordered by cluster.
+        clusters: of these.
         memory_bytes: bound on temporary memory, as far as one query token fits into it.
 
     Returns:
@@ -122,22 +134,15 @@ def attention_histogram(
         a sum of 1 fell on keys that are always attended to.
     """
     num_rows, num_queries, group, _ = query.shape
-    num_centroids = sizes.shape[1]
-    groups = _groups(centroids, sizes, frame)
     histogram = torch.zeros(num_rows, NUM_BINS, dtype=torch.float32, device=query.device)
-    bytes_per_token = 4 * ((2 * group + 2) * keys.shape[1] + (4 * group + 8) * num_centroids)
+    everything = torch.arange(members.shape[1], device=query.device)
+    tokens = max(memory_bytes // (group * (clusters.bytes_per_query(len(everything)) + 8 * keys.shape[1])), 1)
     for row in range(num_rows):
-        clusters = tuple(of_rows[row : row + 1] for of_rows in (centroids, log_weights, variances, sizes, *groups))
-        # what is always attended to counts as one more cluster
-        cluster_of = members.new_full((keys.shape[1],), num_centroids)
-        numbers = torch.arange(num_centroids, device=query.device, dtype=members.dtype)
-        cluster_of[members[row].long()] = numbers.repeat_interleave(sizes[row].long())
-        for some in query[row].float().split(max(memory_bytes // bytes_per_token, 1)):
-            logits = capped(torch.einsum("wgd,td->wgt", some * scale, keys[row].float()), soft_cap)
-            of_keys = logits.softmax(-1).sum(1)
-            of_clusters = of_keys.new_zeros(len(some), num_centroids + 1).index_add_(1, cluster_of, of_keys)
-            bins = _bins(some[None], clusters, scale, soft_cap, join)
-            histogram[row].scatter_add_(0, bins.flatten(), of_clusters[:, :-1].flatten())
+        for some in query[row].float().split(tokens):
+            logits = capped(torch.einsum("wgd,td->wgt", some * clusters.scale, keys[row].float()), clusters.soft_cap)
+            of_members = logits.softmax(-1).sum(1)[:, members[row].long()]
+            bins = clusters.bins(row, some, everything)
+            histogram[row].scatter_add_(0, bins.flatten(), of_members.flatten())
     return histogram / (num_queries * group)
 
 

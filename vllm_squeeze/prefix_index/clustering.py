@@ -17,11 +17,17 @@ import torch
 from torch.nn import functional
 
 from vllm_squeeze.kernels.reference import nearest_reference
+from vllm_squeeze.kernels.tables import LEAST_PACKED, NUM_DIRECTIONS, words_of
+from vllm_squeeze.prefix_index.index_folder import LARGEST_DIRECTION
 from vllm_squeeze.prefix_index.manifest import IndexParameters
 
 SEED_POWER, SEED_ROUNDS = 4, 4
 """By which power of its distance from those before a point becomes a seed of K-means, and in how many rounds."""
 POWER_ITERATIONS = 8
+STEP = 0.335
+"""Between the elements of a residual, over their root mean square: of 16 the best for normally distributed ones."""
+LEAST_MOMENT = 1e-3
+"""That queries are taken to have along each direction, over their mean: others than those known may look there."""
 CPU_MEMORY_BYTES = 1 << 25
 
 
@@ -164,6 +170,54 @@ def logit_variances(
         in_order = torch.arange(len(members), device=keys.device)[None]
         variances[row] = _segment_means(squares, in_order, starts[row : row + 1])[0, :, 0]
     return variances.clamp(min=0)
+
+
+def logit_residuals(
+    keys: torch.Tensor, clusters: Clusters, centroids: torch.Tensor, queries: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How keys lie beside their centroids, in the few directions that tell most of how their logits differ.
+
+    These are the principal components of the differences, measured by the products that queries have with them.
+
+    Args:
+        keys: [B, T, D] float32.
+        clusters: of the keys.
+        centroids: [B, C, D] float32, those that are read.
+        queries: [B, W, G, D], which say where queries go.
+
+    Returns:
+        elements for each of the ``members``, as ``words_of``, int32 [B, M, NUM_DIRECTIONS / 8]; and what products of a
+        query with them mean, [B, NUM_DIRECTIONS, D] float32, no element beyond
+        ``LARGEST_DIRECTION``.
+    """
+    num_rows, num_members = clusters.members.shape
+    size = keys.shape[-1]
+    residuals = clusters.members.new_empty(num_rows, num_members, NUM_DIRECTIONS // 8)
+    directions = torch.zeros(num_rows, NUM_DIRECTIONS, size)
+
+    def apart_in(row: int) -> torch.Tensor:
+        of_member = centroids[row].repeat_interleave(clusters.sizes[row].long(), 0, output_size=num_members)
+        return keys[row, clusters.members[row].long()] - of_member
+
+    def moments_of(vectors: torch.Tensor) -> torch.Tensor:
+        return (vectors.T @ vectors / len(vectors)).double().cpu()
+
+    of_queries = torch.stack([moments_of(query.flatten(0, 1).float()) for query in queries])
+    of_residuals = torch.stack([moments_of(apart_in(row)) for row in range(num_rows)])
+    mean_square = of_queries.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    of_queries = of_queries + torch.eye(size) * (LEAST_MOMENT * mean_square).clamp(min=torch.finfo(torch.float32).tiny)
+    squares, axes = torch.linalg.eigh(of_queries)
+    root, inverse = ((axes * squares[:, None] ** power) @ axes.mT for power in (0.5, -0.5))
+    spreads, components = (
+        found.flip(-1)[..., :NUM_DIRECTIONS] for found in torch.linalg.eigh(root @ of_residuals @ root)
+    )
+    steps = STEP * spreads.clamp(min=0).sqrt()[:, None]
+    directions[:, : spreads.shape[-1]] = (inverse @ components * steps).mT
+    across = root @ components / steps.where(steps > 0, torch.inf)
+    for row in range(num_rows):
+        elements = (apart_in(row) @ across[row].to(keys)).round().clamp(LEAST_PACKED, -LEAST_PACKED - 1)
+        residuals[row] = words_of(functional.pad(elements, (0, NUM_DIRECTIONS - elements.shape[-1])))
+    return residuals, directions.clamp(-LARGEST_DIRECTION, LARGEST_DIRECTION).to(keys.device)
 
 
 def _equal_windows(num_clustered: int, window: int) -> Iterator[tuple[int, int, int]]:

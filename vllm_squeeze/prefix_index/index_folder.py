@@ -30,7 +30,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from vllm_squeeze.kernels.tables import LEAST_PACKED, LEAST_SPREAD, unpacked_keys
+from vllm_squeeze.kernels.tables import LEAST_PACKED, LEAST_SPREAD, NUM_DIRECTIONS, unpacked_keys
 from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.manifest import (
     MAX_HEADER_BYTES,
@@ -52,6 +52,9 @@ LARGEST_ELEMENT = 2.0**15
 """Of a mean key or value, either way: beyond what models have, and below what makes sums in 16 bits, or of logits in
 32 bits, infinite."""
 LARGEST_SCALE = LARGEST_ELEMENT / -LEAST_PACKED
+LARGEST_DIRECTION = 2.0**10
+"""Of an element of a direction, either way: beyond what models have, and low enough for products in 16 bits of queries
+with directions to stay finite."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +72,9 @@ class LayerClusters:
             scaled query.
         sizes: [H, C] int32, how many members a cluster has, 0 if it is empty.
         members: [H, M] int32, positions of tokens in the prefix, ordered by cluster and ascending inside a cluster.
+        residuals: [H, M, NUM_DIRECTIONS / 8] int32, of the members, and
+        directions: [H, NUM_DIRECTIONS, D] float32, as in ``ClusterTable``; no element of these is beyond
+            ``LARGEST_DIRECTION``.
         frame: [H, 2, D] float32, the ``frame_of`` the mean keys, none of which is beyond ``LARGEST_ELEMENT`` on average.
     """
 
@@ -80,7 +86,9 @@ class LayerClusters:
     variances: torch.Tensor
     sizes: torch.Tensor
     members: torch.Tensor
+    residuals: torch.Tensor
     frame: torch.Tensor
+    directions: torch.Tensor
 
     def mean_keys(self) -> torch.Tensor:
         """The mean keys as they are read, [H, C, D] float32."""
@@ -244,7 +252,9 @@ def check_clusters(clusters: LayerClusters, manifest: Manifest, num_centroids: i
         "variances": (torch.float32, of_clusters),
         "sizes": (torch.int32, of_clusters),
         "members": (torch.int32, (model.num_kv_heads, num_members)),
+        "residuals": (torch.int32, (model.num_kv_heads, num_members, NUM_DIRECTIONS // 8)),
         "frame": (torch.float32, (model.num_kv_heads, 2, model.head_size)),
+        "directions": (torch.float32, (model.num_kv_heads, NUM_DIRECTIONS, model.head_size)),
     }
     for name, (dtype, shape) in expected.items():
         tensor = getattr(clusters, name)
@@ -259,6 +269,7 @@ def check_clusters(clusters: LayerClusters, manifest: Manifest, num_centroids: i
         ("variances", clusters.variances, 0.0, LARGEST_ELEMENT**2),
         ("means in frame", means, -LARGEST_ELEMENT, LARGEST_ELEMENT),
         ("spreads in frame", spreads, LEAST_SPREAD, 1.0),
+        ("directions", clusters.directions, -LARGEST_DIRECTION, LARGEST_DIRECTION),
     ):
         # Both are NaN if any value is; a mask of all values would take 30 times as long.
         lowest, highest = tensor.aminmax()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_squeeze.prefix_index.calibration import attention_histogram, score_histogram
+from vllm_squeeze.prefix_index.calibration import Choosable, attention_histogram, score_histogram
 from vllm_squeeze.prefix_index.clustering import Clusters, cluster_keys, mean_cosine
 from vllm_squeeze.prefix_index.manifest import IndexParameters
 from vllm_squeeze.prefix_index.neighbours import in_groups
@@ -39,7 +39,7 @@ class IndexedLayer(NamedTuple):
         tensors: those of LayerClusters; scores, the histogram of ``score_histogram``; and where queries were held
             back, attention, that of ``attention_histogram``.
         mean_cosine: of keys to their centroids.
-        num_queries: tokens whose queries the histogram of scores counts.
+        num_queries: tokens whose queries calibrate.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -68,14 +68,23 @@ def index_layers(
         heads = slice(number * num_heads, (number + 1) * num_heads)
         of_layer = Clusters(*(getattr(clusters, field.name)[heads] for field in fields(Clusters)))
         cosine = mean_cosine(keys[heads], of_layer)
-        kept = stored(of_layer, parameters.rule, keys[heads], layer.queries)
+        fitted, counted = halves(layer.queries)
+        kept = stored(of_layer, parameters.rule, keys[heads], fitted)
         # The threshold is calibrated with the centroids as the server will read them.
-        clusters_read = kept.mean_keys(), kept.frame, kept.log_weights, kept.variances, kept.sizes
-        softmax = layer.scale, layer.soft_cap, parameters.join
+        facts = kept.frame, kept.log_weights, kept.variances, kept.sizes, kept.residuals, kept.directions
+        choosable = Choosable(kept.mean_keys(), *facts, layer.scale, layer.soft_cap, parameters.rule)
         tensors = dict(vars(kept))
-        tensors["scores"] = score_histogram(layer.queries.float(), *clusters_read, *softmax)
+        tensors["scores"] = score_histogram(counted, choosable)
         if layer.held_back.shape[1]:
-            of_keys = layer.held_back.float(), keys[heads], *clusters_read, kept.members
-            tensors["attention"] = attention_histogram(*of_keys, *softmax)
+            tensors["attention"] = attention_histogram(layer.held_back, keys[heads], kept.members, choosable)
         on_host = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         yield IndexedLayer(on_host, cosine, layer.queries.shape[1])
+
+
+def halves(queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of queries [H, W, G, D], those that what tells keys apart is fitted to, and those that thresholds are read off.
+
+    These are every second token each; where there is but one, it is both.
+    """
+    # Keys differ more along queries that were fitted to: a threshold read off these would keep fewer of others.
+    return queries[:, ::2], queries[:, 1::2] if queries.shape[1] > 1 else queries

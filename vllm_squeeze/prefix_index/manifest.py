@@ -13,19 +13,17 @@ from itertools import pairwise
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from vllm_squeeze.kernels.tables import RULES
 from vllm_squeeze.prefix_index.budget import (
+    BYTES_HELD_OF_MEMBER,
     BYTES_PER_LOG_SIZE,
-    BYTES_PER_MEMBER,
     BYTES_PER_PLACE,
-    bytes_of_frame,
+    bytes_of_prefix,
     bytes_per_cluster,
 )
 from vllm_squeeze.prefix_index.identity import ModelIdentity, check_ranges
 
-FORMAT_VERSION = 7
-RULES = ("error", "paper")
-"""How clusters are chosen. By what error it would be to lump a cluster's keys together, for the query head of a KV head
-to which it matters most; or by predicted attention probability, mean over these heads, as in the paper."""
+FORMAT_VERSION = 8
 MAX_HEADER_BYTES = 4096
 """Bytes that a safetensors file of an index may have beyond its tensors."""
 
@@ -55,7 +53,7 @@ class IndexParameters:
         seed: of the first centroids.
         num_sinks: the first tokens, which are not clustered but always attended to.
         observation_window: the last tokens, which are not clustered either.
-        rule: how clusters are chosen, one of RULES.
+        rule: by which keys are chosen, one of RULES.
     """
 
     centroids: float = 0.05
@@ -65,7 +63,7 @@ class IndexParameters:
     seed: int = 0
     num_sinks: int = 16
     observation_window: int = 100
-    rule: str = "error"
+    rule: str = "keys"
 
     def __post_init__(self) -> None:
         if not 0 < self.centroids <= 1:
@@ -81,11 +79,6 @@ class IndexParameters:
             num_sinks=(0, 2**31 - 1),
             observation_window=(1, 2**31 - 1),
         )
-
-    @property
-    def join(self) -> str:
-        """How probabilities are joined over the query heads of a KV head by this rule, one of JOINS."""
-        return "mean" if self.rule == "paper" else "max"
 
 
 QUERIES = ("questions", "observation window")
@@ -216,8 +209,8 @@ class Manifest:
         """Bytes of a layer's tensors, those of LayerClusters."""
         # all that a server reads of a cluster, but where its members start and the logarithm of its size: others tell
         per_cluster = bytes_per_cluster(self.model.head_size, rest=True) - BYTES_PER_PLACE - BYTES_PER_LOG_SIZE
-        of_head = layer.num_centroids * per_cluster + self.num_members * BYTES_PER_MEMBER
-        return self.model.num_kv_heads * (of_head + bytes_of_frame(self.model.head_size))
+        of_head = layer.num_centroids * per_cluster + self.num_members * BYTES_HELD_OF_MEMBER
+        return self.model.num_kv_heads * (of_head + bytes_of_prefix(self.model.head_size))
 
     @functools.cached_property
     def digest(self) -> str:

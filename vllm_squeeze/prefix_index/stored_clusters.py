@@ -1,9 +1,9 @@
-"""Clusters as an index stores them: mean keys and values in 4 bits, and their weights in the choice."""
+"""Clusters as an index stores them: mean keys and values in 4 bits, their weights in the choice, and how keys differ."""
 
 import torch
 
 from vllm_squeeze.kernels.tables import frame_of, packed, packed_keys, unpacked_keys
-from vllm_squeeze.prefix_index.clustering import Clusters, logit_variances
+from vllm_squeeze.prefix_index.clustering import Clusters, logit_residuals, logit_variances
 from vllm_squeeze.prefix_index.index_folder import LayerClusters
 
 LEAST_WEIGHT = 1e-3
@@ -23,13 +23,15 @@ def stored(clusters: Clusters, rule: str, keys: torch.Tensor, queries: torch.Ten
     centroids, centroid_scales = packed_keys(clusters.centroids, frame)
     value_centroids, value_scales = packed(clusters.value_centroids)
     as_read = unpacked_keys(centroids, centroid_scales, frame)
-    if rule == "error":
+    if rule != "paper":
         weights = error_weights(clusters, squared_distances(clusters, as_read))
         variances = logit_variances(keys, clusters, as_read, queries)
     else:
         weights, variances = torch.ones_like(clusters.key_squares), torch.zeros_like(clusters.key_squares)
+    residuals, directions = logit_residuals(keys, clusters, as_read, queries)
     vectors = centroids, centroid_scales, value_centroids, value_scales
-    return LayerClusters(*vectors, weights.log(), variances, clusters.sizes, clusters.members, frame)
+    facts = weights.log(), variances, clusters.sizes, clusters.members
+    return LayerClusters(*vectors, *facts, residuals, frame, directions)
 
 
 def squared_distances(clusters: Clusters, centroids: torch.Tensor) -> torch.Tensor:
