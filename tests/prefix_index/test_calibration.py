@@ -18,6 +18,7 @@ from vllm_squeeze.kernels.tables import (
     unpacked_keys,
     words_of,
 )
+from vllm_squeeze.prefix_index import calibration
 from vllm_squeeze.prefix_index.calibration import (
     BIN_WIDTH,
     COUNTED_KEYS,
@@ -377,6 +378,13 @@ def test_attention_kept_is_that_of_what_is_chosen(rule, memory_bytes):
     assert (always < expected).all() and (expected < 0.9).all(), "some keys are chosen and others not"
     assert recall(histogram, -math.inf) == pytest.approx(torch.ones(len(query)))
     assert recall(histogram, math.inf) == pytest.approx(always, abs=1e-5)
+
+
+def test_of_many_tokens_some_tell_what_all_attend_to(monkeypatch: pytest.MonkeyPatch):
+    query, keys, clusters, members, _ = prefix_case()
+    few = attention_histogram(query, keys, members, clusters)
+    monkeypatch.setattr(calibration, "ATTENDING_TOKENS", query.shape[1])
+    assert torch.equal(attention_histogram(query.repeat_interleave(3, 1), keys, members, clusters), few)
 
 
 def test_keys_chosen_for_themselves_keep_more_attention_than_whole_clusters():

@@ -21,6 +21,8 @@ LOWEST, HIGHEST = -34.0, 14.0
 BIN_WIDTH = (HIGHEST - LOWEST) / NUM_BINS
 COUNTED_KEYS = 2048
 """Of a KV head, at most: all heads together have many times as many."""
+ATTENDING_TOKENS = 128
+"""Whose attention to all keys is weighed, at most."""
 LEVEL, LEVEL_SHARE = -12.0, 0.1
 """Every layer's weights are such that this threshold keeps this share of its clustered keys."""
 LEAST_SHARE = 0.002
@@ -105,7 +107,7 @@ def score_histogram(query: torch.Tensor, clusters: Choosable, memory_bytes: int 
     group, num_members = query.shape[2], clusters.residuals.shape[1]
     histogram = torch.zeros(NUM_BINS, dtype=torch.int64, device=query.device)
     num_counted = min(num_members, COUNTED_KEYS)
-    counted = torch.arange(num_counted, device=query.device) * num_members // num_counted
+    counted = evenly(num_members, num_counted, query.device)
     tokens = max(memory_bytes // (group * clusters.bytes_per_query(num_counted)), 1)
     for row, of_row in enumerate(query):
         for some in of_row.float().split(tokens):
@@ -123,7 +125,8 @@ def attention_histogram(
     """The attention probability of clustered keys, over a prefix alone, by the log threshold up to which they are chosen.
 
     Args:
-        query: [B, W, G, D], of tokens that ask about the prefix.
+        query: [B, W, G, D], of tokens that ask about the prefix. Of more than ATTENDING_TOKENS so many at equal distances
+            count.
         keys: [B, T, D], all of the prefix.
         members: [B, M], positions of clustered keys, ordered by cluster.
         clusters: of these.
@@ -133,7 +136,9 @@ def attention_histogram(
         [B, NUM_BINS] float32, mean over tokens and query heads, in the bins of ``score_histogram``. What is missing to
         a sum of 1 fell on keys that are always attended to.
     """
-    num_rows, num_queries, group, _ = query.shape
+    num_queries = min(query.shape[1], ATTENDING_TOKENS)
+    query = query[:, evenly(query.shape[1], num_queries, query.device)]
+    num_rows, _, group, _ = query.shape
     histogram = torch.zeros(num_rows, NUM_BINS, dtype=torch.float32, device=query.device)
     everything = torch.arange(members.shape[1], device=query.device)
     tokens = max(memory_bytes // (group * (clusters.bytes_per_query(len(everything)) + 8 * keys.shape[1])), 1)
@@ -144,6 +149,11 @@ def attention_histogram(
             bins = clusters.bins(row, some, everything)
             histogram[row].scatter_add_(0, bins.flatten(), of_members.flatten())
     return histogram / (num_queries * group)
+
+
+def evenly(size: int, count: int, device: torch.device) -> torch.Tensor:
+    """``count`` of the numbers below ``size``, at equal distances, [count] int64."""
+    return torch.arange(count, device=device) * size // count
 
 
 def level(histogram: torch.Tensor) -> int:
