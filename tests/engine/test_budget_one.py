@@ -27,7 +27,9 @@ def test_other_numbers_of_tokens_are_always_attended_to(models, indexes, num_sin
     check_answers_are_dense(model, index, PREFIX)
 
 
-@pytest.mark.parametrize(("family", "rule"), [("llama", "keys"), ("gemma2", "keys"), ("llama", "clusters"), ("llama", "paper")])
+@pytest.mark.parametrize(
+    ("family", "rule"), [("llama", "keys"), ("gemma2", "keys"), ("llama", "clusters"), ("llama", "paper")]
+)
 def test_a_budget_is_about_what_is_read(models, indexes, family, rule):
     """The threshold is calibrated on the very scores that choose clusters, also where a soft cap bounds them."""
     model = models(family)

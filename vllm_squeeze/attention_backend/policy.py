@@ -302,7 +302,8 @@ _PLANS = ((Arm.STOCK,), (Arm.STOCK, Arm.SHARED), (Arm.STOCK, Arm.EXACT, Arm.SQUE
 
 class _Facts(NamedTuple):
     """What counts of a step's rows on one prefix: its tokens, the work, shares of kept keys and of centroids, None
-    without clusters, whether keys are chosen for themselves, whether they asked to be squeezed, and whether they are prompts' whose tokens choose together."""
+    without clusters, whether keys are chosen for themselves, whether they asked to be squeezed, and whether they are
+    prompts' whose tokens choose together."""
 
     num_tokens: int
     work: Work

@@ -40,7 +40,7 @@ DIRECTIONS = tl.constexpr(NUM_DIRECTIONS)
 MOST_AIMED = tl.constexpr(MOST_PRODUCT)
 ROW_FACTS = tl.constexpr(NUM_ROW_FACTS)
 LOWER_HALF = tl.constexpr(NUM_DIRECTIONS // 2 * 15 * MOST_PRODUCT)
-"""More than what the lower halves of products sum up to, either way, so that nothing is borrowed from the upper ones."""
+"""More than lower halves of products sum up to, either way, so that nothing is borrowed from the upper ones."""
 RAISE = tl.constexpr(MOST_RAISE)
 REST_RAISE = tl.constexpr(MOST_REST_RAISE)
 OF_GROUP = tl.constexpr(NEIGHBOURS)
@@ -221,8 +221,8 @@ def _load_keys(p_picked, p_residuals, first_part, num_picked, num_aimed, PARTS: 
 
     Returns:
         [PARTS, 1] the cluster of each part; [PARTS, PART] the number of each key among the members; [PARTS, PART] the
-        tokens that chose its cluster, none of what is no key; [PARTS, PART] the lower and the upper word of its residual,
-        of the first ``num_aimed`` parts.
+        tokens that chose its cluster, none of what is no key; [PARTS, PART] the lower and the upper word of its
+        residual, of the first ``num_aimed`` parts.
     """
     o_part, o_k = first_part + tl.arange(0, PARTS)[:, None], tl.arange(0, PART)[None, :]
     m_part = o_part < num_picked
@@ -242,7 +242,7 @@ def _choose_keys(
     aimed, p_over, b_cluster, b_bits, b_lower, b_upper, num_tokens, stride_over,
     GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Of the tokens ``b_bits`` that chose keys' clusters those that choose the keys, [PARTS, PART] as ``_load_keys``."""
+    """Of the tokens ``b_bits`` that chose keys' clusters those that choose the keys, [PARTS, PART] each."""
     PARTS: tl.constexpr = b_bits.shape[0]
     M: tl.constexpr = ROWS * GP
     if M > FEW_ROWS:
@@ -404,7 +404,7 @@ def look_up_kernel(
     o_i = tl.arange(0, MP)
     cluster_threshold = threshold - tl.where(rule == KEYS, SHORT * LOG2_E, 0.0)
     # loaded while the sums are under way
-    b_size, b_start, b_wanted, b_spread = _facts_of_clusters(
+    b_size, b_start, b_wanted, b_variance = _facts_of_clusters(
         p_sizes, p_log_sizes, p_starts, p_weights, p_variances, begin + o_c, end, cluster_threshold
     )
     m_i = (o_i < MASSES)[:, None]
@@ -421,16 +421,18 @@ def look_up_kernel(
         o_row = i_c + o_c
         m_c = o_row < end
         if i_c > begin:
-            b_size, b_start, b_wanted, b_spread = _facts_of_clusters(
+            b_size, b_start, b_wanted, b_variance = _facts_of_clusters(
                 p_sizes, p_log_sizes, p_starts, p_weights, p_variances, o_row, end, cluster_threshold
             )
         if rule == PAPER:
             b_bits = _choose(
-                p_logits, p_all, p_squares, b_wanted, b_spread, o_row, end, num_tokens, max_centroids, GROUP, GP, True
+                p_logits, p_all, p_squares, b_wanted, b_variance, o_row, end, num_tokens, max_centroids, GROUP, GP,
+                True,
             )  # fmt: skip
         else:
             b_bits = _choose(
-                p_logits, p_all, p_squares, b_wanted, b_spread, o_row, end, num_tokens, max_centroids, GROUP, GP, False
+                p_logits, p_all, p_squares, b_wanted, b_variance, o_row, end, num_tokens, max_centroids, GROUP, GP,
+                False,
             )  # fmt: skip
         tl.store(p_chosen + o_row, b_bits, mask=m_c)
         b_parts = tl.where(b_bits != 0, tl.cdiv(b_size, PART), 0)

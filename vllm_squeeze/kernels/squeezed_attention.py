@@ -110,9 +110,7 @@ def squeezed_attention(
     assert all(tensor.stride() == table.sizes.stride() for tensor in per_cluster)
     assert table.group_centroids.stride()[1:] == table.centroids.stride()[1:]
     assert table.group_scales.stride() == table.group_sizes.stride()
-    assert (
-        table.frames[0].is_contiguous() and table.directions[0].is_contiguous() and table.residuals[0].is_contiguous()
-    )
+    assert all(tensor[0].is_contiguous() for tensor in (table.frames, table.directions, table.residuals))
     contiguous = (queries.tokens, queries.tiles, prefixes.log_threshold, prefixes.frames, prefixes.counters)
     assert all(tensor.is_contiguous() for tensor in contiguous)
     rows = (query, output, key_cache, block_table, table.sizes, table.members, table.group_sizes)
@@ -200,9 +198,11 @@ def look_up(
         first_tile, scale, soft_cap,
         *query.stride()[:2], *table.centroids.stride()[:2], table.sizes.stride(0),
         table.group_centroids.stride(0), table.group_sizes.stride(0), table.frames.stride(0), table.members.stride(0),
-        table.residuals.stride(0), table.directions.stride(0), block_table.stride(0), queries.always_places.stride(0), max_centroids, workspace.picked.shape[2], max_keys,
+        table.residuals.stride(0), table.directions.stride(0), block_table.stride(0), queries.always_places.stride(0),
+        max_centroids, workspace.picked.shape[2], max_keys,
         SPLITS=splits, SP=padded(splits), MASSES=masses, MP=padded(masses), MASS_ROWS=mass_rows,
-        SCORED=scored, STAGES=stages, BLOCK=block, PARTS_BLOCK=parts_block, LIST_BLOCK=list_block, S=page_size, SOFT_CAP=soft_cap > 0,
+        SCORED=scored, STAGES=stages, BLOCK=block, PARTS_BLOCK=parts_block, LIST_BLOCK=list_block, S=page_size,
+        SOFT_CAP=soft_cap > 0,
         num_warps=warps, maxnreg=registers_of(LOOK_UPS_PER_MULTIPROCESSOR, warps), **tile, **head, **launch,
     )  # fmt: skip
 
