@@ -1,9 +1,10 @@
 """Makes the times by which a server chooses between squeezed, exact and stock attention, and says how good choices are.
 
-    python benchmarks/kernels.py --arms stock exact shared drop squeezed clusters_drop clusters --prefixes 1 2 4 8 16 32 64 128 256 512 \\
+    python benchmarks/kernels.py --arms stock exact shared drop squeezed clusters_drop clusters \\
+        --prefixes 1 2 4 8 16 32 64 128 256 512 \\
         --batches 1 2 3 4 6 8 12 16 24 32 64 128 256 --out kernels.json
-    python benchmarks/kernels.py --arms stock exact shared drop squeezed clusters_drop clusters --prefixes 3 12 48 192 \\
-        --batches 1 5 10 20 48 100 --out between.json
+    python benchmarks/kernels.py --arms stock exact shared drop squeezed clusters_drop clusters \\
+        --prefixes 3 12 48 192 --batches 1 5 10 20 48 100 --out between.json
     python benchmarks/prompts.py --prefixes 8 16 32 64 128 256 --tokens 128 256 512 1024 --out prompts.json
     python benchmarks/policy.py kernels.json --check between.json --prompts prompts.json
 

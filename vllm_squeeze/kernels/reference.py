@@ -7,14 +7,17 @@ For one KV head with G query heads and a prefix in clusters i of N_i keys, centr
     cluster i is looked at  <=>  w_i times the max over the G query heads of p_i exp(r_i) > threshold / e^MARGIN
     its key j is chosen     <=>  and w_i times the max over the G query heads of p_i exp(s q.d_j) > threshold
 
-with d_j, how the key lies beside its centroid, as far as a few directions tell, a weight w_i and a variance u_i for each cluster, from the index, and r_i at most MOST_RAISE. Of logits that are
-spread normally the mean exponential is that of their mean and half their variance. The sum is over groups g of some
-clusters that are alike, of N_g keys together with the mean key c_g. It is smaller than over clusters, the more so where
-a query tells clusters apart that are alike: there a wrong choice costs most, and more is chosen. With the mean, as in
-the paper, it is over clusters.
+with d_j, how the key lies beside its centroid, as far as a few directions tell, a weight w_i and a variance u_i for
+each cluster, from the index, and r_i at most MOST_RAISE. Of logits that are spread normally the mean exponential is that
+of their mean and half their variance. The sum is over groups g of some clusters that are alike, of N_g keys together
+with the mean key c_g. It is smaller than over clusters, the more so where a query tells clusters apart that are alike:
+there a wrong choice costs most, and more is chosen.
 
-The keys of chosen clusters and the first tokens (attention sinks) are attended to exactly. A cluster that was not
-chosen contributes N_i exp(s q.c_i + r_i) times v_i, r_i here at most MOST_REST_RAISE; or nothing where ``rest`` is off.
+That is the rule ``keys``. By ``clusters`` all keys of the clusters are chosen that exceed the threshold themselves. So
+they are by ``paper``, with the mean over the G query heads for the largest, and with a sum over clusters.
+
+The chosen keys and the first tokens (attention sinks) are attended to exactly. A cluster that was not looked at
+contributes N_i exp(s q.c_i + r_i) times v_i, r_i here at most MOST_REST_RAISE; or nothing where ``rest`` is off.
 """
 
 import functools

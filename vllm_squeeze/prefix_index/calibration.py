@@ -1,10 +1,11 @@
 """Finds the threshold on weighted predicted attention probabilities: one for all layers and heads of a prefix.
 
 The queries that answers to questions on the prefix came from score the clusters and their keys. A histogram counts keys
-by the log threshold up to which they are chosen, as ``kernels/reference.py`` says. Its counts are integers: histograms of layers, heads and tensor-parallel ranks add up
-exactly, in any order. Each layer is moved to one level, which its weights take up. The curve read off the sum gives a
-threshold for each share of clustered keys to keep. A second histogram, over the same bins, weighs keys by the attention
-that other queries paid to them: it says how much of it a threshold keeps.
+by the log threshold up to which they are chosen, as ``kernels/reference.py`` says. Its counts are integers: histograms
+of layers, heads and tensor-parallel ranks add up exactly, in any order. Each layer is moved to one level, which its
+weights take up. The curve read off the sum gives a threshold for each share of clustered keys to keep. A second
+histogram, over the same bins, weighs keys by the attention that other queries paid to them: it says how much of it a
+threshold keeps.
 """
 
 import math
