@@ -147,15 +147,15 @@ def make_layer(shape: Shape, kept: float, likeness: float, beside: bool, rule: s
     some = query[:4].float().view(-1, heads, group, size)
     scores, groups = (scores_of(some, keys, size**-0.5) for keys in (table.mean_keys(), table.group_keys()))
     scores -= log_mass(groups, table.group_sizes)
-    # of so many keys at equal distances
-    sampled = torch.arange(0, num_members, -(-num_members // SAMPLED_KEYS), device=device)
-    cluster = torch.searchsorted(starts, sampled.int().expand(heads, -1).contiguous(), right=True) - 1
-    of_keys = cluster.expand(len(some), -1, -1)
-    residual = residual_scores(some, table.directions[:, 0], table.residuals[:, sampled], size**-0.5)
-    log_p = joined(scores.gather(3, of_keys[:, :, None].expand(-1, -1, group, -1)) + residual, "keys")
-    log_p = torch.minimum(log_p, joined(scores, "keys").gather(2, of_keys) + MARGIN)
-    if rule == "clusters":
-        log_p = joined(scores, rule)
+    log_p = joined(scores, rule)
+    if rule == "keys":
+        # of so many keys at equal distances
+        sampled = torch.arange(0, num_members, -(-num_members // SAMPLED_KEYS), device=device)
+        cluster = torch.searchsorted(starts, sampled.int().expand(heads, -1).contiguous(), right=True) - 1
+        of_keys = cluster.expand(len(some), -1, -1)
+        residual = residual_scores(some, table.directions[:, 0], table.residuals[:, sampled], size**-0.5)
+        of_themselves = joined(scores.gather(3, of_keys[:, :, None].expand(-1, -1, group, -1)) + residual, rule)
+        log_p = torch.minimum(of_themselves, log_p.gather(2, of_keys) + MARGIN)
     prefixes = Prefixes(
         slots=torch.tensor([[0, num_centroids, NUM_SINKS, RULES.index(rule)]], dtype=torch.int32, device=device),
         lens=torch.tensor([shape.prefix], dtype=torch.int32, device=device),

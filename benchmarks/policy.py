@@ -33,8 +33,8 @@ from vllm_squeeze.attention_backend.policy import MEASURED_TIMES, Arm, CostModel
 
 RESTS = {"drop": "drop", "squeezed": "value_centroids"}
 """What becomes of clusters that were not chosen, in arms of both benchmarks."""
-ARMS = {arm: arm for arm in ("stock", "exact", "shared", "clusters_drop")} | RESTS
-ARMS |= {"clusters": "clusters_value_centroids"}
+ARMS = {arm: arm for arm in ("stock", "exact", "shared")} | RESTS
+ARMS |= {"clusters_drop": squeezed_times("drop", False), "clusters": squeezed_times("value_centroids", False)}
 """Of ``benchmarks/kernels.py``, and what they are called among the times."""
 MOST_SLOWER = 0.03
 QUESTION = 512

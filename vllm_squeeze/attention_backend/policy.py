@@ -210,7 +210,7 @@ class CostModel:
         arms = dict(measured["us"])
         stock, exact = Times(arms.pop("stock")), Times(arms.pop("exact"), shape.tile_tokens)
         shared = Times(arms.pop("shared")) if "shared" in arms else None
-        squeezed = {rest: Times(beyond_small_tiles(by_prefix, shape)) for rest, by_prefix in arms.items()}
+        squeezed = {name: Times(beyond_small_tiles(by_prefix, shape)) for name, by_prefix in arms.items()}
         numbers = (measured[name] for name in ("kept", "centroids", "tflops", "step_us"))
         return cls(shape, *numbers, stock, exact, squeezed, shared)
 

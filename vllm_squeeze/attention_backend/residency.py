@@ -19,7 +19,7 @@ from vllm_squeeze.attention_backend.room import Room, Span, settle
 from vllm_squeeze.attention_backend.variants import VariantSlot
 from vllm_squeeze.kernels.tables import NUM_DIRECTIONS, RULES, ClusterTable, Prefixes, group_means, num_groups
 from vllm_squeeze.prefix_index.budget import ReadCost
-from vllm_squeeze.prefix_index.index_folder import LayerClusters, PrefixIndex
+from vllm_squeeze.prefix_index.index_folder import PER_HEAD, LayerClusters, PrefixIndex
 from vllm_squeeze.prefix_index.manifest import InvalidIndex, Manifest
 
 
@@ -157,8 +157,7 @@ class Residency:
         if count > span.num_centroids or clusters.members.shape[1] != span.num_members:
             raise InvalidIndex(f"{index.folder.name}: {name} has other clusters than the manifest says")
         within = slice(span.first_centroid, span.first_centroid + count)
-        others = {"sizes", "members", "residuals", "frame", "directions"}
-        for field in {field.name for field in fields(LayerClusters)} - others:
+        for field in {field.name for field in fields(LayerClusters)} - {"sizes"} - PER_HEAD:
             getattr(table, field)[:, within] = getattr(clusters, field)[heads].to(self.device)
         frame = clusters.frame[heads]
         table.frames[:, span.slot] = frame.to(self.device)

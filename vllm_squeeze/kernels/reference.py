@@ -133,6 +133,11 @@ def of_equal_length(query: torch.Tensor) -> torch.Tensor:
     return query.square().mean((0, 2, 3), keepdim=True).sqrt().expand_as(query)
 
 
+def evenly(count: int, most: int, device: torch.device) -> torch.Tensor:
+    """``most`` of the numbers below ``count``, at equal distances, or all if these are fewer: int64."""
+    return torch.arange(min(count, most), device=device) * count // min(count, most)
+
+
 def sampled_thresholds(ranks: torch.Tensor, sizes: torch.Tensor, kept_share: float) -> torch.Tensor:
     """What the ranks of clusters must exceed so that those that do have a share of all keys, told by SAMPLE of them.
 
@@ -147,7 +152,7 @@ def sampled_thresholds(ranks: torch.Tensor, sizes: torch.Tensor, kept_share: flo
     num_heads, count = ranks.shape
     if kept_share >= 1 or not count:
         return ranks.new_full((num_heads, 1), -torch.inf)
-    sampled = torch.arange(min(count, SAMPLE), device=ranks.device) * count // min(count, SAMPLE)
+    sampled = evenly(count, SAMPLE, ranks.device)
     ranks, order = ranks[:, sampled].sort(dim=-1, descending=True)
     kept = sizes[:, sampled].gather(1, order).cumsum(1)
     left_out = kept > kept_share * kept[:, -1:]

@@ -251,8 +251,8 @@ class Prefixes:
 
     Attributes:
         slots: [P, 4] int32, per slot: first centroid, number of centroids, number of always attended first tokens,
-            and by which rule, its place in RULES. Without centroids, and with all
-            tokens always attended to, attention over the prefix is exact.
+            and by which rule keys are chosen, its place in RULES. Without centroids, and with all tokens always
+            attended to, attention over the prefix is exact.
         lens: [P] int32, tokens of the prefix.
         frames: [P] int32, which of ClusterTable.frames is that of its mean keys.
         log_threshold: [P] float32. A cluster is chosen if the log of its predicted attention probability, raised, and its

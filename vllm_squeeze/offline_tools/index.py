@@ -37,6 +37,7 @@ from vllm_squeeze.prefix_index.calibration import BIN_WIDTH, level, log_threshol
 from vllm_squeeze.prefix_index.extension import check_extends
 from vllm_squeeze.prefix_index.identity import ModelIdentity
 from vllm_squeeze.prefix_index.index_folder import (
+    PER_HEAD,
     IndexWriter,
     LayerClusters,
     PrefixIndex,
@@ -512,28 +513,17 @@ def manifest_of(
     )
 
 
-PER_HEAD = ("members", "residuals", "frame", "directions")
-"""Tensors of a layer that are of one size whatever the number of clusters."""
-
-
 def join(parts: list[LayerClusters]) -> LayerClusters:
     """Clusters of all heads of a layer from those of each rank, which may have made different numbers of them."""
     widest = max(part.sizes.shape[1] for part in parts)
 
-    def padded(name: str, *after: int) -> torch.Tensor:
+    def whole(name: str) -> torch.Tensor:
         tensors = [getattr(part, name) for part in parts]
-        return torch.cat([pad(tensor, (*after, 0, widest - tensor.shape[1])) for tensor in tensors])
+        if name not in PER_HEAD:
+            tensors = [pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, widest - tensor.shape[1])) for tensor in tensors]
+        return torch.cat(tensors)
 
-    return LayerClusters(
-        centroids=padded("centroids", 0, 0),
-        centroid_scales=padded("centroid_scales"),
-        value_centroids=padded("value_centroids", 0, 0),
-        value_scales=padded("value_scales"),
-        log_weights=padded("log_weights"),
-        variances=padded("variances"),
-        sizes=padded("sizes"),
-        **{name: torch.cat([getattr(part, name) for part in parts]) for name in PER_HEAD},
-    )
+    return LayerClusters(**{field.name: whole(field.name) for field in fields(LayerClusters)})
 
 
 def summarise(place: Path | str, made: Made, seconds: float) -> None:

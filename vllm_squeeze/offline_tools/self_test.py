@@ -14,6 +14,7 @@ from vllm_squeeze.kernels.reference import (
     squeezed_attention_reference,
 )
 from vllm_squeeze.kernels.tables import (
+    LEAST_PACKED,
     NUM_DIRECTIONS,
     RULES,
     ClusterTable,
@@ -98,7 +99,9 @@ class RandomPrefix:
             sizes=sizes,
             log_sizes=sizes.log(),
             members=members.int(),
-            residuals=words_of(torch.randint(-8, 8, (*members.shape, NUM_DIRECTIONS), generator=generator)),
+            residuals=words_of(
+                torch.randint(LEAST_PACKED, -LEAST_PACKED, (*members.shape, NUM_DIRECTIONS), generator=generator)
+            ),
             group_centroids=group_centroids,
             group_scales=group_scales,
             group_sizes=group_sizes,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_squeeze.kernels.reference import capped, joined, log_mass, log_ranks, residual_scores, scores_of
+from vllm_squeeze.kernels.reference import capped, evenly, joined, log_mass, log_ranks, residual_scores, scores_of
 from vllm_squeeze.kernels.tables import MARGIN, group_means, unpacked_keys
 
 NUM_BINS = 4096
@@ -107,9 +107,8 @@ def score_histogram(query: torch.Tensor, clusters: Choosable, memory_bytes: int 
     """
     group, num_members = query.shape[2], clusters.residuals.shape[1]
     histogram = torch.zeros(NUM_BINS, dtype=torch.int64, device=query.device)
-    num_counted = min(num_members, COUNTED_KEYS)
-    counted = evenly(num_members, num_counted, query.device)
-    tokens = max(memory_bytes // (group * clusters.bytes_per_query(num_counted)), 1)
+    counted = evenly(num_members, COUNTED_KEYS, query.device)
+    tokens = max(memory_bytes // (group * clusters.bytes_per_query(len(counted))), 1)
     for row, of_row in enumerate(query):
         for some in of_row.float().split(tokens):
             histogram += torch.bincount(clusters.bins(row, some, counted).flatten(), minlength=NUM_BINS)
@@ -137,9 +136,8 @@ def attention_histogram(
         [B, NUM_BINS] float32, mean over tokens and query heads, in the bins of ``score_histogram``. What is missing to
         a sum of 1 fell on keys that are always attended to.
     """
-    num_queries = min(query.shape[1], ATTENDING_TOKENS)
-    query = query[:, evenly(query.shape[1], num_queries, query.device)]
-    num_rows, _, group, _ = query.shape
+    query = query[:, evenly(query.shape[1], ATTENDING_TOKENS, query.device)]
+    num_rows, num_queries, group, _ = query.shape
     histogram = torch.zeros(num_rows, NUM_BINS, dtype=torch.float32, device=query.device)
     everything = torch.arange(members.shape[1], device=query.device)
     tokens = max(memory_bytes // (group * (clusters.bytes_per_query(len(everything)) + 8 * keys.shape[1])), 1)
@@ -150,11 +148,6 @@ def attention_histogram(
             bins = clusters.bins(row, some, everything)
             histogram[row].scatter_add_(0, bins.flatten(), of_members.flatten())
     return histogram / (num_queries * group)
-
-
-def evenly(size: int, count: int, device: torch.device) -> torch.Tensor:
-    """``count`` of the numbers below ``size``, at equal distances, [count] int64."""
-    return torch.arange(count, device=device) * size // count
 
 
 def level(histogram: torch.Tensor) -> int:

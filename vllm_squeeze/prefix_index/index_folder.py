@@ -95,6 +95,10 @@ class LayerClusters:
         return unpacked_keys(self.centroids, self.centroid_scales, self.frame)
 
 
+PER_HEAD = frozenset({"members", "residuals", "frame", "directions"})
+"""Those of LayerClusters that are of one size whatever the number of clusters."""
+
+
 @dataclass(frozen=True, eq=False)
 class PrefixIndex:
     """An index on disk, with its manifest and tokens read and checked. Layers are read one by one.
