@@ -450,5 +450,6 @@ def test_workspace_counts_its_bytes():
     assert splits == masses * SPLITS_PER_MASS
     per_split = 2 * (2 * masses * MAX_TILE_ROWS + splits * (NUM_ROW_FACTS * MAX_TILE_ROWS + 2 + 1)) + 2
     per_centroid = 2 * centroids * (MAX_TILE_ROWS + 1)
-    parts = 2 * (centroids + keys // PART_KEYS) * 4
-    assert workspace.nbytes == 4 * (per_centroid + per_split + parts + 4 * 2 * keys + 2 + programs * MAX_TILE_ROWS * 65)
+    words, bases = 2 * (2 * (centroids + keys // PART_KEYS) + keys), 2 * centroids * MAX_TILE_ROWS
+    numbers = per_centroid + per_split + 2 * 2 * keys + 2 + programs * MAX_TILE_ROWS * 65
+    assert workspace.nbytes == 2 * bases + 4 * numbers + 8 * words

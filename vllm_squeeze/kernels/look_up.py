@@ -17,7 +17,7 @@ Reductions have a fixed order, so equal inputs give equal bits.
 import triton
 import triton.language as tl
 
-from vllm_squeeze.kernels.packing import FEW_ROWS, LEAST, operand_of, packed_products, unpacked_words
+from vllm_squeeze.kernels.packing import FEW_ROWS, LEAST, operand_of, packed_products
 from vllm_squeeze.kernels.softmax import LOG2_E, capped, finite_or_zero
 from vllm_squeeze.kernels.tables import (
     MARGIN,
@@ -29,18 +29,22 @@ from vllm_squeeze.kernels.tables import (
     NUM_ROW_FACTS,
     RULES,
 )
-from vllm_squeeze.kernels.tiles import MAX_BLOCK, MAX_TILE_TOKENS, PART_KEYS, TILE_FACTS
+from vllm_squeeze.kernels.tiles import MAX_BLOCK, MAX_TILE_TOKENS, PART_KEYS, PARTS_AT_ONCE, TILE_FACTS
 
 FACTS = tl.constexpr(TILE_FACTS)
 TOKENS = tl.constexpr(MAX_TILE_TOKENS)
 KEYS, PAPER = tl.constexpr(RULES.index("keys")), tl.constexpr(RULES.index("paper"))
-PART = tl.constexpr(PART_KEYS)
+PARTS, PART = tl.constexpr(PARTS_AT_ONCE), tl.constexpr(PART_KEYS)
 SHORT = tl.constexpr(MARGIN)
 DIRECTIONS = tl.constexpr(NUM_DIRECTIONS)
 MOST_AIMED = tl.constexpr(MOST_PRODUCT)
+LEAST_UNIT = tl.constexpr(1e-30)
+"""Of queries that are zero along all directions."""
+MOST_BASE, LEAST_BASE = tl.constexpr(32767.0), tl.constexpr(-32768)
+"""More than the products of a query with what tells a key apart sum up to, either way."""
 ROW_FACTS = tl.constexpr(NUM_ROW_FACTS)
-LOWER_HALF = tl.constexpr(NUM_DIRECTIONS // 2 * 15 * MOST_PRODUCT)
-"""More than lower halves of products sum up to, either way, so that nothing is borrowed from the upper ones."""
+NATIVE = tl.constexpr(not triton.knobs.runtime.interpret)
+"""Triton's interpreter knows no instructions of a device."""
 RAISE = tl.constexpr(MOST_RAISE)
 REST_RAISE = tl.constexpr(MOST_REST_RAISE)
 OF_GROUP = tl.constexpr(NEIGHBOURS)
@@ -137,140 +141,96 @@ def _facts_of_clusters(p_sizes, p_log_sizes, p_starts, p_weights, p_variances, o
 
 @triton.jit
 def _choose(
-    p_logits, p_masses, p_squares, b_wanted, b_variance, o_row, end, num_tokens, stride_logits,
-    GROUP: tl.constexpr, GP: tl.constexpr, OF_MEAN: tl.constexpr,
+    p_bases, p_logits, p_masses, p_squares, p_units, b_wanted, b_variance, o_row, end, end_based, num_tokens,
+    stride_logits, GROUP: tl.constexpr, GP: tl.constexpr, M: tl.constexpr, OF_MEAN: tl.constexpr,
 ):  # fmt: skip
     """A bit for each token that chooses cluster ``o_row`` [N].
 
-    Where keys are chosen for themselves, leaves in place of the cluster's logits, which are not needed any more, by how
-    much the log probability of a key that lies at the cluster's mean key exceeds the threshold of keys.
+    Of those before ``end_based``, whose keys are chosen for themselves, notes by how much the log probability of a key at
+    the cluster's mean key exceeds the threshold of keys, in units of the query's products with directions: rounded up, as
+    a sum of these is whole, and cut off where no such sum makes a difference.
     """
     o_g = tl.arange(0, GP)
     m_s = (o_g < GROUP)[:, None] & (o_row < end)[None, :]
     b_bits = tl.zeros_like(o_row)
-    # a token at a time, so that each thread has all query heads of its clusters; several are on their way
-    for i_r in tl.range(0, num_tokens, loop_unroll_factor=4):
-        o_m = i_r * GP + o_g
-        p_s = p_logits + o_m[:, None] * stride_logits + o_row[None, :]
-        b_s = tl.load(p_s, mask=m_s, other=float("-inf")) - tl.load(p_masses + o_m)[:, None]
-        b_raise = tl.load(p_squares + o_m)[:, None] * b_variance[None, :]
-        # less what logits were raised by already
-        b_more = tl.minimum(tl.maximum(b_raise - REST_RAISE * LOG2_E, 0.0), (RAISE - REST_RAISE) * LOG2_E)
-        b_log_p = b_s + b_more  # of all keys of a cluster together
-        b_joined = tl.max(b_log_p, 0)
-        if OF_MEAN:
-            b_peak = finite_or_zero(b_joined)
-            b_joined = b_peak + tl.log2(tl.sum(tl.exp2(b_log_p - b_peak[None, :]), 0) / GROUP)
-        b_chosen = b_joined > b_wanted
-        if not OF_MEAN:
-            b_over = b_s - tl.minimum(b_raise, REST_RAISE * LOG2_E) - (b_wanted + SHORT * LOG2_E)[None, :]
-            tl.store(p_s, b_over, mask=m_s & b_chosen[None, :])
-        b_bits |= b_chosen.to(tl.int32) << i_r
+    # a token at a time, so that each thread has all query heads of its clusters; of large tiles four are on their way
+    AT_ONCE: tl.constexpr = 4 if M > FEW_ROWS else 1
+    for i_first in range(0, num_tokens, AT_ONCE):
+        b_facts = ()
+        for i_r in tl.static_range(AT_ONCE):
+            o_m = (i_first + i_r) * GP + o_g
+            p_s = p_logits + o_m[:, None] * stride_logits + o_row[None, :]
+            b_logits = tl.load(p_s, mask=m_s & (o_m < num_tokens * GP)[:, None], other=float("-inf"))
+            b_facts = b_facts + ((b_logits, tl.load(p_masses + o_m), tl.load(p_squares + o_m), tl.load(p_units + o_m)),)
+        for i_r in tl.static_range(AT_ONCE):
+            o_m = (i_first + i_r) * GP + o_g
+            b_logits, b_mass, b_square, b_unit = b_facts[i_r]
+            b_s, b_raise = b_logits - b_mass[:, None], b_square[:, None] * b_variance[None, :]
+            # less what logits were raised by already
+            b_more = tl.minimum(tl.maximum(b_raise - REST_RAISE * LOG2_E, 0.0), (RAISE - REST_RAISE) * LOG2_E)
+            b_log_p = b_s + b_more  # of all keys of a cluster together
+            b_joined = tl.max(b_log_p, 0)
+            if OF_MEAN:
+                b_peak = finite_or_zero(b_joined)
+                b_joined = b_peak + tl.log2(tl.sum(tl.exp2(b_log_p - b_peak[None, :]), 0) / GROUP)
+            b_chosen = b_joined > b_wanted
+            if not OF_MEAN:
+                b_over = b_s - tl.minimum(b_raise, REST_RAISE * LOG2_E) - (b_wanted + SHORT * LOG2_E)[None, :]
+                b_base = tl.ceil(b_over * b_unit[:, None])
+                b_base = tl.minimum(tl.maximum(b_base, -MOST_BASE), MOST_BASE).to(tl.int16)
+                p_base = p_bases + o_row[None, :] * M + o_m[:, None]
+                tl.store(p_base, b_base, mask=(b_chosen & (o_row < end_based))[None, :])
+            b_bits |= b_chosen.to(tl.int32) << (i_first + i_r)
     return b_bits
 
 
 @triton.jit
 def _aim(b_q, b_directions, scale):
-    """Products of queries [M, DP] with directions [DP, DIRECTIONS] in 8 bits, and what each counts.
+    """Products of queries [M, DP] with directions [DP, DIRECTIONS] in 8 bits.
 
     Returns:
-        [M, DIRECTIONS] int32; and [M], what one counts in logits.
+        [M, DIRECTIONS] int32; and [M], how many of these a logit to the base 2 is.
     """
     b_aimed = tl.dot(b_q, b_directions.to(b_q.dtype), input_precision="ieee")
-    b_unit = tl.max(tl.abs(b_aimed), 1) / MOST_AIMED
-    b_inverse = tl.where(b_unit > 0, 1 / tl.where(b_unit > 0, b_unit, 1.0), 0.0)
-    return tl.floor(b_aimed * b_inverse[:, None] + 0.5).to(tl.int32), b_unit * (scale * LOG2_E)
+    b_inverse = 1 / tl.maximum(tl.max(tl.abs(b_aimed), 1) / MOST_AIMED, LEAST_UNIT)
+    return tl.floor(b_aimed * b_inverse[:, None] + 0.5).to(tl.int32), b_inverse / (scale * LOG2_E)
 
 
 @triton.jit
-def _store_aimed(p_aimed, p_units, b_aimed, b_unit, o_m):
-    """Leaves what ``_aim`` returns for ``_load_aimed``."""
+def _store_aimed(p_aimed, b_aimed, o_m):
+    """Leaves what ``_aim`` returns for ``_load_aimed``: for each row what a sum of products starts from, as elements are
+    stored by how much they exceed LEAST, and words of four, in the order in which bytes of residuals have them."""
     M: tl.constexpr = b_aimed.shape[0]
-    tl.store(p_units + o_m, b_unit)
-    if M > FEW_ROWS:
-        p_m = p_aimed.to(tl.pointer_type(tl.float16)) + o_m * DIRECTIONS
-        tl.store(p_m[:, None] + tl.arange(0, DIRECTIONS)[None, :], b_aimed.to(tl.float16))
-    else:
-        # two to a word, the second in the lower half; and before them what their sum starts from
-        b_first, b_second = tl.split(b_aimed.reshape(M, DIRECTIONS // 2, 2))
-        p_m = p_aimed.to(tl.pointer_type(tl.int32)) + o_m
-        tl.store(p_m, (tl.sum(b_aimed, 1) * LEAST << 16) + LOWER_HALF)
-        o_w = 1 + tl.arange(0, DIRECTIONS // 2)
-        tl.store(p_m[:, None] + o_w[None, :] * M, (b_first << 16) + b_second)
+    o_n = tl.arange(0, DIRECTIONS)
+    b_bytes = (b_aimed & 0xFF) << (o_n // 4 % 2 * 8 + o_n % 2 * 16)[None, :]
+    b_words = tl.sum(tl.sum(b_bytes.reshape(M, DIRECTIONS // 8, 2, 2, 2), 4), 2).reshape(M, DIRECTIONS // 4)
+    tl.store(p_aimed + o_m, tl.sum(b_aimed, 1) * LEAST)
+    tl.store(p_aimed + (1 + tl.arange(0, DIRECTIONS // 4))[None, :] * M + o_m[:, None], b_words)
 
 
 @triton.jit
-def _load_aimed(p_aimed, p_units, GP: tl.constexpr, ROWS: tl.constexpr):
-    """What ``_choose_keys`` takes of a tile's rows: of many products and what they count, of few where these are."""
-    M: tl.constexpr = ROWS * GP
-    if M > FEW_ROWS:
-        # Head by head: a thread then has all heads of a token among the tensor cores' products, and nothing is moved to
-        # join them.
-        o_m = tl.arange(0, M) % ROWS * GP + tl.arange(0, M) // ROWS
-        p_m = p_aimed.to(tl.pointer_type(tl.float16)) + o_m * DIRECTIONS
-        b_aimed = tl.load(p_m[None, :] + tl.arange(0, DIRECTIONS)[:, None])
-        # infinity of queries that are zero along all directions
-        return o_m, b_aimed, 1 / tl.load(p_units + o_m)
+def _sum_of_products(b_residuals, b_aimed, b_sum):
+    """``b_sum`` and the products of four bytes each, of which those of ``b_residuals`` are from 0 to 15; all int32."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [b_residuals, b_aimed, b_sum], tl.int32, True, 1
+        )
     else:
-        return p_aimed.to(tl.pointer_type(tl.int32)), p_units
+        for i_b in tl.static_range(4):
+            b_sum += ((b_residuals >> (8 * i_b)) & 15) * ((b_aimed << (24 - 8 * i_b)) >> 24)
+        return b_sum
 
 
 @triton.jit
-def _load_keys(p_picked, p_residuals, first_part, num_picked, num_aimed, PARTS: tl.constexpr):
-    """The keys of PARTS parts of clusters, from ``first_part`` on.
-
-    Returns:
-        [PARTS, 1] the cluster of each part; [PARTS, PART] the number of each key among the members; [PARTS, PART] the
-        tokens that chose its cluster, none of what is no key; [PARTS, PART] the lower and the upper word of its
-        residual, of the first ``num_aimed`` parts.
-    """
-    o_part, o_k = first_part + tl.arange(0, PARTS)[:, None], tl.arange(0, PART)[None, :]
-    m_part = o_part < num_picked
-    p_part = p_picked + 4 * o_part
-    m_key = o_k < tl.load(p_part + 2, mask=m_part, other=0)
-    b_cluster = tl.load(p_part, mask=m_part, other=0)
-    b_member = tl.load(p_part + 1, mask=m_part, other=0) + o_k
-    b_bits = tl.where(m_key, tl.load(p_part + 3, mask=m_part, other=0), 0)
-    p_words = p_residuals + DIRECTIONS // 8 * b_member
-    m_aimed = m_key & (o_part < num_aimed)
-    b_lower, b_upper = tl.load(p_words, mask=m_aimed, other=0), tl.load(p_words + 1, mask=m_aimed, other=0)
-    return b_cluster, b_member, b_bits, b_lower, b_upper
+def _word_of(b_lower, b_upper):
+    """Two numbers of 32 bits as one of 64: in one piece, so that nobody reads half of it."""
+    return (b_upper.to(tl.int64) << 32) | (b_lower.to(tl.int64) & 0xFFFFFFFF)
 
 
 @triton.jit
-def _choose_keys(
-    aimed, p_over, b_cluster, b_bits, b_lower, b_upper, num_tokens, stride_over,
-    GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Of the tokens ``b_bits`` that chose keys' clusters those that choose the keys, [PARTS, PART] each."""
-    PARTS: tl.constexpr = b_bits.shape[0]
-    M: tl.constexpr = ROWS * GP
-    if M > FEW_ROWS:
-        o_m, b_aimed, b_inverse = aimed
-        p_base = p_over + o_m[None, :] * stride_over + b_cluster
-        b_base = tl.load(p_base, mask=(o_m % GP < GROUP)[None, :], other=float("-inf")) * b_inverse[None, :]
-        b_residuals = unpacked_words(tl.join(b_lower, b_upper).reshape(PARTS * PART, DIRECTIONS // 8), tl.float16)
-        b_s = tl.dot(b_residuals, b_aimed).reshape(PARTS, PART, M) + b_base[:, None, :]
-        b_most = tl.max(b_s.reshape(PARTS, PART, GP, ROWS), 2)
-        return b_bits & tl.sum((b_most > 0).to(tl.int32) << tl.arange(0, ROWS), 2)
-    else:
-        p_aimed, p_units = aimed
-        b_chosen = tl.zeros_like(b_bits)
-        for i_r in range(0, num_tokens):
-            m_s = ((b_bits >> i_r) & 1) != 0
-            # each thread has all of its keys' elements: nothing is moved, as it would be for a product of matrices
-            for i_g in tl.static_range(0, GROUP):
-                i_m = i_r * GP + i_g
-                p_base = p_over + i_m * stride_over + b_cluster + tl.zeros_like(b_bits)
-                b_s = tl.load(p_base, mask=m_s, other=float("-inf"))
-                # two products at a time, whose sum is in the upper half; what is in the lower never leaves it
-                b_sum = tl.zeros_like(b_bits) + tl.load(p_aimed + i_m)
-                for i_w in tl.static_range(0, DIRECTIONS // 2):
-                    b_two = ((b_lower if i_w < 4 else b_upper) >> (i_w % 4 * 4)) & 0x000F000F
-                    b_sum += b_two * tl.load(p_aimed + (1 + i_w) * M + i_m)
-                b_s += (b_sum >> 16).to(tl.float32) * tl.load(p_units + i_m)
-                b_chosen |= (b_s > 0).to(tl.int32) << i_r
-        return b_chosen
+def _halves_of(b_word):
+    """The numbers that ``_word_of`` joined."""
+    return b_word.to(tl.int32), (b_word >> 32).to(tl.int32)
 
 
 @triton.jit
@@ -283,18 +243,121 @@ def _num_bits(b_bits):
 
 
 @triton.jit
+def _load_parts(p_picked, o_part, num_picked):
+    """Parts ``o_part`` of clusters: their clusters, first members, numbers of keys, none from the last on, and bits."""
+    p_part = p_picked + 2 * o_part[:, None] + tl.arange(0, 2)[None, :]
+    b_first, b_second = tl.split(tl.load(p_part, mask=(o_part < num_picked)[:, None], other=0))
+    b_cluster, b_member = _halves_of(b_first)
+    b_size, b_bits = _halves_of(b_second)
+    return b_cluster, b_member, b_size, b_bits
+
+
+@triton.jit
+def _load_residuals(p_residuals, part, num_aimed):
+    """The residuals of the keys of parts, each in two words; nothing where no token chooses keys for themselves."""
+    _, b_member, b_size, _ = part
+    b_size = tl.where(num_aimed > 0, b_size, 0)
+    b_residuals = ()
+    for i_k in tl.static_range(PART):
+        b_residuals = b_residuals + _halves_of(tl.load(p_residuals + b_member + i_k, mask=i_k < b_size, other=0))
+    return b_residuals
+
+
+@triton.jit
+def _load_bases(p_base, b_bits, i_r, GROUP: tl.constexpr, GP: tl.constexpr):
+    """What ``_choose`` noted of clusters for the query heads of a token, of those ``b_bits`` that chose them."""
+    m_s, b_bases = ((b_bits >> i_r) & 1) != 0, ()
+    for i_g in tl.static_range(GROUP):
+        b_bases = b_bases + (tl.load(p_base + i_r * GP + i_g, mask=m_s, other=LEAST_BASE).to(tl.int32),)
+    return b_bases
+
+
+@triton.jit
+def _load_aimed(p_aimed, i_m, M: tl.constexpr):
+    """What the products of row ``i_m`` with directions are, as ``_store_aimed`` left it."""
+    b_words = ()
+    for i_w in tl.static_range(DIRECTIONS // 4):
+        b_words = b_words + (tl.load(p_aimed + (1 + i_w) * M + i_m) + tl.zeros([PARTS], tl.int32),)
+    return tl.load(p_aimed + i_m), b_words
+
+
+@triton.jit
+def _find_keys(
+    p_found, p_picked, p_residuals, p_aimed, p_bases, num_picked, num_aimed,
+    GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Notes the keys that tokens of a tile chose, in their order: each lane takes one of PARTS parts at a time.
+
+    Args:
+        num_aimed: tokens that choose keys for themselves; none where they take all of clusters.
+
+    Returns:
+        How many keys it noted; and these, counted once for each token that chose them.
+    """
+    M: tl.constexpr = ROWS * GP
+    o_part = tl.arange(0, PARTS)
+    num_found, b_pairs = tl.zeros([], tl.int32), tl.zeros([PARTS], tl.int32)
+    b_part, b_next_part = _load_parts(p_picked, o_part, num_picked), _load_parts(p_picked, o_part + PARTS, num_picked)
+    b_residuals = _load_residuals(p_residuals, b_part, num_aimed)
+    for i_p in range(0, num_picked, PARTS):
+        # on their way meanwhile
+        b_next_residuals = _load_residuals(p_residuals, b_next_part, num_aimed)
+        b_after_next = _load_parts(p_picked, i_p + o_part + 2 * PARTS, num_picked)
+        b_cluster, b_member, b_size, b_bits = b_part
+        # all keys, where none is chosen for itself
+        b_whole_size, b_aimed_bits = tl.where(num_aimed > 0, 0, b_size), tl.where(num_aimed > 0, b_bits, 0)
+        b_chosen = ()
+        for i_k in tl.static_range(PART):
+            b_chosen = b_chosen + (tl.where(i_k < b_whole_size, b_bits, 0),)
+        p_base = p_bases + b_cluster * M
+        b_bases = _load_bases(p_base, b_aimed_bits, 0, GROUP, GP)
+        for i_r in range(0, num_aimed):
+            # on their way meanwhile
+            b_next_bases = _load_bases(p_base, b_aimed_bits, tl.minimum(i_r + 1, num_aimed - 1), GROUP, GP)
+            aimed = _load_aimed(p_aimed, i_r * GP, M)
+            for i_g in tl.static_range(GROUP):
+                start, b_words = aimed
+                if i_g + 1 < GROUP:
+                    # on its way meanwhile
+                    aimed = _load_aimed(p_aimed, i_r * GP + i_g + 1, M)
+                b_next = ()
+                # a thread has all elements of its keys: nothing is moved, as it would be for a product of matrices
+                for i_k in tl.static_range(PART):
+                    b_sum = b_bases[i_g] + start
+                    for i_w in tl.static_range(DIRECTIONS // 4):
+                        b_four = (b_residuals[2 * i_k + i_w // 2] >> (i_w % 2 * 4)) & 0x0F0F0F0F
+                        b_sum = _sum_of_products(b_four, b_words[i_w], b_sum)
+                    m_chosen = (b_sum > 0) & (i_k < b_size)
+                    b_next = b_next + (b_chosen[i_k] | (m_chosen.to(tl.int32) << i_r),)
+                b_chosen = b_next
+            b_bases = b_next_bases
+        b_found = tl.zeros([PARTS], tl.int32)
+        for i_k in tl.static_range(PART):
+            b_found += (b_chosen[i_k] != 0).to(tl.int32)
+            b_pairs += _num_bits(b_chosen[i_k])
+        b_at = num_found + tl.cumsum(b_found, 0) - b_found
+        for i_k in tl.static_range(PART):
+            m_found = b_chosen[i_k] != 0
+            tl.store(p_found + b_at, _word_of(b_member + i_k, b_chosen[i_k]), mask=m_found)
+            b_at += m_found.to(tl.int32)
+        num_found += tl.sum(b_found, 0)
+        b_part, b_residuals, b_next_part = b_next_part, b_next_residuals, b_after_next
+    return num_found, tl.sum(b_pairs, 0)
+
+
+@triton.jit
 def _say(p_words, b_word, turn):
-    """Tells other programs 32 bits each, together with the turn: in 64, so that nobody hears half of it."""
-    tl.atomic_xchg(p_words, (turn.to(tl.int64) << 32) | (b_word.to(tl.int64) & 0xFFFFFFFF), sem="relaxed")
+    """Tells other programs 32 bits each, together with the turn."""
+    tl.atomic_xchg(p_words, _word_of(b_word, turn), sem="relaxed")
 
 
 @triton.jit
 def _hear(p_words, m_words, turn):
     """What other programs say in this turn, once all have; 0 where masked."""
     b_word = tl.load(p_words, mask=m_words, other=0, volatile=True)
-    while tl.max((m_words & ((b_word >> 32).to(tl.int32) != turn)).to(tl.int32)) > 0:
+    while tl.max((m_words & (_halves_of(b_word)[1] != turn)).to(tl.int32)) > 0:
         b_word = tl.load(p_words, mask=m_words, other=0, volatile=True)
-    return b_word.to(tl.int32)
+    return _halves_of(b_word)[0]
 
 
 @triton.jit
@@ -310,15 +373,15 @@ def look_up_kernel(
     centroids, centroid_scales, sizes, log_sizes, starts, log_weights, variances,
     group_centroids, group_scales, group_sizes, frames,
     members, residuals, directions, block_table, always_places,
-    logits, row_facts, chosen, picked, found, list_places, list_bits, listed, turns, masses, kept, kept_pairs,
+    logits, row_facts, chosen, bases, picked, found, list_places, list_bits, listed, turns, masses, kept, kept_pairs,
     first_tile, scale, soft_cap,
     stride_query_token, stride_query_head, stride_centroid_head, stride_centroid, stride_size_head, stride_group_head,
     stride_group_size_head, stride_frame_head, stride_member_head, stride_residual_head, stride_direction_head,
     stride_row, stride_always, max_centroids, max_parts, max_keys,
     GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SPLITS: tl.constexpr, SP: tl.constexpr, MASSES: tl.constexpr, MP: tl.constexpr, MASS_ROWS: tl.constexpr,
-    SCORED: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, PARTS_BLOCK: tl.constexpr,
-    LIST_BLOCK: tl.constexpr, S: tl.constexpr, SOFT_CAP: tl.constexpr, PDL: tl.constexpr,
+    SCORED: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, LISTED: tl.constexpr, S: tl.constexpr,
+    SOFT_CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = ROWS * GP
     i_p, i_h, i_t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -381,16 +444,19 @@ def look_up_kernel(
     p_chosen = chosen + i_th * max_centroids
     # room for a part of each cluster of the splits before, and for their full parts
     before = begin + (tl.load(p_starts + begin) - tl.load(p_starts)) // PART
-    p_picked = picked + 4 * (i_th * max_parts + before)
+    p_picked = picked + 2 * (i_th * max_parts + before)
 
     m_m = (o_m // GP < num_tokens) & (o_m % GP < GROUP)
     b_square = tl.sum(b_q.to(tl.float32) * b_q.to(tl.float32), 1) * (scale * scale * LOG2_E / 2)
     p_all = row_facts + (i_th * SPLITS + i_s) * ROW_FACTS * M
-    p_squares, p_units, p_aimed = p_all + M, p_all + 2 * M, p_all + 3 * M
-    b_aimed, b_unit = _aim(b_q, b_directions, scale)
-    _store_aimed(p_aimed, p_units, b_aimed, b_unit, o_m)
+    p_squares, p_units, p_aimed = p_all + M, p_all + 2 * M, (p_all + 3 * M).to(tl.pointer_type(tl.int32))
+    if rule == KEYS:
+        b_aimed, b_units = _aim(b_q, b_directions, scale)
+        _store_aimed(p_aimed, b_aimed, o_m)
+        tl.store(p_units + o_m, b_units)
     tl.store(p_squares + o_m, b_square)
     p_logits = logits + i_th * M * max_centroids
+    p_bases = bases + i_th * max_centroids * M
     for i_c in tl.range(begin, end, SCORED, num_stages=STAGES):
         o_row = i_c + o_scored
         m_c = o_row < end
@@ -403,6 +469,7 @@ def look_up_kernel(
 
     o_i = tl.arange(0, MP)
     cluster_threshold = threshold - tl.where(rule == KEYS, SHORT * LOG2_E, 0.0)
+    end_based = tl.where(rule == KEYS, end, 0)
     # loaded while the sums are under way
     b_size, b_start, b_wanted, b_variance = _facts_of_clusters(
         p_sizes, p_log_sizes, p_starts, p_weights, p_variances, begin + o_c, end, cluster_threshold
@@ -426,58 +493,33 @@ def look_up_kernel(
             )
         if rule == PAPER:
             b_bits = _choose(
-                p_logits, p_all, p_squares, b_wanted, b_variance, o_row, end, num_tokens, max_centroids, GROUP, GP,
-                True,
+                p_bases, p_logits, p_all, p_squares, p_units, b_wanted, b_variance, o_row, end, end_based, num_tokens,
+                max_centroids, GROUP, GP, M, True,
             )  # fmt: skip
         else:
             b_bits = _choose(
-                p_logits, p_all, p_squares, b_wanted, b_variance, o_row, end, num_tokens, max_centroids, GROUP, GP,
-                False,
+                p_bases, p_logits, p_all, p_squares, p_units, b_wanted, b_variance, o_row, end, end_based, num_tokens,
+                max_centroids, GROUP, GP, M, False,
             )  # fmt: skip
         tl.store(p_chosen + o_row, b_bits, mask=m_c)
         b_parts = tl.where(b_bits != 0, tl.cdiv(b_size, PART), 0)
-        p_part = p_picked + 4 * (num_picked + tl.cumsum(b_parts, 0) - b_parts)
+        p_part = p_picked + 2 * (num_picked + tl.cumsum(b_parts, 0) - b_parts)[:, None] + tl.arange(0, 2)[None, :]
         for i_part in range(0, tl.max(b_parts, 0)):
             m_part = i_part < b_parts
             done = i_part * PART
-            tl.store(p_part + 4 * i_part, o_row, mask=m_part)
-            tl.store(p_part + 4 * i_part + 1, b_start + done, mask=m_part)
-            tl.store(p_part + 4 * i_part + 2, tl.minimum(b_size - done, PART), mask=m_part)
-            tl.store(p_part + 4 * i_part + 3, b_bits, mask=m_part)
+            b_part = tl.join(_word_of(o_row, b_start + done), _word_of(tl.minimum(b_size - done, PART), b_bits))
+            tl.store(p_part + 2 * i_part, b_part, mask=m_part[:, None])
         num_picked += tl.sum(b_parts, 0)
 
     # what other threads stored above is read below
     tl.debug_barrier()
-    p_residuals = residuals + i_h.to(tl.int64) * stride_residual_head
+    p_residuals = residuals.to(tl.pointer_type(tl.int64)) + i_h.to(tl.int64) * (stride_residual_head // 2)
     # room for all members of the splits before
-    p_found = found + 2 * (i_th * max_keys + tl.load(p_starts + begin) - tl.load(p_starts))
-    num_kept, num_pairs = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
-    aimed = _load_aimed(p_aimed, p_units, GP, ROWS)
-    num_aimed = tl.where(rule == KEYS, num_picked, 0)
-    b_cluster, b_member, b_bits, b_lower, b_upper = _load_keys(
-        p_picked, p_residuals, 0, num_picked, num_aimed, PARTS_BLOCK
-    )
-    for i_p in range(0, num_picked, PARTS_BLOCK):
-        # on their way meanwhile
-        b_next_cluster, b_next_member, b_next_bits, b_next_lower, b_next_upper = _load_keys(
-            p_picked, p_residuals, i_p + PARTS_BLOCK, num_picked, num_aimed, PARTS_BLOCK
-        )
-        if rule == KEYS:
-            b_bits = _choose_keys(
-                aimed, p_logits, b_cluster, b_bits, b_lower, b_upper, num_tokens, max_centroids,
-                GROUP, GP, ROWS,
-            )  # fmt: skip
-        b_chosen = b_bits.reshape(PARTS_BLOCK * PART)
-        b_kept = (b_chosen != 0).to(tl.int32)
-        p_key = p_found + 2 * (num_kept + tl.cumsum(b_kept, 0) - b_kept)
-        tl.store(p_key, b_member.reshape(PARTS_BLOCK * PART), mask=b_chosen != 0)
-        tl.store(p_key + 1, b_chosen, mask=b_chosen != 0)
-        # one sum counts keys, above, and pairs
-        total = tl.sum((b_kept << 20) | _num_bits(b_chosen), 0)
-        num_kept += total >> 20
-        num_pairs += total & 0xFFFFF
-        b_cluster, b_member, b_bits = b_next_cluster, b_next_member, b_next_bits
-        b_lower, b_upper = b_next_lower, b_next_upper
+    p_found = found + i_th * max_keys + tl.load(p_starts + begin) - tl.load(p_starts)
+    num_aimed = tl.where(rule == KEYS, num_tokens, 0)
+    num_kept, num_pairs = _find_keys(
+        p_found, p_picked, p_residuals, p_aimed, p_bases, num_picked, num_aimed, GROUP, GP, ROWS
+    )  # fmt: skip
     tl.store(kept_pairs + i_th * SPLITS + i_s, num_pairs)
 
     p_kept = kept + i_th * SPLITS
@@ -493,19 +535,27 @@ def look_up_kernel(
     p_blocks = block_table + i_row * stride_row
     # what other threads stored above is read below
     tl.debug_barrier()
-    first, o_l = -1, tl.arange(0, LIST_BLOCK)
-    for i_k in range(0, num_kept, LIST_BLOCK):
-        m_k = i_k + o_l < num_kept
-        b_found = tl.load(p_found + 2 * (i_k + o_l), mask=m_k, other=0)
-        b_found_bits = tl.load(p_found + 2 * (i_k + o_l) + 1, mask=m_k, other=0)
-        b_position = tl.load(p_members + b_found, mask=m_k, other=0)
-        b_block = tl.load(p_blocks + b_position // S, mask=m_k, other=0)
+    first = -1
+    for i_k in range(0, num_kept, LISTED * BLOCK):
+        # Loads keep their order, so those that wait for none come first.
+        b_found, b_position, b_block = (), (), ()
+        for i_l in tl.static_range(LISTED):
+            m_k = i_k + i_l * BLOCK + o_c < num_kept
+            b_found = b_found + (_halves_of(tl.load(p_found + i_k + i_l * BLOCK + o_c, mask=m_k, other=0)),)
+        for i_l in tl.static_range(LISTED):
+            m_k = i_k + i_l * BLOCK + o_c < num_kept
+            b_position = b_position + (tl.load(p_members + b_found[i_l][0], mask=m_k, other=0),)
+        for i_l in tl.static_range(LISTED):
+            m_k = i_k + i_l * BLOCK + o_c < num_kept
+            b_block = b_block + (tl.load(p_blocks + b_position[i_l] // S, mask=m_k, other=0),)
         if first < 0:
             # while these loads are under way
             first = num_always + _kept_before(p_kept, i_s, turn, SP)
-        o_key = first + i_k + o_l
-        tl.store(p_places + o_key, b_block * S + b_position % S, mask=m_k)
-        tl.store(p_bits + o_key, b_found_bits, mask=m_k)
+        for i_l in tl.static_range(LISTED):
+            o_key = first + i_k + i_l * BLOCK + o_c
+            m_k = i_k + i_l * BLOCK + o_c < num_kept
+            tl.store(p_places + o_key, b_block[i_l] * S + b_position[i_l] % S, mask=m_k)
+            tl.store(p_bits + o_key, b_found[i_l][1], mask=m_k)
     if end == count:
         tl.store(listed + i_th, num_always + _kept_before(p_kept, i_s, turn, SP) + num_kept)
         # which all others know by now, as they have said something in it

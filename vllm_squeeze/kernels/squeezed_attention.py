@@ -25,21 +25,21 @@ class Tuning:
     """Rows per block and warps per program.
 
     Attributes:
-        look_up: clusters scored at once, pipeline stages of that, clusters chosen from at once, parts of these whose
-            keys are chosen from at once, keys listed at once, and warps.
+        look_up: clusters scored at once, pipeline stages of that, clusters chosen from at once, blocks of so many
+            keys that are listed at once, and warps.
         attend: keys attended to at once, clusters of the rest, warps, pipeline stages, and programs for each
             multiprocessor.
         merge: parts merged at once, columns of the output, and warps.
     """
 
-    look_up: tuple[int, int, int, int, int, int]
+    look_up: tuple[int, int, int, int, int]
     attend: tuple[int, int, int, int, int]
     merge: tuple[int, int, int]
 
 
 def tuning(head_size: int, element_size: int, tile_rows: int) -> Tuning:
     """The blocks for D = ``head_size``, elements of so many bytes and M = ``tile_rows``."""
-    look_up = 32, 3, 128, 32 if tile_rows <= MIN_TILE_ROWS else 8, 256, 4
+    look_up = 32, 3, 128, 8, 4
     width = padded(head_size) * element_size
     block = min(max(16384 // width, 16), 64)
     if tile_rows > MIN_TILE_ROWS:
@@ -186,13 +186,14 @@ def look_up(
     tile, head, tuned, launch = _common(query, queries, num_kv_heads)
     splits, (*_, masses, mass_rows) = workspace.num_splits, workspace.masses.shape
     max_keys, max_centroids = workspace.list_places.shape[-1], workspace.logits.shape[-1]
-    scored, stages, block, parts_block, list_block, warps = tuned.look_up
+    scored, stages, block, listed, warps = tuned.look_up
     look_up_kernel[(masses + splits, num_kv_heads, tiles_now)](
         query, queries.tokens, queries.tiles, queries.tile_count, prefixes.log_threshold, prefixes.frames,
         table.centroids, table.centroid_scales, table.sizes, table.log_sizes, table.starts, table.log_weights,
         table.variances, table.group_centroids, table.group_scales, table.group_sizes, table.frames,
         table.members, table.residuals, table.directions, block_table, queries.always_places,
-        workspace.logits, workspace.row_facts, workspace.chosen, workspace.picked, workspace.found,
+        workspace.logits, workspace.row_facts, workspace.chosen, workspace.bases, workspace.picked,
+        workspace.found,
         workspace.list_places, workspace.list_bits, workspace.listed, workspace.turns, workspace.masses, workspace.kept,
         workspace.kept_pairs,
         first_tile, scale, soft_cap,
@@ -201,8 +202,7 @@ def look_up(
         table.residuals.stride(0), table.directions.stride(0), block_table.stride(0), queries.always_places.stride(0),
         max_centroids, workspace.picked.shape[2], max_keys,
         SPLITS=splits, SP=padded(splits), MASSES=masses, MP=padded(masses), MASS_ROWS=mass_rows,
-        SCORED=scored, STAGES=stages, BLOCK=block, PARTS_BLOCK=parts_block, LIST_BLOCK=list_block, S=page_size,
-        SOFT_CAP=soft_cap > 0,
+        SCORED=scored, STAGES=stages, BLOCK=block, LISTED=listed, S=page_size, SOFT_CAP=soft_cap > 0,
         num_warps=warps, maxnreg=registers_of(LOOK_UPS_PER_MULTIPROCESSOR, warps), **tile, **head, **launch,
     )  # fmt: skip
 

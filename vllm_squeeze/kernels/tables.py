@@ -30,7 +30,7 @@ NUM_DIRECTIONS = 16
 MOST_PRODUCT = 127
 """Of a query with one of these directions, in 8 bits, of which the largest is that."""
 
-NUM_ROW_FACTS = 4 + NUM_DIRECTIONS // 2
+NUM_ROW_FACTS = 4 + NUM_DIRECTIONS // 4
 """That the look-up notes of each query row."""
 
 MARGIN = 1.0

@@ -20,9 +20,9 @@ MAX_TILES_AT_ONCE = 64
 MAX_BLOCK = 128
 """Keys or clusters that a kernel takes at once, at most."""
 
-PART_KEYS = 16
-"""Keys of a part of a cluster: of clusters of twenty on average, parts of so many are three quarters full, and parts of
-twice as many little more than half."""
+PARTS_AT_ONCE, PART_KEYS = 128, 4
+"""Parts of clusters whose keys a program chooses from at once, and keys of each of these: clusters of twenty on average
+fill nine tenths of such parts."""
 
 MAX_SUFFIX_TILES, MAX_SUFFIX_KEYS = 64, 32768
 """How many tiles can have their suffixes listed, and how many keys each. More are left to FlashAttention."""

@@ -32,16 +32,17 @@ class Workspace:
     Attributes:
         num_splits: programs that look up the clusters of one tile and KV head, at most.
         multiprocessors: of the device.
-        logits: [N, H, M, C] float32, of all keys of a cluster together: s q.c_i + log N_i, raised as if not chosen; where
-            it is chosen something else.
+        logits: [N, H, M, C] float32, of all keys of a cluster together: s q.c_i + log N_i, raised as if not chosen.
         row_facts: [N, H, SPLITS, NUM_ROW_FACTS, M] float32, what each split notes of the tile's rows: the log-sum-exp of
             what all clusters attract and half the squared length of the scaled query, to the base 2; what its products
             with the directions of residuals count in logits; and these products in 8 bits, as ``_store_aimed``.
         chosen: [N, H, C] int32, a bit for each token of the tile that chose the cluster, to look at its keys.
-        picked: [N, H, parts, 4] int32, the chosen clusters in parts of up to PART_KEYS keys, those of a split together:
-            the cluster, where the part's keys begin among the members, how many they are, and the cluster's bits.
-        found: [N, H, T, 2] int32, the chosen keys, those of a split together: numbers of members, and a bit for each token
-            of the tile that chose the key.
+        bases: [N, H, C, M] int16, of clusters that a token chose, to look at their keys: by how much a key at the
+            cluster's mean key exceeds the threshold, as ``_choose``.
+        picked: [N, H, parts, 2] int64, the chosen clusters in parts of a few keys, those of a split together: the cluster
+            and above it where the part's keys begin among the members; how many they are, and above the cluster's bits.
+        found: [N, H, T] int64, the chosen keys, those of a split together: the number of the member, and above it a bit
+            for each token of the tile that chose the key.
         list_places: [N, H, T] int32, where in the KV cache the listed keys lie: block times page size plus place in
             the block.
         list_bits: [N, H, T] int32, a bit for each token of the tile that attends to the key.
@@ -60,6 +61,7 @@ class Workspace:
     logits: torch.Tensor
     row_facts: torch.Tensor
     chosen: torch.Tensor
+    bases: torch.Tensor
     picked: torch.Tensor
     found: torch.Tensor
     list_places: torch.Tensor
@@ -125,8 +127,9 @@ class Workspace:
             logits=empty(*heads, MAX_TILE_ROWS, max_centroids),
             row_facts=empty(*heads, num_splits, NUM_ROW_FACTS, MAX_TILE_ROWS),
             chosen=empty(*heads, max_centroids, dtype=torch.int32),
-            picked=empty(*heads, max_centroids + max_keys // PART_KEYS, 4, dtype=torch.int32),
-            found=empty(*heads, max_keys, 2, dtype=torch.int32),
+            bases=empty(*heads, max_centroids, MAX_TILE_ROWS, dtype=torch.int16),
+            picked=empty(*heads, max_centroids + max_keys // PART_KEYS, 2, dtype=torch.int64),
+            found=empty(*heads, max_keys, dtype=torch.int64),
             list_places=empty(*heads, max_keys, dtype=torch.int32),
             list_bits=empty(*heads, max_keys, dtype=torch.int32),
             listed=empty(*heads, dtype=torch.int32),
