@@ -21,7 +21,7 @@ GPU; --tflops says it where there is none.
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
@@ -33,7 +33,8 @@ from vllm_squeeze.attention_backend.policy import MEASURED_TIMES, Arm, CostModel
 
 RESTS = {"drop": "drop", "squeezed": "value_centroids"}
 """What becomes of clusters that were not chosen, in arms of both benchmarks."""
-ARMS = {arm: arm for arm in ("stock", "exact", "shared")} | RESTS
+EXACT = ("stock", "exact", "shared")
+ARMS = {arm: arm for arm in EXACT} | RESTS
 ARMS |= {"clusters_drop": squeezed_times("drop", False), "clusters": squeezed_times("value_centroids", False)}
 """Of ``benchmarks/kernels.py``, and what they are called among the times."""
 MOST_SLOWER = 0.03
@@ -43,8 +44,8 @@ Cases = dict[tuple[int, int], dict[str, float]]
 """By tokens of the prefix and rows: microseconds of each arm."""
 
 
-def read(path: Path) -> tuple[dict[str, Any], Cases]:
-    """What ``benchmarks/kernels.py --out`` wrote: the machine and the cases in which all arms were timed.
+def read(path: Path, arms: Iterable[str]) -> tuple[dict[str, Any], Cases]:
+    """What ``benchmarks/kernels.py --out`` wrote: the machine and the cases in which at least these arms were timed.
 
     Raises:
         SystemExit: none was.
@@ -54,9 +55,9 @@ def read(path: Path) -> tuple[dict[str, Any], Cases]:
     for row in content["rows"]:
         if row["arm"] in ARMS and "us" in row:
             cases.setdefault((row["prefix"] * 1024, row["batch"]), {})[ARMS[row["arm"]]] = row["us"]
-    complete = {case: us for case, us in cases.items() if len(us) == len(ARMS)}
+    complete = {case: us for case, us in cases.items() if us.keys() >= set(arms)}
     if not complete:
-        sys.exit(f"{path}: no case with times of all of {', '.join(ARMS)}")
+        sys.exit(f"{path}: no case with times of all of {', '.join(arms)}")
     return content["machine"], complete
 
 
@@ -106,6 +107,8 @@ def picks(model: CostModel, machine: dict[str, Any], cases: Cases) -> Iterator[s
         step = model.shape, prefix, Work(rows, 0, rows)
         for by_key, rest in product((True, False), RESTS.values()):
             name = squeezed_times(rest, by_key)
+            if name not in measured:
+                continue
             us = {
                 Arm.STOCK: model.stock_us(*step),
                 Arm.EXACT: model.exact_us(*step),
@@ -183,7 +186,13 @@ def measure_tflops(machine: dict[str, Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kernels", type=Path, help="JSON that benchmarks/kernels.py wrote")
-    parser.add_argument("--check", type=Path, nargs="+", default=[], help="the same, of other prefixes and batches")
+    parser.add_argument(
+        "--check",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="the same, of other prefixes and batches, of any arms that squeeze",
+    )
     parser.add_argument("--prompts", type=Path, help="JSON that benchmarks/prompts.py wrote, to be checked")
     parser.add_argument("--tflops", type=float, help="of vLLM's attention in a long question's prefill")
     parser.add_argument(
@@ -194,7 +203,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=MEASURED_TIMES, help="file of all GPUs' times to write into")
     arguments = parser.parse_args()
-    machine, cases = read(arguments.kernels)
+    machine, cases = read(arguments.kernels, ARMS.values())
     entry = entry_of(machine, cases, arguments.tflops or measure_tflops(machine), arguments.step_us)
     others = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     arguments.out.write_text(json.dumps(others | {machine["gpu"]: entry}, indent=1) + "\n")
@@ -203,7 +212,8 @@ def main() -> None:
     print(f"{machine['gpu']}: wrote {len(cases)} cases into {arguments.out}")
     print(f"{'prefix':>7} {'rows':>4} {'squeezed':24} {'pick':8} {'slower than':>15}   error of the time of")
     print(f"{'':7} {'':4} {'':24} {'':8} {'exact':>7} {'best':>7}   {' '.join(f'{arm.value:>6.6}' for arm in Arm)}")
-    lines = [line for at, of in [(machine, cases), *map(read, arguments.check)] for line in picks(model, at, of)]
+    checks = [read(path, EXACT) for path in arguments.check]
+    lines = [line for at, of in [(machine, cases), *checks] for line in picks(model, at, of)]
     print("\n".join(lines))
     if between := list(left_out(entry, machine, cases)):
         print("left out", *between, sep="\n")
