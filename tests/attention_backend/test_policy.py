@@ -150,10 +150,10 @@ def sharing(stock: float, exact: float, shared: float, squeezed: float, **settin
 
 @pytest.mark.parametrize("rest", ["drop", "value_centroids"])
 def test_clusters_that_are_chosen_whole_have_times_of_their_own(rest: str):
-    """Faster ones: of eight rows, those that choose among keys attend to all of them instead."""
+    """Faster ones: of 16 rows, those that choose among keys attend to all of them instead."""
     policy = Policy(CostModel.of(measured_times()["NVIDIA H200"]), LLAMA, 32, rest, LARGE)
-    assert arm_of(policy, placed(2**17, by_key=False), decoding(8)) is Arm.SQUEEZED
-    assert arm_of(policy, placed(2**17), decoding(8)) is Arm.EXACT
+    assert arm_of(policy, placed(2**17, by_key=False), decoding(16)) is Arm.SQUEEZED
+    assert arm_of(policy, placed(2**17), decoding(16)) is Arm.EXACT
 
 
 @pytest.mark.parametrize("rule", RULES)
