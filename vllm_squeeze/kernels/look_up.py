@@ -277,7 +277,7 @@ def _load_aimed(p_aimed, i_m, M: tl.constexpr):
     """What the products of row ``i_m`` with directions are, as ``_store_aimed`` left it."""
     b_words = ()
     for i_w in tl.static_range(DIRECTIONS // 4):
-        b_words = b_words + (tl.load(p_aimed + (1 + i_w) * M + i_m) + tl.zeros([PARTS], tl.int32),)
+        b_words = b_words + (tl.load(p_aimed + (1 + i_w) * M + i_m),)
     return tl.load(p_aimed + i_m), b_words
 
 

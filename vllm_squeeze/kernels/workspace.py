@@ -34,8 +34,9 @@ class Workspace:
         multiprocessors: of the device.
         logits: [N, H, M, C] float32, of all keys of a cluster together: s q.c_i + log N_i, raised as if not chosen.
         row_facts: [N, H, SPLITS, NUM_ROW_FACTS, M] float32, what each split notes of the tile's rows: the log-sum-exp of
-            what all clusters attract and half the squared length of the scaled query, to the base 2; what its products
-            with the directions of residuals count in logits; and these products in 8 bits, as ``_store_aimed``.
+            what all clusters attract and half the squared length of the scaled query, to the base 2; in how many units
+            of its products with the directions of residuals a logit is told; and these products in 8 bits, as
+            ``_store_aimed``.
         chosen: [N, H, C] int32, a bit for each token of the tile that chose the cluster, to look at its keys.
         bases: [N, H, C, M] int16, of clusters that a token chose, to look at their keys: by how much a key at the
             cluster's mean key exceeds the threshold, as ``_choose``.
