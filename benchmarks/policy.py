@@ -21,7 +21,7 @@ GPU; --tflops says it where there is none.
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
@@ -44,7 +44,7 @@ Cases = dict[tuple[int, int], dict[str, float]]
 """By tokens of the prefix and rows: microseconds of each arm."""
 
 
-def read(path: Path, arms: Iterable[str]) -> tuple[dict[str, Any], Cases]:
+def read(path: Path, arms: Collection[str]) -> tuple[dict[str, Any], Cases]:
     """What ``benchmarks/kernels.py --out`` wrote: the machine and the cases in which at least these arms were timed.
 
     Raises:

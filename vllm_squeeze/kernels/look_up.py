@@ -513,7 +513,9 @@ def look_up_kernel(
 
     # what other threads stored above is read below
     tl.debug_barrier()
-    p_residuals = residuals.to(tl.pointer_type(tl.int64)) + i_h.to(tl.int64) * (stride_residual_head // 2)
+    p_residuals = residuals.to(tl.pointer_type(tl.int64)) + i_h.to(tl.int64) * (
+        stride_residual_head // (DIRECTIONS // 8)
+    )
     # room for all members of the splits before
     p_found = found + i_th * max_keys + tl.load(p_starts + begin) - tl.load(p_starts)
     num_aimed = tl.where(rule == KEYS, num_tokens, 0)

@@ -48,18 +48,12 @@ def _load_words(p_vectors, o_row, stride, D: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def unpacked_words(b_words, dtype: tl.constexpr):
-    """Packed vectors [N, W] as [N, 8 * W], not yet scaled."""
-    b_v = _parts_of(b_words, dtype)
+def load_packed(p_vectors, o_row, stride, dtype: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """The packed vectors ``o_row`` [N] as [N, DP], not yet scaled; anything beyond D."""
+    b_v = _parts_of(_load_words(p_vectors, o_row, stride, D, DP // 8), dtype)
     b_even = tl.interleave(tl.interleave(b_v[0], b_v[4]), tl.interleave(b_v[2], b_v[6]))
     b_odd = tl.interleave(tl.interleave(b_v[1], b_v[5]), tl.interleave(b_v[3], b_v[7]))
     return tl.interleave(b_even, b_odd)
-
-
-@triton.jit
-def load_packed(p_vectors, o_row, stride, dtype: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """The packed vectors ``o_row`` [N] as [N, DP], not yet scaled; anything beyond D."""
-    return unpacked_words(_load_words(p_vectors, o_row, stride, D, DP // 8), dtype)
 
 
 @triton.jit
